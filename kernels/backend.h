@@ -1,0 +1,39 @@
+// The one factory: a rank's device, operations and communicator. The CPU backend is linked in; the CUDA backend is
+// libcachalot_cuda.so, opened at start.
+#ifndef CACHALOT_KERNELS_BACKEND_H_
+#define CACHALOT_KERNELS_BACKEND_H_
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/communicator.h"
+#include "kernels/device.h"
+#include "kernels/ops.h"
+
+namespace cachalot {
+
+struct BackendOptions {
+  std::string device = "auto";  // auto | cpu | cuda; auto is CUDA where its library and a GPU are there
+  ActivationFormat activation = ActivationFormat::kF32;  // what norms, silu and attention emit
+  ScaleRule scale_rule = ScaleRule::kFP32;               // of fp8 activations; UE8M0 for V3.1
+  int num_threads = 0;                                   // CPU workers; 0: one per core
+  OpLimits limits;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string name() const = 0;   // "cpu (2 threads, AVX3)"
+  virtual DType value_dtype() const = 0;  // of the residual and of products: f32 on the CPU, bf16 on the GPU
+  virtual Device& device() = 0;
+  virtual Ops& ops() = 0;
+  virtual Communicator& communicator() = 0;
+};
+
+// NotFound when the device asked for is not there; ResourceExhausted when its workspace does not fit.
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options);
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_KERNELS_BACKEND_H_

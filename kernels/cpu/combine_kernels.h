@@ -1,0 +1,15 @@
+// The weighted sum of a token's expert results.
+#ifndef CACHALOT_KERNELS_CPU_COMBINE_KERNELS_H_
+#define CACHALOT_KERNELS_CPU_COMBINE_KERNELS_H_
+
+#include "kernels/tensor.h"
+
+namespace cachalot {
+
+// out[t] <- shared[t] (zeros when empty) + sum over k, in order and in fp32, of weights[k] * y[rows[k]], rows[k] >= 0.
+void CombineRow(const Tensor& out, const Tensor& y, const float* weights, const int32_t* rows, int64_t num_choices,
+                const Tensor& shared, int64_t t);
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_KERNELS_CPU_COMBINE_KERNELS_H_

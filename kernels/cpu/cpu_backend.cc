@@ -1,0 +1,51 @@
+// The CPU backend's parts, put together.
+#include "kernels/cpu/cpu_backend.h"
+
+#include <utility>
+
+#include "absl/strings/str_format.h"
+#include "kernels/cpu/cpu_device.h"
+#include "kernels/cpu/cpu_ops.h"
+#include "kernels/cpu/highway_targets.h"
+#include "kernels/cpu/local_communicator.h"
+#include "kernels/cpu/thread_pool.h"
+
+namespace cachalot {
+namespace {
+
+class CpuBackend : public Backend {
+ public:
+  explicit CpuBackend(const BackendOptions& options)
+      : pool_(options.num_threads), communicator_(options.limits, &pool_) {}
+  absl::Status Start(const BackendOptions& options) {
+    absl::StatusOr<std::unique_ptr<CpuOps>> ops = CpuOps::Make(options, &device_, &pool_);
+    if (!ops.ok()) return ops.status();
+    ops_ = *std::move(ops);
+    return absl::OkStatus();
+  }
+
+  std::string name() const override {
+    return absl::StrFormat("cpu (%d threads, %s)", pool_.num_threads(), SimdTargetName());
+  }
+  DType value_dtype() const override { return DType::kF32; }
+  Device& device() override { return device_; }
+  Ops& ops() override { return *ops_; }
+  Communicator& communicator() override { return communicator_; }
+
+ private:
+  // NOTE: destroyed from the last to the first: workspace is freed into a device that is idle already.
+  ThreadPool pool_;
+  LocalCommunicator communicator_;
+  CpuDevice device_;
+  std::unique_ptr<CpuOps> ops_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeCpuBackend(const BackendOptions& options) {
+  auto backend = std::make_unique<CpuBackend>(options);
+  if (absl::Status status = backend->Start(options); !status.ok()) return status;
+  return backend;
+}
+
+}  // namespace cachalot

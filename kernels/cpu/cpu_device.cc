@@ -1,0 +1,164 @@
+// CpuDevice: the queue, and what memory the machine or the container still has.
+#include "kernels/cpu/cpu_device.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_format.h"
+
+namespace cachalot {
+namespace {
+
+constexpr size_t kHugePageBytes = size_t{2} << 20;
+constexpr size_t kPageBytes = 4096;
+
+// The number after `key` in a file of "key value" lines; a file of one number has the key "".
+std::optional<size_t> ReadNumber(const char* path, const std::string& key) {
+  std::ifstream file(path);
+  std::string word;
+  while (key.empty() || file >> word) {
+    if (!key.empty() && word != key) continue;
+    size_t value = 0;
+    if (file >> value) return value;
+    return std::nullopt;
+  }
+  return std::nullopt;
+}
+
+// What a control group leaves: its limit less what it uses, of which pages of files can be had back.
+size_t CgroupAvailable(const char* limit_path, const char* usage_path, const char* stat_path) {
+  const auto limit = ReadNumber(limit_path, "");
+  const auto usage = ReadNumber(usage_path, "");
+  if (!limit || !usage) return std::numeric_limits<size_t>::max();
+  const size_t files =
+      ReadNumber(stat_path, "inactive_file").value_or(0) + ReadNumber(stat_path, "active_file").value_or(0);
+  const size_t held = *usage - std::min(files, *usage);
+  return *limit - std::min(held, *limit);
+}
+
+size_t AvailableMemory() {
+  const size_t machine = ReadNumber("/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
+  const size_t v2 =
+      CgroupAvailable("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat");
+  const size_t v1 = CgroupAvailable("/sys/fs/cgroup/memory/memory.limit_in_bytes",
+                                    "/sys/fs/cgroup/memory/memory.usage_in_bytes", "/sys/fs/cgroup/memory/memory.stat");
+  return std::min({machine, v1, v2});
+}
+
+// Copies between a row-strided tensor and packed host memory.
+void CopyRows(char* dst, size_t dst_stride, const char* src, size_t src_stride, size_t row_bytes, int64_t rows) {
+  if (rows == 0 || row_bytes == 0) return;
+  if (dst_stride == row_bytes && src_stride == row_bytes) {
+    std::memcpy(dst, src, row_bytes * rows);
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(dst + i * dst_stride, src + i * src_stride, row_bytes);
+}
+
+}  // namespace
+
+CpuDevice::CpuDevice() : available_at_start_(AvailableMemory()), thread_([this] { Loop(); }) {}
+
+CpuDevice::~CpuDevice() {
+  {
+    absl::MutexLock lock(&mutex_);
+    stop_ = true;
+  }
+  thread_.join();
+}
+
+absl::StatusOr<Buffer> CpuDevice::Allocate(size_t bytes, Memory) {
+  // Whole pages, so that neighbours share none; large ones start at a huge page.
+  const size_t size = (std::max<size_t>(bytes, 1) + kPageBytes - 1) / kPageBytes * kPageBytes;
+  if (size > FreeMemory()) {
+    return absl::ResourceExhaustedError(absl::StrFormat("%d MiB wanted, %d MiB free", size >> 20, FreeMemory() >> 20));
+  }
+  const bool huge = size >= 2 * kHugePageBytes;
+  const size_t mapped = huge ? size + kHugePageBytes : size;
+  void* base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base == MAP_FAILED) return absl::ResourceExhaustedError(absl::StrFormat("mmap of %d bytes failed", mapped));
+  void* data = base;
+  if (huge) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(base);
+    data = reinterpret_cast<void*>((address + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes);
+    madvise(data, size, MADV_HUGEPAGE);
+  }
+  allocated_ += size;
+  return Buffer(data, bytes, [this, base, mapped, size](void*) {
+    munmap(base, mapped);
+    allocated_ -= size;
+  });
+}
+
+// NOTE: memory that was allocated and not touched yet is still "available" to the kernel, so ours is counted too.
+size_t CpuDevice::FreeMemory() const {
+  return std::min(AvailableMemory(), available_at_start_ - std::min(allocated_.load(), available_at_start_));
+}
+
+void CpuDevice::Upload(const Tensor& dst, const void* src) {
+  Enqueue([dst, src] {
+    const size_t element = DTypeBytes(dst.dtype), row = dst.row_elements() * element;
+    CopyRows(static_cast<char*>(dst.data), dst.row_stride * element, static_cast<const char*>(src), row, row,
+             dst.dim(0));
+  });
+}
+
+void CpuDevice::Download(void* dst, const Tensor& src) {
+  Enqueue([dst, src] {
+    const size_t element = DTypeBytes(src.dtype), row = src.row_elements() * element;
+    CopyRows(static_cast<char*>(dst), row, static_cast<const char*>(src.data), src.row_stride * element, row,
+             src.dim(0));
+  });
+}
+
+void CpuDevice::Submit(const StepKey&, std::function<void()> body) { Enqueue(std::move(body)); }
+
+Device::Event CpuDevice::Record() {
+  const Event event = ++recorded_;
+  Enqueue([this, event] {
+    absl::MutexLock lock(&mutex_);
+    completed_ = event;
+  });
+  return event;
+}
+
+bool CpuDevice::IsComplete(Event event) {
+  absl::MutexLock lock(&mutex_);
+  return completed_ >= event;
+}
+
+absl::Status CpuDevice::Wait(Event event, absl::Duration timeout) {
+  absl::MutexLock lock(&mutex_);
+  const auto is_complete = [this, event]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return completed_ >= event; };
+  if (mutex_.AwaitWithTimeout(absl::Condition(&is_complete), timeout)) return absl::OkStatus();
+  return absl::DeadlineExceededError(absl::StrFormat("event %d is not complete, %d is", event, completed_));
+}
+
+void CpuDevice::Enqueue(std::function<void()> work) {
+  absl::MutexLock lock(&mutex_);
+  queue_.push_back(std::move(work));
+}
+
+void CpuDevice::Loop() {
+  const auto has_work = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stop_ || !queue_.empty(); };
+  while (true) {
+    std::function<void()> work;
+    {
+      absl::MutexLock lock(&mutex_);
+      mutex_.Await(absl::Condition(&has_work));
+      if (queue_.empty()) return;
+      work = std::move(queue_.front());
+      queue_.pop_front();
+    }
+    work();
+  }
+}
+
+}  // namespace cachalot

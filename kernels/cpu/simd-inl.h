@@ -1,0 +1,264 @@
+// SIMD building blocks shared by the kernels; compiled once a Highway target.
+//
+// Exactness: a kernel may tile its loops as it likes, but each output is made by the same operations in the same order
+// whatever the tile: vectors over k in order, one lane reduction (ReduceLanes), chunks added in order.
+#include "hwy/highway.h"
+
+#if defined(CACHALOT_KERNELS_CPU_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef CACHALOT_KERNELS_CPU_SIMD_INL_H_
+#undef CACHALOT_KERNELS_CPU_SIMD_INL_H_
+#else
+#define CACHALOT_KERNELS_CPU_SIMD_INL_H_
+#endif
+
+#include <cmath>
+#include <cstring>
+
+#include "hwy/contrib/math/math-inl.h"
+#include "kernels/cpu/quantize.h"
+#include "kernels/ops_types.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace cachalot {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::ScalableTag<float>;
+using DU = hn::RebindToUnsigned<DF>;
+using VF = hn::Vec<DF>;
+constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(DF()));
+
+// Registers for accumulators: 32 vector registers with AVX-512 and NEON, 16 otherwise.
+#if HWY_TARGET == HWY_AVX3 || HWY_ARCH_ARM_A64
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+inline int64_t RoundUpToLanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// ---- Sources: stored types, decoded to fp32 in registers. Decoded values times kFactor are the stored ones.
+struct SourceF32 {
+  static constexpr int64_t kBytes = 4;
+  static constexpr float kFactor = 1.0f;
+  static HWY_INLINE VF Load(const uint8_t* p) { return hn::LoadU(DF(), reinterpret_cast<const float*>(p)); }
+  static HWY_INLINE void LoadPair(const uint8_t* p, VF& v0, VF& v1) {
+    v0 = Load(p);
+    v1 = Load(p + kLanes * kBytes);
+  }
+};
+
+struct SourceBF16 {
+  static constexpr int64_t kBytes = 2;
+  static constexpr float kFactor = 1.0f;
+  static HWY_INLINE VF Load(const uint8_t* p) {
+    const hn::Rebind<uint16_t, DF> d16;
+    const auto bits = hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p));
+    return hn::BitCast(DF(), hn::ShiftLeft<16>(hn::PromoteTo(DU(), bits)));
+  }
+  static HWY_INLINE void LoadPair(const uint8_t* p, VF& v0, VF& v1) {
+    v0 = Load(p);
+    v1 = Load(p + kLanes * kBytes);
+  }
+};
+
+struct SourceF16 {
+  static constexpr int64_t kBytes = 2;
+  static constexpr float kFactor = 1.0f;
+  static HWY_INLINE VF Load(const uint8_t* p) {
+    const hn::Rebind<hwy::float16_t, DF> d16;
+    return hn::PromoteTo(DF(), hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
+  }
+  static HWY_INLINE void LoadPair(const uint8_t* p, VF& v0, VF& v1) {
+    v0 = Load(p);
+    v1 = Load(p + kLanes * kBytes);
+  }
+};
+
+// NOTE: sign and exponent-mantissa of an e4m3 byte, moved up by 8 and 7 bits, are an f16 of 2^-8 times the value; that
+// holds for subnormals too, and f16 to f32 takes those at full speed. 0x7f and 0xff decode to 480: files that hold them
+// are refused when they are opened.
+struct SourceF8 {
+  static constexpr int64_t kBytes = 1;
+  static constexpr float kFactor = 256.0f;
+  template <class D16>
+  static HWY_INLINE hn::Vec<hn::Rebind<hwy::float16_t, D16>> ToF16(D16 d16, const uint8_t* p) {
+    const hn::Rebind<int8_t, D16> d8;
+    const auto wide = hn::PromoteTo(d16, hn::LoadU(d8, reinterpret_cast<const int8_t*>(p)));
+    const auto keep = hn::Set(d16, static_cast<int16_t>(0xBF80));
+    return hn::BitCast(hn::Rebind<hwy::float16_t, D16>(), hn::And(hn::ShiftLeft<7>(wide), keep));
+  }
+  static HWY_INLINE VF Load(const uint8_t* p) { return hn::PromoteTo(DF(), ToF16(hn::Rebind<int16_t, DF>(), p)); }
+  static HWY_INLINE void LoadPair(const uint8_t* p, VF& v0, VF& v1) {
+    const hn::Repartition<int16_t, DF> d16;
+    const hn::Repartition<hwy::float16_t, DF> df16;
+    const auto half = ToF16(d16, p);
+    const hn::Half<decltype(df16)> dh;
+    v0 = hn::PromoteTo(DF(), hn::LowerHalf(dh, half));
+    v1 = hn::PromoteTo(DF(), hn::UpperHalf(dh, half));
+  }
+};
+
+// Calls f with the source that decodes `dtype`.
+template <class F>
+HWY_INLINE void WithSource(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kF32: return f(SourceF32());
+    case DType::kBF16: return f(SourceBF16());
+    case DType::kF16: return f(SourceF16());
+    case DType::kF8E4M3: return f(SourceF8());
+    default: CHECK(false, "{} is no stored type", DTypeName(dtype));
+  }
+}
+
+// The last, partial vector of a row, zero-padded.
+template <class Src>
+HWY_INLINE VF LoadTail(const uint8_t* p, int64_t n) {
+  alignas(64) uint8_t padded[kLanes * Src::kBytes] = {};
+  std::memcpy(padded, p, static_cast<size_t>(n * Src::kBytes));
+  return Src::Load(padded);
+}
+
+// dst[0..n) <- factor * decoded p[0..n), and zeros up to the next whole vector. dst is vector aligned or not.
+template <class Src>
+HWY_INLINE void Widen(const uint8_t* HWY_RESTRICT p, int64_t n, float factor, float* HWY_RESTRICT dst) {
+  const VF f = hn::Set(DF(), factor);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    VF v0, v1;
+    Src::LoadPair(p + i * Src::kBytes, v0, v1);
+    hn::StoreU(hn::Mul(v0, f), DF(), dst + i);
+    hn::StoreU(hn::Mul(v1, f), DF(), dst + i + kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(hn::Mul(Src::Load(p + i * Src::kBytes), f), DF(), dst + i);
+  if (i < n) hn::StoreU(hn::Mul(LoadTail<Src>(p + i * Src::kBytes, n - i), f), DF(), dst + i);
+}
+
+inline float LoadScale(const uint8_t* scales, int64_t block) {
+  float scale;
+  std::memcpy(&scale, scales + block * 4, 4);
+  return scale;
+}
+
+// Row t of a matrix as fp32: in place when it is f32, else widened into `scratch`.
+inline const float* RowAsF32(const Tensor& x, int64_t t, float* scratch) {
+  const uint8_t* p = static_cast<const uint8_t*>(x.data) + t * x.row_stride * DTypeBytes(x.dtype);
+  if (x.dtype == DType::kF32) return reinterpret_cast<const float*>(p);
+  WithSource(x.dtype, [&](auto src) { Widen<decltype(src)>(p, x.dim(1), decltype(src)::kFactor, scratch); });
+  return scratch;
+}
+
+// ---- Reductions.
+// Lane i of the result, i < A, is the sum of the lanes of acc[i]: neighbours first, then neighbours of those. A is a
+// power of two, at most the lanes of a vector. The sum of a vector does not depend on A.
+template <int A>
+HWY_INLINE VF ReduceLanes(VF* acc) {
+  const DF d;
+  int count = A;
+  for (int64_t width = kLanes; width > 1; width /= 2) {
+    if (count == 1) {
+      acc[0] = hn::Add(hn::ConcatEven(d, acc[0], acc[0]), hn::ConcatOdd(d, acc[0], acc[0]));
+      continue;
+    }
+    for (int i = 0; i < count / 2; ++i) {
+      const VF lo = acc[2 * i], hi = acc[2 * i + 1];
+      acc[i] = hn::Add(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
+    }
+    count /= 2;
+  }
+  return acc[0];
+}
+
+// sums[i] <- sum of the lanes of acc[i], for any power of two A. `sums` holds at least a vector.
+template <int A>
+HWY_INLINE void ReduceAll(VF* acc, float* sums) {
+  if constexpr (A <= kLanes) {
+    hn::StoreU(ReduceLanes<A>(acc), DF(), sums);
+  } else {
+    for (int i = 0; i < A; i += static_cast<int>(kLanes)) {
+      hn::StoreU(ReduceLanes<static_cast<int>(kLanes)>(acc + i), DF(), sums + i);
+    }
+  }
+}
+
+// exp of any argument. NOTE: Highway's is defined up to 104, where it is infinite already; NaN stays NaN.
+HWY_INLINE VF ExpOf(VF x) { return hn::Exp(DF(), hn::Min(hn::Set(DF(), 104.0f), x)); }
+
+HWY_INLINE float SumOfLanes(VF v) { return hn::GetLane(ReduceLanes<1>(&v)); }
+HWY_INLINE float MaxOfLanes(VF v) { return hn::GetLane(hn::MaxOfLanes(DF(), v)); }
+
+// ---- Emission of rows.
+HWY_INLINE hn::Vec<hn::Rebind<uint16_t, DF>> ToBf16(VF v) {
+  const DU du;
+  const auto bits = hn::BitCast(du, v);
+  const auto lsb = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
+  const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(hn::Set(du, 0x7fff), lsb)));
+  const auto quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(du, 0x40));
+  const auto is_nan = hn::RebindMask(du, hn::IsNaN(v));
+  return hn::TruncateTo(hn::Rebind<uint16_t, DF>(), hn::IfThenElse(is_nan, quiet, rounded));
+}
+
+// e4m3, round to nearest even, saturating (quantize.h: FloatToE4m3).
+HWY_INLINE hn::Vec<hn::Rebind<uint8_t, DF>> ToE4m3(VF v) {
+  const DF d;
+  const DU du;
+  const VF magnitude = hn::Min(hn::Abs(v), hn::Set(d, kE4m3Max));
+  const auto m = hn::BitCast(du, magnitude);
+  const auto lsb = hn::And(hn::ShiftRight<20>(m), hn::Set(du, 1));
+  const auto normal =
+      hn::Sub(hn::ShiftRight<20>(hn::Add(m, hn::Add(hn::Set(du, 0x7ffff), lsb))), hn::Set(du, 120 << 3));
+  const auto subnormal = hn::And(hn::BitCast(du, hn::Add(magnitude, hn::Set(d, 0x1p14f))), hn::Set(du, 0xf));
+  const auto is_small = hn::RebindMask(du, hn::Lt(magnitude, hn::Set(d, 0x1p-6f)));
+  auto code = hn::IfThenElse(is_small, subnormal, normal);
+  code = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), hn::Set(du, 0x7f), code);
+  const auto sign = hn::And(hn::ShiftRight<24>(hn::BitCast(du, v)), hn::Set(du, 0x80));
+  return hn::TruncateTo(hn::Rebind<uint8_t, DF>(), hn::Or(code, sign));
+}
+
+inline void StoreBf16(const float* HWY_RESTRICT row, int64_t n, uint16_t* HWY_RESTRICT out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    hn::StoreU(ToBf16(hn::LoadU(DF(), row + i)), hn::Rebind<uint16_t, DF>(), out + i);
+  }
+  for (; i < n; ++i) out[i] = FloatToBf16(row[i]);
+}
+
+// One group: values / scale as e4m3; returns the scale.
+inline float QuantizeGroup(const float* HWY_RESTRICT row, int64_t n, ScaleRule rule, uint8_t* HWY_RESTRICT out) {
+  const DF d;
+  VF max = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) max = hn::Max(max, hn::Abs(hn::LoadU(d, row + i)));
+  float amax = MaxOfLanes(max);
+  for (; i < n; ++i) amax = std::max(amax, std::fabs(row[i]));
+  const float scale = QuantScale(amax, rule);
+  const VF divisor = hn::Set(d, scale);
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    hn::StoreU(ToE4m3(hn::Div(hn::LoadU(d, row + i), divisor)), hn::Rebind<uint8_t, DF>(), out + i);
+  }
+  for (; i < n; ++i) out[i] = FloatToE4m3(row[i] / scale);
+  return scale;
+}
+
+// Row t of a matrix or an activation <- `row`, in its type. NOTE: `row` may be that very memory when it is f32.
+inline void EmitRow(const float* row, const Tensor& out, int64_t t) {
+  if (out.dtype == DType::kBF16) return StoreBf16(row, out.dim(1), out.row<uint16_t>(t));
+  float* dst = out.row<float>(t);
+  if (dst != row) std::memcpy(dst, row, static_cast<size_t>(out.dim(1)) * sizeof(float));
+}
+
+inline void EmitRow(const float* row, const Activation& out, int64_t t, ScaleRule rule) {
+  if (out.values.dtype != DType::kF8E4M3) return EmitRow(row, out.values, t);
+  uint8_t* values = out.values.row<uint8_t>(t);
+  float* scales = out.scales.row<float>(t);
+  const int64_t n = out.cols();
+  for (int64_t i = 0; i < n; i += int64_t{kQuantGroup}) {
+    scales[i / int64_t{kQuantGroup}] = QuantizeGroup(row + i, std::min(int64_t{kQuantGroup}, n - i), rule, values + i);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace cachalot
+HWY_AFTER_NAMESPACE();
+
+#endif  // CACHALOT_KERNELS_CPU_SIMD_INL_H_

@@ -1,0 +1,107 @@
+// Ops: every verb of the model, on one page. Outputs first, then inputs, then scalars.
+//
+// Dimensions  T tokens (rows of a step)   S sequences of a step   D hidden      H heads        Q q_lora_rank
+//             C kv_lora_rank              R qk_rope_head_dim      N qk_nope     V v_head_dim   E routed experts
+//             K experts per token         F expert width          G local expert slots        M dispatched rows
+//             B KV blocks                 P = 64 tokens a block   W vocabulary  L logits rows  U slots  X drafts (k)
+//
+// "Report" is the DeepSeek-V3 technical report (arXiv 2412.19437).
+//
+// Contract. A verb checks its shapes, queues its work on the device's stream and returns; it never allocates, reads
+// back, or launches depending on data: what varies is in device memory, workspace was made for the maxima of
+// OpLimits. A row whose slot is -1 is padding: it writes nothing outside its own row and dispatches nothing. Rows do
+// not influence each other except through the cache, and a row's result does not depend on which rows it shares a
+// step with (CPU: bit for bit). T = 0 is legal everywhere.
+#ifndef CACHALOT_KERNELS_OPS_H_
+#define CACHALOT_KERNELS_OPS_H_
+
+#include <memory>
+#include <vector>
+
+#include "kernels/ops_types.h"
+
+namespace cachalot {
+
+class Ops {
+ public:
+  virtual ~Ops() = default;
+
+  // ---- Weights. Sources are host memory that outlives the Ops (the mapped checkpoint); stored types are kept.
+  virtual std::unique_ptr<Weight> MakeVector(const Tensor& source) = 0;                        // norms, bias: [n]
+  virtual std::unique_ptr<Weight> MakeLinear(const std::vector<WeightPart>& row_stacked) = 0;  // [sum of rows, cols]
+  virtual std::unique_ptr<Weight> MakeKvUp(const WeightPart& kv_b, int num_heads, int nope_dim,
+                                           int v_dim) = 0;  // kv_b_proj [H*(N+V), C] -> W_UK, W_UV of every head
+  virtual std::unique_ptr<Weight> MakeExperts(
+      const std::vector<std::vector<WeightPart>>& row_stacked_per_slot) = 0;  // G of [rows, cols]
+
+  // ---- A step's begin. Block table entries first, in a submission of their own: (slot, index, block), slot -1
+  // padding.
+  virtual void UpdateBlockTables(const SlotState& state, const Tensor& updates) = 0;  // [n,3] i32
+  // Takes new parameters, then writes every row's token, position and slot, counts the tokens that enter the cache
+  // (penalties), and moves each slot's `length` past them.
+  virtual void BeginStep(const StepRows& rows, const SlotState& state, const StepInput& input) = 0;
+
+  // ---- The forward pass.
+  virtual void Embed(const Tensor& h, const Weight& embed_tokens, const StepRows& rows) = 0;  // h [T,D] residual
+
+  // h += delta (when given); x = h * rsqrt(mean(h^2) + eps) * weight. `plain` (when given) gets x unquantised.
+  virtual void AddRmsNorm(const Tensor& h,       // [T,D] residual, in and out
+                          const Activation& x,   // [T,D]
+                          const Tensor& plain,   // [T,D] f32 | bf16, or empty
+                          const Tensor& delta,   // [T,D], or empty
+                          const Weight& weight,  // [D]
+                          float eps) = 0;
+
+  // y = x * w^T, fp32 accumulation; FP8 by blocks of 128 (report 3.3.2).
+  virtual void Linear(const Tensor& y, const Activation& x, const Weight& w) = 0;  // [T,out] <- [T,in], w [out,in]
+
+  // After the fused down-projections (2.1.1 of the report, eq. 1-5): the latent c = norm(kv[:C]) and k_pe =
+  // rope(kv[C:]) go to the cache at every row's position; q_latent = norm(q_a), when the model has a q_lora_rank.
+  virtual void LatentNormRopeWrite(const KvCache& cache, const SlotState& state,
+                                   const Activation& q_latent,    // [T,Q], or empty values
+                                   const Tensor& q_a,             // [T,Q], or empty
+                                   const Tensor& kv,              // [T,C+R]
+                                   const Weight* q_a_layernorm,   // [Q], or null
+                                   const Weight& kv_a_layernorm,  // [C]
+                                   const StepRows& rows, const RopeTable& rope, float eps) = 0;
+
+  // Multi-head latent attention over the paged cache, causal by position, keys of this step included (report eq. 6-11).
+  // Ropes q's last R of every head itself; whether W_UK / W_UV are absorbed is the backend's choice.
+  virtual void MlaAttention(const Activation& out,  // [T,H*V]
+                            const Tensor& q,        // [T,H*(N+R)], not yet rotated
+                            const Weight& kv_up,    // MakeKvUp
+                            const KvCache& cache,
+                            const SlotState& state,  // block tables
+                            const StepInput& input, const StepRows& rows, const RopeTable& rope,
+                            float softmax_scale) = 0;
+
+  virtual void SiluMul(const Activation& out, const Tensor& gate_up) = 0;  // [T,F] <- silu([T,0:F]) * [T,F:2F]
+
+  // fp32 logits = x * gate^T, then group-limited top-k (report 2.1.2, eq. 12-16). Logical experts become
+  // physical slots through `expert_slots`; padding rows get -1.
+  virtual void Router(const Tensor& topk_slots,       // [T,K] i32
+                      const Tensor& topk_weights,     // [T,K] f32
+                      const Tensor& x,                // [T,D] unquantised
+                      const Weight& gate,             // [E,D]
+                      const Weight* correction_bias,  // [E], or null
+                      const Tensor& expert_slots,     // [E] i32
+                      const StepRows& rows, const RouterOptions& options) = 0;
+
+  // The experts' products over rows grouped by local slot; `offsets` [G+1] lives on the device.
+  virtual void GroupedLinear(const Tensor& y, const Activation& x, const Weight& experts, const Tensor& offsets) = 0;
+  virtual void GroupedSiluMul(const Activation& out, const Tensor& gate_up,
+                              const Tensor& offsets) = 0;  // [M,F] <- [M,2F]
+
+  // x of the rows that logits are wanted of: out[l] = x[row_token[l]]; padding (-1) gives zeros.
+  virtual void GatherRows(const Activation& out, const Activation& x, const Tensor& row_token) = 0;  // [L,D] <- [T,D]
+
+  // ---- A step's end: sampled tokens, drafts verified, log-probabilities; each slot's state moves on.
+  virtual void Sample(const SampleOutput& out, const SlotState& state,
+                      const Tensor& logits,  // [L,W] f32
+                      const Tensor& mask,    // [L,ceil(W/32)] u32, bit set = allowed; or empty
+                      const StepInput& input, const StepRows& rows, int num_valid_tokens) = 0;  // ids below it exist
+};
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_KERNELS_OPS_H_
