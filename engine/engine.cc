@@ -1,0 +1,447 @@
+// Engine: wiring at start, then the step thread's short loop and the output thread.
+#include "engine/engine.h"
+
+#include <spdlog/spdlog.h>
+
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <thread>
+
+#include "absl/strings/str_format.h"
+#include "engine/model/runner.h"
+#include "engine/schedule/scheduler.h"
+
+namespace cachalot {
+namespace {
+
+// A step that takes longer than this means a dead device.
+constexpr absl::Duration kStepTimeout = absl::Minutes(10);
+
+int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
+  if (name.empty()) return on_cpu ? KvDType::kF32 : KvDType::kBF16;
+  if (name == "f32") return KvDType::kF32;
+  if (name == "bf16") return KvDType::kBF16;
+  if (name == "fp8") return KvDType::kFP8;
+  return absl::InvalidArgumentError(absl::StrFormat("kv-cache-dtype: found \"%s\", expected f32, bf16 or fp8", name));
+}
+
+OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
+  OpLimits limits;
+  limits.max_tokens = options.max_batch_tokens;
+  limits.max_sequences = options.max_sequences;
+  limits.max_rows = options.max_sequences + 64;  // room to score a prompt beside full decoding
+  limits.hidden_size = config.hidden_size;
+  limits.num_heads = config.num_attention_heads;
+  limits.q_lora_rank = config.q_lora_rank;
+  limits.kv_lora_rank = config.kv_lora_rank;
+  limits.qk_rope_head_dim = config.qk_rope_head_dim;
+  limits.qk_nope_head_dim = config.qk_nope_head_dim;
+  limits.v_head_dim = config.v_head_dim;
+  limits.vocab_size = config.vocab_size;
+  limits.max_ffn_width =
+      std::max({config.first_k_dense_replace > 0 ? config.intermediate_size : 0,
+                config.n_shared_experts * config.moe_intermediate_size,
+                config.n_routed_experts > 0 ? config.moe_intermediate_size : config.intermediate_size});
+  if (config.first_k_dense_replace < config.num_hidden_layers) {
+    limits.num_experts = limits.num_local_experts = config.n_routed_experts;
+    limits.num_experts_per_tok = config.n_routed_experts > 0 ? config.num_experts_per_tok : 0;
+  }
+  return limits;
+}
+
+// How long a sequence may be and how many blocks the cache has.
+struct CachePlan {
+  int max_model_len = 0;
+  int num_blocks = 0;
+};
+
+absl::StatusOr<CachePlan> PlanCache(const ModelConfig& config, const EngineOptions& options, KvDType dtype,
+                                    int64_t free_memory) {
+  const int64_t block_bytes =
+      KvTokenBytes(dtype, config.kv_lora_rank, config.qk_rope_head_dim) * kBlockTokens * config.num_hidden_layers;
+  const int64_t wanted_len = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
+  if (wanted_len > config.max_position_embeddings) {
+    return absl::InvalidArgumentError(absl::StrFormat("max-model-len: found %d, expected at most the model's %d",
+                                                      wanted_len, config.max_position_embeddings));
+  }
+  int64_t num_blocks = options.kv_cache_bytes / block_bytes;
+  if (options.kv_cache_bytes == 0) {
+    num_blocks = std::min(DivideUp(wanted_len, kBlockTokens) * options.max_sequences, free_memory / 4 / block_bytes);
+  }
+  num_blocks = std::min<int64_t>(num_blocks, 1 << 24);
+  const int64_t max_len = std::min<int64_t>(wanted_len, num_blocks * kBlockTokens);
+  if (num_blocks < 1 || (options.max_model_len > 0 && max_len < options.max_model_len)) {
+    return absl::ResourceExhaustedError(absl::StrFormat(
+        "KV cache: %d tokens fit (%d bytes a token), but one sequence may have %d: raise --kv-cache-memory or lower "
+        "--max-model-len",
+        num_blocks * kBlockTokens, block_bytes / kBlockTokens, wanted_len));
+  }
+  return CachePlan{static_cast<int>(max_len), static_cast<int>(num_blocks)};
+}
+
+absl::Status ValidateOptions(const EngineOptions& options) {
+  const auto at_least = [](const char* name, int64_t value, int64_t low) {
+    if (value >= low) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrFormat("%s: found %d, expected at least %d", name, value, low));
+  };
+  absl::Status status = at_least("max-model-len", options.max_model_len, 0);
+  status.Update(at_least("max-sequences", options.max_sequences, 1));
+  status.Update(at_least("max-batch-tokens", options.max_batch_tokens, 1));
+  status.Update(at_least("max-waiting", options.max_waiting, 1));
+  status.Update(at_least("kv-cache-memory", options.kv_cache_bytes, 0));
+  status.Update(at_least("threads", options.num_threads, 0));
+  if (options.activation != "auto" && options.activation != "f32" && options.activation != "fp8") {
+    status.Update(absl::InvalidArgumentError(
+        absl::StrFormat("activation: found \"%s\", expected auto, f32 or fp8", options.activation)));
+  }
+  return status;
+}
+
+class EngineImpl : public Engine {
+ public:
+  explicit EngineImpl(const EngineOptions& options) : options_(options) {}
+  ~EngineImpl() override;
+
+  absl::Status Start(int valid_tokens);
+  absl::StatusOr<RequestId> Submit(Request request, DeltaSink sink) override;
+  void Cancel(RequestId id) override;
+  EngineStats stats() const override;
+  const ModelInfo& model() const override { return model_info_; }
+  absl::Status health() const override;
+
+ private:
+  absl::Status Load(int valid_tokens);
+  absl::Status WarmUp();
+  absl::Status Validate(const Request& request) const;
+  void RunSteps();
+  bool TakeInbox(bool may_sleep, Scheduler::Deltas* deltas);
+  void Publish(Scheduler::Deltas deltas);
+  void RunOutput();
+
+  const EngineOptions options_;
+  ModelInfo model_info_;
+  std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Runner> runner_;
+  std::unique_ptr<BlockPool> pool_;
+  std::unique_ptr<Scheduler> scheduler_;
+
+  // Submit queue: any thread -> step thread.
+  mutable std::mutex inbox_mutex_;
+  std::condition_variable inbox_filled_;
+  std::vector<std::unique_ptr<Sequence>> new_sequences_;
+  std::vector<RequestId> cancelled_;
+  bool is_stopping_ = false;
+  RequestId next_id_ = 1;
+  EngineStats stats_;  // as of the last step
+  absl::Status health_;
+
+  // Delta queue: step thread -> output thread.
+  std::mutex output_mutex_;
+  std::condition_variable output_filled_;
+  std::deque<std::pair<RequestId, Delta>> output_;
+  absl::flat_hash_map<RequestId, std::unique_ptr<DeltaSink>> sinks_;
+  bool is_output_done_ = false;
+
+  std::thread step_thread_, output_thread_;
+};
+
+absl::Status EngineImpl::Load(int valid_tokens) {
+  auto config = ModelConfig::Load(options_.model_dir);
+  if (!config.ok()) return config.status();
+  auto checkpoint = Checkpoint::Open(options_.model_dir);
+  if (!checkpoint.ok()) return checkpoint.status();
+  checkpoint_ = *std::move(checkpoint);
+
+  const bool on_cpu = options_.device != "cuda";
+  auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, on_cpu);
+  if (!kv_dtype.ok()) return kv_dtype.status();
+  if (options_.activation == "fp8" && !config->is_fp8) {
+    return absl::InvalidArgumentError("activation: fp8 needs a checkpoint with FP8 weights");
+  }
+  const bool is_quantised =
+      options_.activation == "fp8" || (options_.activation == "auto" && !on_cpu && config->is_fp8);
+
+  BackendOptions backend_options;
+  backend_options.device = options_.device;
+  backend_options.activation = is_quantised ? ActivationFormat::kFP8 : ActivationFormat::kF32;
+  backend_options.scale_rule = config->scale_rule;
+  backend_options.num_threads = options_.num_threads;
+  backend_options.limits = MakeLimits(*config, options_);
+  backend_options.limits.max_context =
+      options_.max_model_len > 0 ? options_.max_model_len : config->max_position_embeddings;
+  auto backend = MakeBackend(backend_options);
+  if (!backend.ok()) return backend.status();
+  backend_ = *std::move(backend);
+
+  auto cache = PlanCache(*config, options_, *kv_dtype, static_cast<int64_t>(backend_->device().FreeMemory()));
+  if (!cache.ok()) return cache.status();
+  RunnerOptions runner_options;
+  runner_options.limits = backend_options.limits;
+  runner_options.limits.max_context = cache->max_model_len;
+  runner_options.kv_dtype = *kv_dtype;
+  runner_options.format = is_quantised                             ? ActivationFormat::kFP8
+                          : backend_->value_dtype() == DType::kF32 ? ActivationFormat::kF32
+                                                                   : ActivationFormat::kBF16;
+  runner_options.num_blocks = cache->num_blocks;
+  runner_options.num_valid_tokens = valid_tokens > 0 ? std::min(valid_tokens, config->vocab_size) : config->vocab_size;
+  auto runner = Runner::Create(*config, *checkpoint_, runner_options, *backend_);
+  if (!runner.ok()) return runner.status();
+  runner_ = *std::move(runner);
+
+  pool_ = std::make_unique<BlockPool>(cache->num_blocks);
+  const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, runner_options.limits.max_rows,
+                                  cache->max_model_len, config->eos_token_ids};
+  scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
+  model_info_.model_type = config->model_type;
+  model_info_.backend = backend_->name();
+  model_info_.vocab_size = config->vocab_size;
+  model_info_.max_model_len = cache->max_model_len;
+  model_info_.kv_cache_tokens = cache->num_blocks * kBlockTokens;
+  model_info_.kv_bytes_per_token =
+      KvTokenBytes(*kv_dtype, config->kv_lora_rank, config->qk_rope_head_dim) * config->num_hidden_layers;
+  model_info_.bos_token_id = config->bos_token_id;
+  return absl::OkStatus();
+}
+
+// A real step or two: everything that serving will touch has been touched before anybody is told that we are ready.
+absl::Status EngineImpl::WarmUp() {
+  auto sequence = std::make_unique<Sequence>();
+  sequence->tokens = {0};
+  sequence->num_prompt_tokens = 1;
+  sequence->sampling.max_tokens = std::min(2, model_info_.max_model_len - 1);
+  sequence->sampling.ignore_eos = true;
+  scheduler_->Add(std::move(sequence));
+  while (true) {
+    const StepPlan plan = scheduler_->Plan();
+    if (plan.empty()) return absl::OkStatus();
+    runner_->Launch(plan);
+    auto result = runner_->Wait(kStepTimeout);
+    if (!result.ok()) return result.status();
+    Scheduler::Deltas deltas;
+    scheduler_->Commit(*result, &deltas);
+  }
+}
+
+absl::Status EngineImpl::Start(int valid_tokens) {
+  absl::Status status = ValidateOptions(options_);
+  if (status.ok()) status = Load(valid_tokens);
+  if (status.ok()) status = WarmUp();
+  if (!status.ok()) return status;
+  stats_.blocks_total = pool_->num_blocks();
+  output_thread_ = std::thread([this] { RunOutput(); });
+  step_thread_ = std::thread([this] { RunSteps(); });
+  return absl::OkStatus();
+}
+
+EngineImpl::~EngineImpl() {
+  {
+    std::lock_guard lock(inbox_mutex_);
+    is_stopping_ = true;
+  }
+  inbox_filled_.notify_all();
+  if (step_thread_.joinable()) step_thread_.join();
+  {
+    std::lock_guard lock(output_mutex_);
+    is_output_done_ = true;
+  }
+  output_filled_.notify_all();
+  if (output_thread_.joinable()) output_thread_.join();
+}
+
+absl::Status EngineImpl::Validate(const Request& request) const {
+  const SamplingParams& s = request.sampling;
+  const auto bad = [](auto&&... parts) { return absl::InvalidArgumentError(absl::StrFormat(parts...)); };
+  if (request.prompt.empty()) return bad("prompt: it has no tokens");
+  for (int32_t token : request.prompt) {
+    if (token < 0 || token >= model_info_.vocab_size) {
+      return bad("prompt: token id %d is outside the vocabulary of %d", token, model_info_.vocab_size);
+    }
+  }
+  const int64_t num_tokens = static_cast<int64_t>(request.prompt.size());
+  if (num_tokens + (s.max_tokens > 0 ? 1 : 0) > model_info_.max_model_len) {
+    return bad("prompt: it has %d tokens, and the context of %d must hold prompt and answer", num_tokens,
+               model_info_.max_model_len);
+  }
+  if (!std::isfinite(s.temperature) || s.temperature < 0)
+    return bad("temperature: found %g, expected 0 or more", s.temperature);
+  if (!(s.top_p > 0 && s.top_p <= 1)) return bad("top_p: found %g, expected more than 0 and at most 1", s.top_p);
+  if (!(s.min_p >= 0 && s.min_p <= 1)) return bad("min_p: found %g, expected 0 to 1", s.min_p);
+  if (s.top_k < 0) return bad("top_k: found %d, expected 0 or more", s.top_k);
+  if (!(std::abs(s.presence_penalty) <= 2))
+    return bad("presence_penalty: found %g, expected -2 to 2", s.presence_penalty);
+  if (!(std::abs(s.frequency_penalty) <= 2))
+    return bad("frequency_penalty: found %g, expected -2 to 2", s.frequency_penalty);
+  if (!(std::isfinite(s.repetition_penalty) && s.repetition_penalty > 0)) {
+    return bad("repetition_penalty: found %g, expected more than 0", s.repetition_penalty);
+  }
+  if (s.max_tokens < 0) return bad("max_tokens: found %d, expected 0 or more", s.max_tokens);
+  if (s.logprobs > kMaxTopLogprobs || s.prompt_logprobs > kMaxTopLogprobs) {
+    return bad("logprobs: found %d, expected at most %d", std::max(s.logprobs, s.prompt_logprobs), kMaxTopLogprobs);
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<RequestId> EngineImpl::Submit(Request request, DeltaSink sink) {
+  const absl::Status status = Validate(request);
+  if (!status.ok()) return status;
+  auto sequence = std::make_unique<Sequence>();
+  sequence->sampling = std::move(request.sampling);
+  sequence->priority = request.priority;
+  sequence->num_prompt_tokens = static_cast<int>(request.prompt.size());
+  sequence->tokens = std::move(request.prompt);
+  std::lock_guard lock(inbox_mutex_);
+  if (!health_.ok()) return absl::UnavailableError(health_.message());
+  if (is_stopping_) return absl::UnavailableError("the server is stopping");
+  if (stats_.waiting + static_cast<int>(new_sequences_.size()) >= options_.max_waiting) {
+    return absl::ResourceExhaustedError(absl::StrFormat("%d requests are waiting already", options_.max_waiting));
+  }
+  const RequestId id = next_id_++;
+  sequence->id = id;
+  {
+    std::lock_guard output_lock(output_mutex_);
+    sinks_[id] = std::make_unique<DeltaSink>(std::move(sink));
+  }
+  new_sequences_.push_back(std::move(sequence));
+  inbox_filled_.notify_one();
+  return id;
+}
+
+void EngineImpl::Cancel(RequestId id) {
+  std::lock_guard lock(inbox_mutex_);
+  cancelled_.push_back(id);
+  inbox_filled_.notify_one();
+}
+
+EngineStats EngineImpl::stats() const {
+  std::lock_guard lock(inbox_mutex_);
+  EngineStats stats = stats_;
+  stats.waiting += static_cast<int>(new_sequences_.size());
+  return stats;
+}
+
+absl::Status EngineImpl::health() const {
+  std::lock_guard lock(inbox_mutex_);
+  return health_;
+}
+
+// Moves what has arrived into the scheduler; false when it is time to stop.
+bool EngineImpl::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
+  std::vector<std::unique_ptr<Sequence>> arrived;
+  std::vector<RequestId> cancelled;
+  {
+    std::unique_lock lock(inbox_mutex_);
+    if (may_sleep) {
+      inbox_filled_.wait(lock, [this] { return is_stopping_ || !new_sequences_.empty() || !cancelled_.empty(); });
+    }
+    if (is_stopping_) return false;
+    arrived.swap(new_sequences_);
+    cancelled.swap(cancelled_);
+    stats_.waiting += static_cast<int>(arrived.size());
+  }
+  for (auto& sequence : arrived) scheduler_->Add(std::move(sequence));
+  for (RequestId id : cancelled) scheduler_->Cancel(id, deltas);
+  return true;
+}
+
+// The loop of engine/schedule/step.h: plan and launch while a step runs, at most two in flight.
+void EngineImpl::RunSteps() {
+  bool is_idle = false;
+  absl::Status status;
+  Scheduler::Deltas deltas;
+  while (TakeInbox(is_idle, &deltas)) {
+    const StepPlan plan = scheduler_->Plan();
+    if (!plan.empty()) runner_->Launch(plan);
+    // NOTE: a commit frees blocks and slots, so only a turn that neither planned nor committed has nothing to do.
+    is_idle = plan.empty() && scheduler_->num_in_flight() == 0;
+    if (scheduler_->num_in_flight() == kMaxStepsInFlight || (plan.empty() && !is_idle)) {
+      auto result = runner_->Wait(kStepTimeout);
+      if (!result.ok()) {
+        status = result.status();
+        break;
+      }
+      scheduler_->Commit(*result, &deltas);
+    }
+    Publish(std::move(deltas));
+    deltas.clear();
+  }
+
+  // The end: nothing may be left without its last delta.
+  if (!status.ok()) spdlog::critical("the rank is dead: {}", status.ToString());
+  {
+    std::lock_guard lock(inbox_mutex_);
+    is_stopping_ = true;
+    health_ = status;
+    for (auto& sequence : new_sequences_) scheduler_->Add(std::move(sequence));
+    new_sequences_.clear();
+  }
+  while (status.ok() && scheduler_->num_in_flight() > 0) {
+    auto result = runner_->Wait(kStepTimeout);
+    if (!result.ok()) break;
+    scheduler_->Commit(*result, &deltas);
+  }
+  scheduler_->Fail(absl::UnavailableError(status.ok() ? "the server is stopping" : status.message()), &deltas);
+  Publish(std::move(deltas));
+}
+
+void EngineImpl::Publish(Scheduler::Deltas deltas) {
+  {
+    std::lock_guard lock(inbox_mutex_);
+    stats_.running = scheduler_->num_running();
+    stats_.waiting = scheduler_->num_waiting();
+    stats_.blocks_used = pool_->num_used();
+    stats_.preemptions = scheduler_->num_preemptions();
+    stats_.steps = scheduler_->num_steps();
+    stats_.prompt_tokens = scheduler_->num_prompt_tokens();
+    for (const auto& [id, delta] : deltas) stats_.generated_tokens += delta.tokens.size();
+  }
+  if (deltas.empty()) return;
+  std::lock_guard lock(output_mutex_);
+  for (auto& delta : deltas) output_.push_back(std::move(delta));
+  output_filled_.notify_one();
+}
+
+void EngineImpl::RunOutput() {
+  std::deque<std::pair<RequestId, Delta>> batch;
+  while (true) {
+    {
+      std::unique_lock lock(output_mutex_);
+      output_filled_.wait(lock, [this] { return is_output_done_ || !output_.empty(); });
+      if (output_.empty()) return;
+      batch.swap(output_);
+    }
+    for (auto& [id, delta] : batch) {
+      const bool is_last = delta.finish_reason != FinishReason::kNone;
+      DeltaSink* sink = nullptr;
+      std::unique_ptr<DeltaSink> ending;
+      {
+        std::lock_guard lock(output_mutex_);
+        auto it = sinks_.find(id);
+        CHECK(it != sinks_.end(), "request {} has no sink", id);
+        sink = it->second.get();
+        if (is_last) {
+          ending = std::move(it->second);
+          sinks_.erase(it);
+        }
+      }
+      (*sink)(std::move(delta));
+    }
+    batch.clear();
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, int valid_tokens) {
+  auto engine = std::make_unique<EngineImpl>(options);
+  const absl::Status status = engine->Start(valid_tokens);
+  if (!status.ok()) return status;
+  return engine;
+}
+
+}  // namespace cachalot

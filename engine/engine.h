@@ -1,0 +1,42 @@
+// Engine: one rank's model, scheduler and step thread. Requests go in, deltas come out.
+#ifndef CACHALOT_ENGINE_ENGINE_H_
+#define CACHALOT_ENGINE_ENGINE_H_
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "engine/options.h"
+#include "engine/request.h"
+#include "engine/stats.h"
+
+namespace cachalot {
+
+// All methods may be called from any thread.
+class Engine {
+ public:
+  // Loads the checkpoint, makes the backend, the cache and every workspace, and runs one real step: when this returns,
+  // the engine is ready. NotFound, InvalidArgument or Unimplemented for a checkpoint that cannot be served (one line
+  // naming file, tensor, found and expected), ResourceExhausted when it does not fit.
+  // `valid_tokens` > 0: ids from there on have no token text and are never sampled (rows of the head beyond the
+  // tokenizer).
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, int valid_tokens = 0);
+
+  virtual ~Engine() = default;  // stops: what is in flight ends with kError (Unavailable)
+
+  // InvalidArgument (message for people, naming the field) for an empty prompt, ids outside the vocabulary, a prompt
+  // that leaves no room in max_model_len, parameters out of range; ResourceExhausted when the queue is full;
+  // Unavailable when stopping. Otherwise `sink` will be called until a delta with a finish reason.
+  virtual absl::StatusOr<RequestId> Submit(Request request, DeltaSink sink) = 0;
+
+  // The request ends with kCancelled unless it has already ended; unknown ids are ignored.
+  virtual void Cancel(RequestId id) = 0;
+
+  virtual EngineStats stats() const = 0;
+  virtual const ModelInfo& model() const = 0;
+  // Ok while steps complete; the fault once the rank is dead.
+  virtual absl::Status health() const = 0;
+};
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_ENGINE_ENGINE_H_

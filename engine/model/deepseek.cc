@@ -1,0 +1,109 @@
+// DeepSeek: the model on one page (DeepSeek-V3 report, 2.1). Dimension letters: kernels/ops.h.
+#include "engine/model/deepseek.h"
+
+#include <numeric>
+
+namespace cachalot {
+
+Tensor DeepSeek::Forward(const StepArrays& step) {
+  const int num_tokens = static_cast<int>(step.rows.tokens.dim(0));
+  const Activations a = buffers_->View(num_tokens, static_cast<int>(step.input.row_token.dim(0)));
+  const float eps = static_cast<float>(config_.rms_norm_eps);
+
+  ops_.Embed(a.h, *weights_.embed_tokens, step.rows);  // [T,D]
+  Tensor delta;                                        // what the last sublayer adds to h: the next norm does it
+  for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    const LayerWeights& w = weights_.layers[layer];
+    ops_.AddRmsNorm(a.h, a.x, Tensor(), delta, *w.input_layernorm, eps);
+    Attention(a, w, caches_[layer], step);
+    delta = a.delta;
+    if (config_.is_moe_layer(layer)) {
+      ops_.AddRmsNorm(a.h, a.x, a.plain, delta, *w.post_attention_layernorm, eps);
+      Moe(a, w, step);
+    } else {
+      ops_.AddRmsNorm(a.h, a.x, Tensor(), delta, *w.post_attention_layernorm, eps);
+      Mlp(a.delta, a, w);
+    }
+  }
+  ops_.AddRmsNorm(a.h, a.normed, Tensor(), delta, *weights_.norm, eps);
+  ops_.GatherRows(a.head_in, a.normed, step.input.row_token);  // [L,D]
+  ops_.Linear(a.logits, a.head_in, *weights_.lm_head);         // [L,W]
+  return a.logits;
+}
+
+// a.x -> a.delta. Multi-head latent attention (report 2.1.1): latents are cached, heads are never.
+void DeepSeek::Attention(const Activations& a, const LayerWeights& w, const KvCache& cache, const StepArrays& step) {
+  ops_.Linear(a.q_kv_a, a.x, *w.q_kv_a_proj);  // [T,Q+C+R]
+  const int64_t kv_width = config_.kv_lora_rank + config_.qk_rope_head_dim;
+  const int64_t q_width = a.q_kv_a.dim(1) - kv_width;
+  const Tensor q_a = a.q_kv_a.Columns(0, q_width), kv = a.q_kv_a.Columns(q_width, kv_width);
+  Tensor q = q_a;  // [T,H*(N+R)] without q_lora_rank
+  if (w.q_b_proj == nullptr) {
+    ops_.LatentNormRopeWrite(cache, step.state, Activation(), Tensor(), kv, nullptr, *w.kv_a_layernorm, step.rows,
+                             rope_, kLatentNormEps);
+  } else {
+    ops_.LatentNormRopeWrite(cache, step.state, a.q_latent, q_a, kv, w.q_a_layernorm.get(), *w.kv_a_layernorm,
+                             step.rows, rope_, kLatentNormEps);
+    ops_.Linear(a.q, a.q_latent, *w.q_b_proj);
+    q = a.q;
+  }
+  ops_.MlaAttention(a.attention, q, *w.kv_b_proj, cache, step.state, step.input, step.rows, rope_,
+                    config_.softmax_scale());  // [T,H*V]
+  ops_.Linear(a.delta, a.attention, *w.o_proj);
+}
+
+// a.x -> out. down(silu(gate(x)) * up(x)): the dense layers, and the shared experts.
+void DeepSeek::Mlp(const Tensor& out, const Activations& a, const LayerWeights& w) {
+  const int64_t F = w.down_proj->cols();
+  const Tensor gate_up(a.gate_up.data, a.gate_up.dtype, {a.gate_up.dim(0), 2 * F});
+  Activation intermediate = a.intermediate;
+  intermediate.values = Tensor(intermediate.values.data, intermediate.values.dtype, {gate_up.dim(0), F});
+  if (!intermediate.scales.empty()) {
+    intermediate.scales =
+        Tensor(intermediate.scales.data, DType::kF32, {gate_up.dim(0), (F + kQuantGroup - 1) / kQuantGroup});
+  }
+  ops_.Linear(gate_up, a.x, *w.gate_up_proj);
+  ops_.SiluMul(intermediate, gate_up);
+  ops_.Linear(out, intermediate, *w.down_proj);
+}
+
+// a.x, a.plain -> a.delta. Routed experts wherever they live, plus the shared ones, unweighted (report eq. 12).
+void DeepSeek::Moe(const Activations& a, const LayerWeights& w, const StepArrays& step) {
+  ops_.Router(a.topk_slots, a.topk_weights, a.plain.empty() ? a.x.values : a.plain, *w.gate,
+              w.e_score_correction_bias.get(), expert_slots_, step.rows, config_.router_options());
+  communicator_.Dispatch(a.expert_rows, a.x, a.topk_slots);
+  ops_.GroupedLinear(a.expert_gate_up, a.expert_rows.x, *w.experts_gate_up_proj, a.expert_rows.offsets);
+  ops_.GroupedSiluMul(a.expert_intermediate, a.expert_gate_up, a.expert_rows.offsets);
+  ops_.GroupedLinear(a.expert_out, a.expert_intermediate, *w.experts_down_proj, a.expert_rows.offsets);
+  if (w.gate_up_proj != nullptr) Mlp(a.shared, a, w);
+  communicator_.Combine(a.delta, a.expert_out, a.topk_weights, w.gate_up_proj != nullptr ? a.shared : Tensor());
+}
+
+absl::StatusOr<std::unique_ptr<DeepSeek>> DeepSeek::Create(const ModelConfig& config, ModelWeights weights,
+                                                           std::vector<KvCache> caches, RopeTable rope,
+                                                           Backend& backend, const OpLimits& limits,
+                                                           ActivationFormat format) {
+  std::unique_ptr<DeepSeek> model(new DeepSeek(config, std::move(weights), std::move(caches), rope, backend));
+  auto buffers = ActivationBuffers::Create(model->config_, backend, limits, format);
+  if (!buffers.ok()) return buffers.status();
+  model->buffers_ = *std::move(buffers);
+  if (config.n_routed_experts == 0) return model;
+
+  // Every logical expert in the physical slot of its own number, until a placement says otherwise.
+  Device& device = backend.device();
+  const size_t bytes = config.n_routed_experts * sizeof(int32_t);
+  auto table = device.Allocate(bytes, Device::Memory::kDevice);
+  auto staging = device.Allocate(bytes, Device::Memory::kPinnedHost);
+  if (!table.ok()) return table.status();
+  if (!staging.ok()) return staging.status();
+  auto* slots = static_cast<int32_t*>(staging->data());
+  std::iota(slots, slots + config.n_routed_experts, 0);
+  model->expert_slots_buffer_ = *std::move(table);
+  model->expert_slots_ = Tensor(model->expert_slots_buffer_.data(), DType::kI32, {config.n_routed_experts});
+  device.Upload(model->expert_slots_, slots);
+  const absl::Status status = device.Wait(device.Record(), absl::Minutes(1));
+  if (!status.ok()) return status;
+  return model;
+}
+
+}  // namespace cachalot

@@ -1,0 +1,251 @@
+// Runner: packing, submitting and unpacking of steps.
+#include "engine/model/runner.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace cachalot {
+namespace {
+
+enum SubmitKind { kStep = 0, kBlockUpdates = 1 };
+
+// Lays arrays out one behind the other, 16-byte aligned; the same calls give the same layout on host and device.
+class Packer {
+ public:
+  explicit Packer(void* base) : base_(reinterpret_cast<uintptr_t>(base)), next_(base_) {}
+  Tensor Take(DType dtype, std::initializer_list<int64_t> dims) {
+    Tensor tensor(reinterpret_cast<void*>(next_), dtype, dims);
+    next_ += (tensor.num_bytes() + 15) / 16 * 16;
+    return tensor;
+  }
+  int64_t bytes() const { return static_cast<int64_t>(next_ - base_); }
+
+ private:
+  const uintptr_t base_;
+  uintptr_t next_;
+};
+
+StepInput PackInput(Packer* packer, int64_t T, int64_t S, int64_t L) {
+  StepInput input;
+  input.seq_slot = packer->Take(DType::kI32, {S});
+  input.seq_start = packer->Take(DType::kI32, {S});
+  input.query_start = packer->Take(DType::kI32, {S + 1});
+  input.seq_params = packer->Take(DType::kU8, {S, static_cast<int64_t>(sizeof(SlotParams))});
+  input.tokens = packer->Take(DType::kI32, {T});
+  input.row_token = packer->Take(DType::kI32, {L});
+  input.row_seq = packer->Take(DType::kI32, {L});
+  input.row_target = packer->Take(DType::kI32, {L});
+  return input;
+}
+
+SampleOutput PackOutput(Packer* packer, int64_t S, int64_t L) {
+  SampleOutput output;
+  output.tokens = packer->Take(DType::kI32, {L});
+  output.logprobs = packer->Take(DType::kF32, {L});
+  output.top_tokens = packer->Take(DType::kI32, {L, kMaxTopLogprobs});
+  output.top_logprobs = packer->Take(DType::kF32, {L, kMaxTopLogprobs});
+  output.num_accepted = packer->Take(DType::kI32, {S});
+  return output;
+}
+
+template <typename T>
+std::vector<T> Copy(const Tensor& tensor, int64_t rows) {
+  return std::vector<T>(tensor.as<T>(), tensor.as<T>() + rows * tensor.row_elements());
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config, const Checkpoint& checkpoint,
+                                                       const RunnerOptions& options, Backend& backend) {
+  std::unique_ptr<Runner> runner(new Runner(options, backend));
+  const OpLimits& limits = options.limits;
+  auto weights = ModelWeights::Load(config, checkpoint, {0, limits.num_local_experts}, backend.ops());
+  if (!weights.ok()) return weights.status();
+  absl::Status status = runner->MakeState();
+  if (status.ok()) status = runner->MakeStaging();
+  if (!status.ok()) return status;
+
+  std::vector<KvCache> caches;
+  const int64_t token_bytes = KvTokenBytes(options.kv_dtype, config.kv_lora_rank, config.qk_rope_head_dim);
+  for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
+    auto blocks = runner->NewTensor(DType::kU8, {options.num_blocks, kBlockTokens, token_bytes});
+    if (!blocks.ok()) return blocks.status();
+    caches.push_back({*blocks, options.kv_dtype});
+  }
+
+  // The table of angles: made on the host, the same in every backend.
+  const std::vector<float> angles = MakeRopeTable(config, limits.max_context);
+  auto cos_sin = runner->NewTensor(DType::kF32, {limits.max_context, config.qk_rope_head_dim});
+  if (!cos_sin.ok()) return cos_sin.status();
+  auto staging = backend.device().Allocate(cos_sin->num_bytes(), Device::Memory::kPinnedHost);
+  if (!staging.ok()) return staging.status();
+  std::memcpy(staging->data(), angles.data(), cos_sin->num_bytes());
+  backend.device().Upload(*cos_sin, staging->data());
+  status = backend.device().Wait(backend.device().Record(), absl::Minutes(1));
+  if (!status.ok()) return status;
+
+  auto model = DeepSeek::Create(config, *std::move(weights), std::move(caches), RopeTable{*cos_sin}, backend, limits,
+                                options.format);
+  if (!model.ok()) return model.status();
+  runner->model_ = *std::move(model);
+  return runner;
+}
+
+absl::StatusOr<Tensor> Runner::NewTensor(DType dtype, std::initializer_list<int64_t> dims) {
+  Tensor tensor(nullptr, dtype, dims);
+  auto buffer = device_.Allocate(std::max<int64_t>(tensor.num_bytes(), 1), Device::Memory::kDevice);
+  if (!buffer.ok()) return buffer.status();
+  tensor.data = buffer->data();
+  buffers_.push_back(*std::move(buffer));
+  return tensor;
+}
+
+absl::Status Runner::MakeState() {
+  const OpLimits& limits = options_.limits;
+  const int64_t U = limits.max_sequences, T = limits.max_tokens;
+  const int64_t max_blocks = (limits.max_context + kBlockTokens - 1) / kBlockTokens;
+  absl::Status status;
+  const auto make = [&](DType dtype, std::initializer_list<int64_t> dims) {
+    auto tensor = NewTensor(dtype, dims);
+    status.Update(tensor.status());
+    return tensor.value_or(Tensor());
+  };
+  state_.block_table = make(DType::kI32, {U, max_blocks});
+  state_.length = make(DType::kI32, {U});
+  state_.last_token = make(DType::kI32, {U});
+  if (limits.max_drafts > 0) state_.drafts = make(DType::kI32, {U, limits.max_drafts});
+  state_.params = make(DType::kU8, {U, static_cast<int64_t>(sizeof(SlotParams))});
+  state_.counts = make(DType::kU16, {U, limits.vocab_size});
+  rows_ = {make(DType::kI32, {T}), make(DType::kI32, {T}), make(DType::kI32, {T})};
+  block_updates_ = make(DType::kI32, {options_.num_blocks, 3});
+  return status;
+}
+
+absl::Status Runner::MakeStaging() {
+  const OpLimits& limits = options_.limits;
+  const Shape max = {limits.max_tokens, limits.max_sequences, limits.max_rows};
+  Packer input(nullptr), output(nullptr);
+  PackInput(&input, max.T, max.S, max.L);
+  PackOutput(&output, max.S, max.L);
+  auto device_input = NewTensor(DType::kU8, {input.bytes()});
+  auto device_output = NewTensor(DType::kU8, {output.bytes()});
+  if (!device_input.ok()) return device_input.status();
+  if (!device_output.ok()) return device_output.status();
+  input_ = *device_input;
+  output_ = *device_output;
+  for (StagingSet& set : staging_) {
+    for (auto [pointer, bytes] : {std::pair{&set.input, input.bytes()}, std::pair{&set.output, output.bytes()},
+                                  std::pair{&set.block_updates, block_updates_.num_bytes()}}) {
+      auto buffer = device_.Allocate(bytes, Device::Memory::kPinnedHost);
+      if (!buffer.ok()) return buffer.status();
+      *pointer = buffer->data();
+      buffers_.push_back(*std::move(buffer));
+    }
+  }
+  return absl::OkStatus();
+}
+
+StepInput Runner::InputAt(void* base, Shape shape) const {
+  Packer packer(base);
+  return PackInput(&packer, shape.T, shape.S, shape.L);
+}
+
+SampleOutput Runner::OutputAt(void* base, Shape shape) const {
+  Packer packer(base);
+  return PackOutput(&packer, shape.S, shape.L);
+}
+
+Tensor Runner::PackedInput(Shape shape) const {
+  Packer packer(nullptr);
+  PackInput(&packer, shape.T, shape.S, shape.L);
+  return input_.Rows(0, packer.bytes());
+}
+
+Tensor Runner::PackedOutput(Shape shape) const {
+  Packer packer(nullptr);
+  PackOutput(&packer, shape.S, shape.L);
+  return output_.Rows(0, packer.bytes());
+}
+
+void Runner::FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const {
+  int row = 0;
+  auto* params = reinterpret_cast<SlotParams*>(input.seq_params.as<uint8_t>());
+  for (int s = 0; s < shape.S; ++s) {
+    const bool is_real = s < static_cast<int>(plan.sequences.size());
+    const SequenceStep sequence = is_real ? plan.sequences[s] : SequenceStep();
+    input.seq_slot.as<int32_t>()[s] = is_real ? sequence.slot : -1;
+    input.seq_start.as<int32_t>()[s] = sequence.start;
+    input.query_start.as<int32_t>()[s] = row;
+    params[s] = sequence.params;
+    std::copy(sequence.tokens.begin(), sequence.tokens.end(), input.tokens.as<int32_t>() + row);
+    row += sequence.num_rows;
+  }
+  input.query_start.as<int32_t>()[shape.S] = row;
+  for (int l = 0; l < shape.L; ++l) {
+    const bool is_real = l < static_cast<int>(plan.logits_rows.size());
+    const LogitsRow wanted = is_real ? plan.logits_rows[l] : LogitsRow{-1, -1, -1};
+    input.row_token.as<int32_t>()[l] = wanted.row;
+    input.row_seq.as<int32_t>()[l] = wanted.sequence;
+    input.row_target.as<int32_t>()[l] = wanted.target;
+  }
+}
+
+void Runner::UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set) {
+  if (updates.empty()) return;
+  const int count = static_cast<int>(updates.size());
+  const int padded = std::min(device_.Bucket(count), static_cast<int>(block_updates_.dim(0)));
+  auto* staged = static_cast<BlockUpdate*>(staging_[set].block_updates);
+  std::copy(updates.begin(), updates.end(), staged);
+  std::fill(staged + count, staged + padded, BlockUpdate{-1, 0, 0});
+  const Tensor target = block_updates_.Rows(0, padded);
+  device_.Upload(target, staged);
+  device_.Submit({padded, 0, 0, kBlockUpdates}, [this, target] { backend_.ops().UpdateBlockTables(state_, target); });
+}
+
+void Runner::Launch(const StepPlan& plan) {
+  CHECK(pending_.size() < kMaxStepsInFlight, "{} steps in flight", pending_.size());
+  const OpLimits& limits = options_.limits;
+  const int num_sequences = static_cast<int>(plan.sequences.size());
+  const int num_rows = static_cast<int>(plan.logits_rows.size());
+  CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= limits.max_rows);
+  const Shape shape = {std::min(device_.Bucket(plan.num_rows), limits.max_tokens),
+                       std::min(device_.Bucket(num_sequences), limits.max_sequences),
+                       std::min(device_.Bucket(num_rows), limits.max_rows)};
+  const int set = next_set_;
+  next_set_ = (next_set_ + 1) % kMaxStepsInFlight;
+
+  UploadBlockUpdates(plan.block_updates, set);
+  FillInput(plan, shape, InputAt(staging_[set].input, shape));
+  device_.Upload(PackedInput(shape), staging_[set].input);
+  device_.Submit({shape.T, shape.S, shape.L, kStep}, [this, shape] {
+    const StepRows rows = {rows_.tokens.Rows(0, shape.T), rows_.positions.Rows(0, shape.T),
+                           rows_.slots.Rows(0, shape.T)};
+    const StepArrays step = {InputAt(input_.data, shape), rows, state_};
+    Ops& ops = backend_.ops();
+    ops.BeginStep(step.rows, step.state, step.input);
+    const Tensor logits = model_->Forward(step);
+    ops.Sample(OutputAt(output_.data, shape), step.state, logits, Tensor(), step.input, step.rows,
+               options_.num_valid_tokens);
+  });
+  device_.Download(staging_[set].output, PackedOutput(shape));
+  pending_.push_back({plan.step, shape, num_rows, num_sequences, set, device_.Record()});
+}
+
+absl::StatusOr<StepResult> Runner::Wait(absl::Duration timeout) {
+  CHECK(!pending_.empty());
+  const Pending pending = pending_.front();
+  const absl::Status status = device_.Wait(pending.event, timeout);
+  if (!status.ok()) return status;
+  pending_.pop_front();
+  const SampleOutput output = OutputAt(staging_[pending.set].output, pending.shape);
+  StepResult result;
+  result.step = pending.step;
+  result.tokens = Copy<int32_t>(output.tokens, pending.num_rows);
+  result.logprobs = Copy<float>(output.logprobs, pending.num_rows);
+  result.top_tokens = Copy<int32_t>(output.top_tokens, pending.num_rows);
+  result.top_logprobs = Copy<float>(output.top_logprobs, pending.num_rows);
+  result.num_accepted = Copy<int32_t>(output.num_accepted, pending.num_sequences);
+  return result;
+}
+
+}  // namespace cachalot

@@ -1,0 +1,82 @@
+// Runner: a step plan becomes device arrays, one upload, the forward pass, sampling, and a result.
+#ifndef CACHALOT_ENGINE_MODEL_RUNNER_H_
+#define CACHALOT_ENGINE_MODEL_RUNNER_H_
+
+#include <array>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/model/deepseek.h"
+#include "engine/schedule/step.h"
+#include "kernels/backend.h"
+
+namespace cachalot {
+
+struct RunnerOptions {
+  OpLimits limits;
+  KvDType kv_dtype = KvDType::kF32;
+  ActivationFormat format = ActivationFormat::kF32;  // of the layers' activations
+  int num_blocks = 0;
+  int num_valid_tokens = 0;  // ids from here on are never sampled
+};
+
+// One thread: the rank's step thread. See engine/schedule/step.h for how two steps follow each other.
+class Runner {
+ public:
+  // Loads the weights and makes the cache, the slots and every buffer. The checkpoint and the backend must outlive it.
+  static absl::StatusOr<std::unique_ptr<Runner>> Create(const ModelConfig& config, const Checkpoint& checkpoint,
+                                                        const RunnerOptions& options, Backend& backend);
+
+  // Queues the step and returns. At most kMaxStepsInFlight are launched and not yet waited for.
+  void Launch(const StepPlan& plan);
+
+  // The oldest launched step's result; DeadlineExceeded, or the device's fault: the rank is dead then.
+  absl::StatusOr<StepResult> Wait(absl::Duration timeout);
+
+ private:
+  struct Shape {  // of a step, padded to the device's bucket
+    int T, S, L;
+  };
+  struct Pending {
+    uint64_t step;
+    Shape shape;
+    int num_rows, num_sequences;  // before padding
+    int set;
+    Device::Event event;
+  };
+
+  Runner(const RunnerOptions& options, Backend& backend)
+      : options_(options), backend_(backend), device_(backend.device()) {}
+
+  absl::Status MakeState();
+  absl::Status MakeStaging();
+  absl::StatusOr<Tensor> NewTensor(DType dtype, std::initializer_list<int64_t> dims);
+  StepInput InputAt(void* base, Shape shape) const;
+  SampleOutput OutputAt(void* base, Shape shape) const;
+  Tensor PackedInput(Shape shape) const;  // the device's input arrays as one run of bytes
+  Tensor PackedOutput(Shape shape) const;
+  void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;
+  void UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set);
+
+  const RunnerOptions options_;
+  Backend& backend_;
+  Device& device_;
+  std::vector<Buffer> buffers_;
+  std::unique_ptr<DeepSeek> model_;
+  SlotState state_;
+  StepRows rows_;          // at the maxima
+  Tensor block_updates_;   // [max,3]
+  Tensor input_, output_;  // device, bytes
+  struct StagingSet {
+    void *input, *output, *block_updates;  // pinned
+  };
+  std::array<StagingSet, kMaxStepsInFlight> staging_;
+  int next_set_ = 0;
+  std::deque<Pending> pending_;
+};
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_ENGINE_MODEL_RUNNER_H_

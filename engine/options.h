@@ -1,0 +1,25 @@
+// EngineOptions: everything the engine is told at start. Validated by Engine::Create, immutable afterwards.
+#ifndef CACHALOT_ENGINE_OPTIONS_H_
+#define CACHALOT_ENGINE_OPTIONS_H_
+
+#include <cstdint>
+#include <string>
+
+namespace cachalot {
+
+struct EngineOptions {
+  std::string model_dir;
+  std::string device = "auto";      // auto | cpu | cuda
+  int num_threads = 0;              // CPU workers; 0: one per core
+  int max_model_len = 0;            // tokens of one sequence; 0: the model's, as far as the cache allows
+  int max_sequences = 64;           // running at once
+  int max_batch_tokens = 512;       // rows of one step: bounds a prefill chunk
+  int max_waiting = 4096;           // queued requests; one more is refused
+  int64_t kv_cache_bytes = 0;       // 0: what max_sequences * max_model_len needs, at most a quarter of free memory
+  std::string kv_cache_dtype;       // f32 | bf16 | fp8; empty: f32 on the CPU, bf16 on the GPU
+  std::string activation = "auto";  // auto | f32 | fp8; f32 on the CPU by default; fp8 quantises 1x128 as the GPU does
+};
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_ENGINE_OPTIONS_H_

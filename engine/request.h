@@ -1,0 +1,67 @@
+// Request and Delta: what crosses the border between the server and the engine. Token ids only.
+#ifndef CACHALOT_ENGINE_REQUEST_H_
+#define CACHALOT_ENGINE_REQUEST_H_
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+
+namespace cachalot {
+
+// How a request's tokens are drawn and when they end. The token at a position is a pure function of the logits and of
+// (seed, choice, position): batching, chunking and preemption change no token.
+struct SamplingParams {
+  float temperature = 1.0f;  // 0: greedy
+  int top_k = 0;             // 0: off
+  float top_p = 1.0f;
+  float min_p = 0.0f;
+  float presence_penalty = 0.0f;
+  float frequency_penalty = 0.0f;
+  float repetition_penalty = 1.0f;
+  uint64_t seed = 0;
+  uint32_t choice = 0;  // index among the request's n answers
+  int max_tokens = 16;  // 0: score the prompt only
+  bool ignore_eos = false;
+  std::vector<int32_t> stop_token_ids;  // besides the model's end-of-sequence ids
+  int logprobs = -1;                    // alternatives to report per generated token, 0..20; -1: no log-probabilities
+  int prompt_logprobs = -1;             // the same per prompt token
+};
+
+struct Request {
+  std::vector<int32_t> prompt;  // at least one token
+  SamplingParams sampling;
+  int priority = 0;  // lower first
+};
+
+// Log-probability of a token under the raw logits, and the likeliest alternatives by falling log-probability.
+struct TokenLogprob {
+  int32_t token = 0;
+  float logprob = 0.0f;
+  std::vector<std::pair<int32_t, float>> top;
+};
+
+enum class FinishReason : uint8_t { kNone, kStop, kLength, kCancelled, kError };
+
+// One step's news of one request.
+struct Delta {
+  std::vector<int32_t> tokens;                // generated; the end-of-sequence token included when it ended the answer
+  std::vector<TokenLogprob> logprobs;         // one per token, when asked for
+  std::vector<TokenLogprob> prompt_logprobs;  // of prompt tokens 1, 2, ... in order, spread over several deltas
+  FinishReason finish_reason = FinishReason::kNone;  // set in the last delta, exactly once
+  int32_t stop_token = -1;                           // the token id that ended it, when kStop
+  absl::Status error;                                // when kError
+};
+
+// Called from the engine's output thread, in order, until the delta with a finish reason. Must not block for long and
+// must not call back into Submit; Cancel is allowed.
+using DeltaSink = std::function<void(Delta)>;
+
+using RequestId = uint64_t;
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_ENGINE_REQUEST_H_

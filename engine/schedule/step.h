@@ -1,0 +1,84 @@
+// StepPlan and StepResult: plain data, the only thing that scheduling and the model share.
+//
+// The loop of a rank (engine.cc) keeps two steps in flight, so that the device never waits for the host:
+//
+//   Launch(plan n)      Launch(plan n+1)        Wait(n), Commit(n)   Launch(plan n+2)   Wait(n+1) ...
+//
+// Two steps of one sequence, step by step. Sequence A (slot 3) has a prompt of 100 tokens; blocks hold 64.
+//
+//   Plan n     {slot 3, start 0, tokens 100 ids, params, sample}; block updates (3,0,b0) (3,1,b1); one logits row: the
+//              last of the 100. The scheduler now counts 100 tokens as fed and one sampled token as under way: it does
+//              not know which.
+//   Launch n   the runner packs the plan into pinned staging set 0, uploads it, submits the step's body and a download
+//              into result set 0, records an event. Nothing has been waited for.
+//              On the device: BeginStep takes the params into slot 3, sets length 0 -> 100; ...forward...; Sample
+//              writes last_token[3] = x.
+//   Plan n+1   made while n runs: {slot 3, start -1 (decode), 1 row, sample}. Position 100 is in block b1, so no block
+//              is needed; at position 128 one would be reserved here, before anybody knows whether A goes on.
+//   Launch n+1 staging set 1. On the device, strictly after n: BeginStep reads token x = last_token[3] and position
+//              100 = length[3]; the host has seen neither.
+//   Wait n     blocks until n's event; result: A sampled x. Commit appends x. Were x an end-of-sequence, A would end
+//              here; its row of n+1 is already running, so its slot and blocks are only marked, and return to the
+//              pools when n+1 is committed: the last launched step that names them. n+1's token for A is dropped.
+//   Plan n+2   staging set 0 is free again: n has been waited for.
+//
+// What follows from it for a GPU backend: a plan's shape (T, S, L) picks the graph, its contents travel in the one
+// upload, and everything a later step needs from an earlier one (token, position, length, drafts, counts) stays on the
+// device, in the slot. A preempted sequence is treated as an ended one, then enters a slot anew with its tokens so far
+// as prompt. With X drafts a decode sequence has 1 + X rows, `num_accepted` of its sampled tokens count, and the
+// scheduler reserves blocks for 1 + X tokens for each step in flight, since it cannot know how many were accepted.
+#ifndef CACHALOT_ENGINE_SCHEDULE_STEP_H_
+#define CACHALOT_ENGINE_SCHEDULE_STEP_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "kernels/ops_types.h"
+
+namespace cachalot {
+
+inline constexpr int kMaxStepsInFlight = 2;
+
+// One sequence's part of a step.
+struct SequenceStep {
+  int slot = 0;
+  int start = -1;                    // position of the first row; -1: decode, the slot knows
+  int num_rows = 0;                  // chunk length, or 1 + drafts
+  absl::Span<const int32_t> tokens;  // of a prefill chunk; must live until Launch returns
+  SlotParams params;                 // params.apply = 1 when the sequence enters its slot in this step
+};
+
+struct BlockUpdate {
+  int32_t slot, index, block;  // block_table[slot][index] = block, before the step
+};
+
+// Logits wanted: of row `row` of the step, for sequence `sequence` of the plan. Rows of one sequence are consecutive.
+struct LogitsRow {
+  int32_t row, sequence;
+  int32_t target;  // score this token; -1: sample
+};
+
+struct StepPlan {
+  uint64_t step = 0;  // counts launched steps of the rank
+  std::vector<SequenceStep> sequences;
+  std::vector<BlockUpdate> block_updates;
+  std::vector<LogitsRow> logits_rows;
+  int num_rows = 0;  // T: sum of the sequences' rows, in their order
+
+  bool empty() const { return sequences.empty(); }
+};
+
+// Indexed like the plan: rows as logits_rows, num_accepted as sequences.
+struct StepResult {
+  uint64_t step = 0;
+  std::vector<int32_t> tokens;        // [L] sampled token, or the target scored
+  std::vector<float> logprobs;        // [L]
+  std::vector<int32_t> top_tokens;    // [L, kMaxTopLogprobs]
+  std::vector<float> top_logprobs;    // [L, kMaxTopLogprobs]
+  std::vector<int32_t> num_accepted;  // [S] sampled tokens that count, from the sequence's first sampling row on
+};
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_ENGINE_SCHEDULE_STEP_H_
