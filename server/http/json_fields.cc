@@ -1,0 +1,159 @@
+// NOTE: nlohmann::json is asked for types before values and parses without exceptions, so that nothing throws.
+#include "server/http/json_fields.h"
+
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/request_error.h"
+
+namespace cachalot {
+namespace {
+
+using nlohmann::json;
+
+constexpr int kMaxDepth = 64;
+
+// Finds the first syntax error.
+class ErrorFinder : public nlohmann::json_sax<json> {
+ public:
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(number_integer_t) override { return true; }
+  bool number_unsigned(number_unsigned_t) override { return true; }
+  bool number_float(number_float_t, const string_t&) override { return true; }
+  bool string(string_t&) override { return true; }
+  bool binary(binary_t&) override { return true; }
+  bool start_object(size_t) override { return true; }
+  bool key(string_t&) override { return true; }
+  bool end_object() override { return true; }
+  bool start_array(size_t) override { return true; }
+  bool end_array() override { return true; }
+  bool parse_error(size_t position, const std::string&, const nlohmann::detail::exception&) override {
+    position_ = position;
+    return false;
+  }
+  size_t position() const { return position_; }
+
+ private:
+  size_t position_ = 0;
+};
+
+absl::string_view View(std::string_view text) { return {text.data(), text.size()}; }
+
+bool IsInteger32(const json& value) {
+  if (value.is_number_unsigned()) return value.get<uint64_t>() <= std::numeric_limits<int32_t>::max();
+  return value.is_number_integer() && value.get<int64_t>() >= std::numeric_limits<int32_t>::min() &&
+         value.get<int64_t>() <= std::numeric_limits<int32_t>::max();
+}
+
+}  // namespace
+
+absl::StatusOr<json> ParseJsonObject(std::string_view body) {
+  // The parser keeps its own stack; what is too deep is dropped here and never becomes a value.
+  bool is_too_deep = false;
+  const auto limit_depth = [&is_too_deep](int depth, json::parse_event_t, json&) {
+    is_too_deep = is_too_deep || depth > kMaxDepth;
+    return depth <= kMaxDepth;
+  };
+  json value = json::parse(body.begin(), body.end(), limit_depth, /*allow_exceptions=*/false);
+  if (is_too_deep) {
+    return absl::InvalidArgumentError(absl::StrCat("the JSON body is nested deeper than ", kMaxDepth));
+  }
+  if (value.is_discarded()) {
+    ErrorFinder finder;
+    json::sax_parse(body.begin(), body.end(), &finder);
+    return absl::InvalidArgumentError(
+        absl::StrCat("the body is not valid JSON in UTF-8: error at byte ", finder.position()));
+  }
+  if (!value.is_object()) return absl::InvalidArgumentError("the body must be a JSON object");
+  return value;
+}
+
+const json* JsonFields::Find(const char* name) const {
+  const auto found = object_.find(name);
+  return found == object_.end() || found->is_null() ? nullptr : &*found;
+}
+
+bool JsonFields::Fail(const char* name, std::string_view message) {
+  const std::string field = prefix_ + name;
+  if (status_.ok()) status_ = FieldError(field, absl::StrCat(field, " ", View(message)));
+  return false;
+}
+
+bool JsonFields::Read(const char* name, bool* value) {
+  const json* field = Find(name);
+  if (field == nullptr) return false;
+  if (!field->is_boolean()) return Fail(name, "must be a boolean");
+  *value = field->get<bool>();
+  return true;
+}
+
+bool JsonFields::Read(const char* name, float* value) {
+  const json* field = Find(name);
+  if (field == nullptr) return false;
+  if (!field->is_number()) return Fail(name, "must be a number");
+  *value = static_cast<float>(field->get<double>());
+  return true;
+}
+
+bool JsonFields::Read(const char* name, std::string* value) {
+  const json* field = Find(name);
+  if (field == nullptr) return false;
+  if (!field->is_string()) return Fail(name, "must be a string");
+  *value = *field->get_ptr<const std::string*>();
+  return true;
+}
+
+bool JsonFields::Read(const char* name, int64_t low, int64_t high, int* value) {
+  const json* field = Find(name);
+  if (field == nullptr) return false;
+  if (!field->is_number_integer()) return Fail(name, "must be an integer");
+  const bool is_in_range = IsInteger32(*field) && field->get<int64_t>() >= low && field->get<int64_t>() <= high;
+  if (!is_in_range) return Fail(name, absl::StrCat("must be between ", low, " and ", high));
+  *value = static_cast<int>(field->get<int64_t>());
+  return true;
+}
+
+bool JsonFields::Read(const char* name, uint64_t* value) {
+  const json* field = Find(name);
+  if (field == nullptr) return false;
+  if (!field->is_number_integer()) return Fail(name, "must be an integer");
+  *value = field->is_number_unsigned() ? field->get<uint64_t>() : static_cast<uint64_t>(field->get<int64_t>());
+  return true;
+}
+
+bool JsonFields::Read(const char* name, std::vector<int32_t>* value) {
+  const json* field = Find(name);
+  if (field == nullptr) return false;
+  std::vector<int32_t> ids;
+  if (!AppendTokenIds(*field, &ids)) return Fail(name, "must be an array of token ids");
+  *value = std::move(ids);
+  return true;
+}
+
+bool JsonFields::ReadStrings(const char* name, std::vector<std::string>* value) {
+  const json* field = Find(name);
+  if (field == nullptr) return false;
+  std::vector<std::string> strings;
+  if (field->is_string()) strings.push_back(*field->get_ptr<const std::string*>());
+  if (!field->is_string() && !field->is_array()) return Fail(name, "must be a string or an array of strings");
+  for (size_t i = 0; field->is_array() && i < field->size(); ++i) {
+    if (!(*field)[i].is_string()) return Fail(name, "must be a string or an array of strings");
+    strings.push_back(*(*field)[i].get_ptr<const std::string*>());
+  }
+  *value = std::move(strings);
+  return true;
+}
+
+bool AppendTokenIds(const json& array, std::vector<int32_t>* ids) {
+  if (!array.is_array()) return false;
+  ids->reserve(ids->size() + array.size());
+  for (const json& item : array) {
+    if (!IsInteger32(item)) return false;
+    ids->push_back(static_cast<int32_t>(item.get<int64_t>()));
+  }
+  return true;
+}
+
+}  // namespace cachalot

@@ -1,0 +1,126 @@
+// Handlers: each parses, asks the generator, and answers.
+#include "server/http/openai.h"
+
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "server/http/completion_call.h"
+#include "server/http/openai_error.h"
+#include "server/http/openai_request.h"
+#include "server/request_error.h"
+
+namespace cachalot {
+namespace {
+
+using nlohmann::ordered_json;
+
+constexpr char kModelsPath[] = "/v1/models/";
+
+void RespondJson(const std::shared_ptr<HttpResponder>& responder, const ordered_json& json) {
+  responder->Respond({.body = Dump(json), .headers = {}});
+}
+
+}  // namespace
+
+OpenAiApi::OpenAiApi(Generator* generator, std::string model_name, std::string model_root, std::string version)
+    : generator_(generator),
+      model_name_(std::move(model_name)),
+      model_root_(std::move(model_root)),
+      version_(std::move(version)),
+      created_(absl::ToUnixSeconds(absl::Now())) {}
+
+void OpenAiApi::Register(HttpServer* server) {
+  const auto handle = [this, server](const char* method, const char* path,
+                                     void (OpenAiApi::*handler)(HttpRequest, Responder) const) {
+    server->Handle(method, path, [this, handler](HttpRequest request, Responder responder) {
+      (this->*handler)(std::move(request), std::move(responder));
+    });
+  };
+  handle("POST", "/v1/completions", &OpenAiApi::Completions);
+  handle("POST", "/tokenize", &OpenAiApi::Tokenize);
+  handle("POST", "/detokenize", &OpenAiApi::Detokenize);
+  handle("GET", "/v1/models", &OpenAiApi::Models);
+  handle("GET", absl::StrCat(kModelsPath, "*").c_str(), &OpenAiApi::Model);
+  handle("GET", "/readyz", &OpenAiApi::Ready);
+  handle("GET", "/health", &OpenAiApi::Ready);
+  server->Handle("GET", "/livez", [](HttpRequest, Responder responder) {
+    RespondJson(responder, {{"status", "alive"}});
+  });
+  server->Handle("GET", "/version", [this](HttpRequest, Responder responder) {
+    RespondJson(responder, {{"version", version_}});
+  });
+}
+
+absl::Status OpenAiApi::CheckModel(const std::string& name) const {
+  if (name.empty() || name == model_name_) return absl::OkStatus();
+  return WithField(
+      absl::NotFoundError(absl::StrCat("The model '", name, "' does not exist; this server has '", model_name_, "'")),
+      "model", "model_not_found");
+}
+
+void OpenAiApi::Completions(HttpRequest request, Responder responder) const {
+  absl::StatusOr<CompletionRequest> completion = ParseCompletionRequest(request.body);
+  if (!completion.ok()) return responder->Respond(ErrorResponse(completion.status()));
+  if (absl::Status status = CheckModel(completion->model); !status.ok()) {
+    return responder->Respond(ErrorResponse(status));
+  }
+  CompletionCall::Run(generator_, model_name_, std::move(*completion), std::move(responder));
+}
+
+void OpenAiApi::Tokenize(HttpRequest request, Responder responder) const {
+  const absl::StatusOr<TokenizeRequest> call = ParseTokenizeRequest(request.body);
+  if (!call.ok()) return responder->Respond(ErrorResponse(call.status()));
+  if (absl::Status status = CheckModel(call->model); !status.ok()) return responder->Respond(ErrorResponse(status));
+  const absl::StatusOr<std::vector<int32_t>> tokens = generator_->Tokenize(call->prompt, call->add_special_tokens);
+  if (!tokens.ok()) return responder->Respond(ErrorResponse(tokens.status()));
+  RespondJson(responder,
+              {{"count", tokens->size()}, {"max_model_len", generator_->model().max_model_len}, {"tokens", *tokens}});
+}
+
+void OpenAiApi::Detokenize(HttpRequest request, Responder responder) const {
+  const absl::StatusOr<DetokenizeRequest> call = ParseDetokenizeRequest(request.body);
+  if (!call.ok()) return responder->Respond(ErrorResponse(call.status()));
+  if (absl::Status status = CheckModel(call->model); !status.ok()) return responder->Respond(ErrorResponse(status));
+  const Tokenizer* tokenizer = generator_->tokenizer();
+  if (tokenizer == nullptr) {
+    return responder->Respond(ErrorResponse(FieldError("tokens", "this model is served without a tokenizer")));
+  }
+  const int vocab_size = generator_->model().vocab_size;
+  for (const int32_t token : call->tokens) {
+    if (token >= 0 && token < vocab_size) continue;
+    return responder->Respond(ErrorResponse(
+        FieldError("tokens", absl::StrCat("tokens holds ", token, "; token ids are 0 to ", vocab_size - 1))));
+  }
+  RespondJson(responder, {{"prompt", tokenizer->Decode(call->tokens, /*skip_special=*/false)}});
+}
+
+void OpenAiApi::Models(HttpRequest, Responder responder) const {
+  responder->Respond({.body = absl::StrCat("{\"object\":\"list\",\"data\":[", ModelJson(), "]}"), .headers = {}});
+}
+
+void OpenAiApi::Model(HttpRequest request, Responder responder) const {
+  const std::string name = request.path.substr(sizeof(kModelsPath) - 1);
+  if (absl::Status status = CheckModel(name); !status.ok()) return responder->Respond(ErrorResponse(status));
+  responder->Respond({.body = ModelJson(), .headers = {}});
+}
+
+std::string OpenAiApi::ModelJson() const {
+  ordered_json json;
+  json["id"] = model_name_;
+  json["object"] = "model";
+  json["created"] = created_;
+  json["owned_by"] = "cachalot";
+  json["root"] = model_root_;
+  json["max_model_len"] = generator_->model().max_model_len;
+  return Dump(json);
+}
+
+void OpenAiApi::Ready(HttpRequest, Responder responder) const {
+  const absl::Status health = generator_->health();
+  if (health.ok()) return RespondJson(responder, {{"status", "ready"}});
+  responder->Respond(HttpErrorResponse(503, std::string(health.message())));
+}
+
+}  // namespace cachalot

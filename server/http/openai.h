@@ -1,0 +1,43 @@
+// OpenAiApi: the routes of OpenAI's HTTP API, and those that clients, benchmarks and orchestrators expect beside them.
+#ifndef CACHALOT_SERVER_HTTP_OPENAI_H_
+#define CACHALOT_SERVER_HTTP_OPENAI_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "server/http/http_server.h"
+#include "server/text/generator.h"
+
+namespace cachalot {
+
+// POST /v1/completions, /tokenize, /detokenize; GET /v1/models, /v1/models/{id}, /livez, /readyz, /health, /version.
+class OpenAiApi {
+ public:
+  // `model_name` is the name clients use, `model_root` where the model came from. `generator` and this object must
+  // outlive the server's last request.
+  OpenAiApi(Generator* generator, std::string model_name, std::string model_root, std::string version);
+
+  void Register(HttpServer* server);
+
+ private:
+  using Responder = std::shared_ptr<HttpResponder>;
+
+  void Completions(HttpRequest request, Responder responder) const;
+  void Tokenize(HttpRequest request, Responder responder) const;
+  void Detokenize(HttpRequest request, Responder responder) const;
+  void Models(HttpRequest request, Responder responder) const;
+  void Model(HttpRequest request, Responder responder) const;
+  void Ready(HttpRequest request, Responder responder) const;
+  std::string ModelJson() const;
+  absl::Status CheckModel(const std::string& name) const;
+
+  Generator* const generator_;
+  const std::string model_name_, model_root_, version_;
+  const int64_t created_;  // seconds since 1970
+};
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_SERVER_HTTP_OPENAI_H_

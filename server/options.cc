@@ -1,0 +1,164 @@
+// NOTE: CLI11 throws; nothing leaves this file but values.
+#include "server/options.h"
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+
+namespace cachalot {
+namespace {
+
+constexpr char kUsage[] =
+    "Cachalot serves DeepSeek-V3-family models over OpenAI's HTTP API and gRPC.\n"
+    "Usage: cachalot COMMAND [OPTIONS]\n"
+    "\n"
+    "Commands:\n"
+    "  serve      load a checkpoint and serve it:  cachalot serve --model DIR\n"
+    "  inspect    report what a checkpoint holds and what is wrong with it:  cachalot inspect --model DIR\n"
+    "\n"
+    "Options:\n"
+    "  -h,--help  this text; 'cachalot COMMAND --help' has a command's options\n"
+    "  --version  print the version\n";
+
+constexpr int kMaxInt = std::numeric_limits<int>::max();
+
+// Runs the parser; true if the command is to be run, otherwise `exit` says what to print.
+bool Parse(CLI::App* app, std::vector<std::string> arguments, ExitNow* exit) {
+  std::reverse(arguments.begin(), arguments.end());  // CLI11 takes them from the back
+  try {
+    app->parse(std::move(arguments));
+    return true;
+  } catch (const CLI::CallForHelp&) {
+    *exit = {.code = 0, .text = app->help()};
+  } catch (const CLI::Error& error) {
+    *exit = {.code = 1, .text = absl::StrCat(app->get_name(), ": ", error.what(), " (--help lists the options)\n")};
+  } catch (const std::exception& error) {
+    *exit = {.code = 1, .text = absl::StrCat(app->get_name(), ": ", error.what(), "\n")};
+  }
+  return false;
+}
+
+std::string DirectoryName(const std::string& directory) {
+  std::error_code ignored;
+  std::filesystem::path path = std::filesystem::weakly_canonical(directory, ignored);
+  if (!path.has_filename()) path = path.parent_path();
+  return path.filename().empty() ? "model" : path.filename().string();
+}
+
+Command ParseServe(std::vector<std::string> arguments) {
+  ServeOptions options;
+  std::string kv_cache_memory;
+  EngineOptions& engine = options.engine;
+  CLI::App app("Loads a checkpoint and serves it until SIGTERM or SIGINT.", "cachalot serve");
+  app.option_defaults()->always_capture_default()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  app.add_option("--model", engine.model_dir, "checkpoint directory")->required()->type_name("DIR");
+  app.add_option("--device", engine.device, "where the model runs")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  app.add_option("--host", options.host, "name or address to listen on");
+  app.add_option("--port", options.port, "HTTP port; 0: any free one")->check(CLI::Range(0, 65535));
+  app.add_option("--grpc-port", options.grpc_port, "gRPC port; 0: any free one; -1: no gRPC")
+      ->check(CLI::Range(-1, 65535));
+  app.add_option("--served-model-name", options.served_model_name, "name clients use [the directory's name]");
+  app.add_option("--max-model-len", engine.max_model_len, "tokens of one request, prompt and answer; 0: the model's")
+      ->check(CLI::Range(0, kMaxInt));
+  app.add_option("--max-sequences", engine.max_sequences, "requests that run at once")->check(CLI::Range(1, kMaxInt));
+  app.add_option("--max-batch-tokens", engine.max_batch_tokens, "tokens of one step; bounds a part of a prompt")
+      ->check(CLI::Range(1, kMaxInt));
+  app.add_option("--kv-cache-memory", kv_cache_memory, "8GiB, or 80% of the host's available memory [what is needed]")
+      ->type_name("SIZE");
+  app.add_option("--kv-cache-dtype", engine.kv_cache_dtype, "type of the KV cache [f32 on the CPU, bf16 on the GPU]")
+      ->check(CLI::IsMember({"f32", "bf16", "fp8"}));
+  app.add_option("--activation", engine.activation, "type of activations")
+      ->check(CLI::IsMember({"auto", "f32", "fp8"}));
+  app.add_option("--threads", engine.num_threads, "CPU threads of the model; 0: one per core")
+      ->check(CLI::Range(0, 4096));
+  app.set_config("--config", "", "file of options in TOML, e.g. max-sequences = 128")->type_name("FILE");
+  app.allow_config_extras(CLI::config_extras_mode::error);
+
+  ExitNow exit;
+  if (!Parse(&app, std::move(arguments), &exit)) return exit;
+  if (!kv_cache_memory.empty()) {
+    const absl::StatusOr<int64_t> bytes = ParseMemory(kv_cache_memory, AvailableMemoryBytes());
+    if (!bytes.ok())
+      return ExitNow{1, absl::StrCat("cachalot serve: --kv-cache-memory: ", bytes.status().message(), "\n")};
+    engine.kv_cache_bytes = *bytes;
+  }
+  if (options.served_model_name.empty()) options.served_model_name = DirectoryName(engine.model_dir);
+  return options;
+}
+
+Command ParseInspect(std::vector<std::string> arguments) {
+  InspectOptions options;
+  CLI::App app("Reports what a checkpoint holds and what is wrong with it. Exit code 1 if anything is.",
+               "cachalot inspect");
+  app.add_option("--model", options.model_dir, "checkpoint directory")->required()->type_name("DIR");
+  app.add_flag("--deep", options.deep, "read every weight and look for NaN");
+  ExitNow exit;
+  if (!Parse(&app, std::move(arguments), &exit)) return exit;
+  return options;
+}
+
+// The first number in a file, or `fallback` if there is none.
+int64_t ReadNumber(const std::string& path, int64_t fallback) {
+  std::ifstream file(path);
+  int64_t value = 0;
+  return file >> value ? value : fallback;
+}
+
+}  // namespace
+
+Command ParseCommandLine(std::vector<std::string> arguments) {
+  if (arguments.empty()) return ExitNow{1, kUsage};
+  const std::string command = std::move(arguments.front());
+  arguments.erase(arguments.begin());
+  if (command == "serve") return ParseServe(std::move(arguments));
+  if (command == "inspect") return ParseInspect(std::move(arguments));
+  if (command == "-h" || command == "--help") return ExitNow{0, kUsage};
+  if (command == "--version") return ExitNow{0, std::string("cachalot ").append(Version()).append("\n")};
+  return ExitNow{1, absl::StrCat("cachalot: there is no command '", command, "' (--help lists them)\n")};
+}
+
+absl::StatusOr<int64_t> ParseMemory(std::string_view text, int64_t available_bytes) {
+  constexpr struct {
+    std::string_view name;
+    double bytes;
+  } kUnits[] = {
+      {"", 1},     {"b", 1},    {"kib", 1024.0}, {"mib", 1048576.0}, {"gib", 1073741824.0}, {"tib", 1099511627776.0},
+      {"kb", 1e3}, {"mb", 1e6}, {"gb", 1e9},     {"tb", 1e12}};
+  const size_t digits = std::min(text.find_first_not_of("0123456789."), text.size());
+  const std::string unit =
+      absl::AsciiStrToLower(absl::StripAsciiWhitespace(absl::string_view(text.data() + digits, text.size() - digits)));
+  double number = 0, scale = 0;
+  const bool is_number = absl::SimpleAtod(absl::string_view(text.data(), digits), &number);
+  if (unit == "%") scale = number <= 100 ? static_cast<double>(available_bytes) / 100 : 0;
+  for (const auto& known : kUnits) {
+    if (unit == known.name) scale = known.bytes;
+  }
+  const double bytes = number * scale;
+  if (is_number && bytes >= 1 && bytes < 9e18) return static_cast<int64_t>(bytes);
+  return absl::InvalidArgumentError(
+      absl::StrCat("'", absl::string_view(text.data(), text.size()), "' is no size: write 8GiB, 512MiB or 80%"));
+}
+
+int64_t AvailableMemoryBytes() {
+  int64_t available = std::numeric_limits<int64_t>::max();
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string line; std::getline(meminfo, line);) {
+    if (line.rfind("MemAvailable:", 0) == 0) available = std::atoll(line.c_str() + sizeof("MemAvailable:")) * 1024;
+  }
+  const int64_t limit = ReadNumber("/sys/fs/cgroup/memory.max", -1);
+  if (limit < 0) return available;
+  return std::min(available, std::max<int64_t>(0, limit - ReadNumber("/sys/fs/cgroup/memory.current", 0)));
+}
+
+std::string_view Version() { return CACHALOT_VERSION; }
+
+}  // namespace cachalot

@@ -1,0 +1,54 @@
+// Options: the command line and the config file, checked once.
+#ifndef CACHALOT_SERVER_OPTIONS_H_
+#define CACHALOT_SERVER_OPTIONS_H_
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/options.h"
+
+namespace cachalot {
+
+// cachalot serve
+struct ServeOptions {
+  EngineOptions engine;
+  std::string host = "127.0.0.1";
+  int port = 8000;                // 0: any free one
+  int grpc_port = 50051;          // 0: any free one; -1: no gRPC
+  std::string served_model_name;  // by default the model directory's name
+};
+
+// cachalot inspect
+struct InspectOptions {
+  std::string model_dir;
+  bool deep = false;  // reads every weight
+};
+
+// Nothing to run: help, the version (exit code 0, text for stdout) or a mistake (text for stderr).
+struct ExitNow {
+  int code = 0;
+  std::string text;
+};
+
+using Command = std::variant<ServeOptions, InspectOptions, ExitNow>;
+
+// `arguments` are those after the program's name. Values on the command line go before the config file's.
+Command ParseCommandLine(std::vector<std::string> arguments);
+
+// "8GiB", "512 MiB", "2000000" (bytes), or "80%" of `available_bytes`. InvalidArgument for anything else, and for
+// what is no positive number of bytes.
+absl::StatusOr<int64_t> ParseMemory(std::string_view text, int64_t available_bytes);
+
+// What this process may still allocate: the machine's available memory, or its control group's limit if that is less.
+int64_t AvailableMemoryBytes();
+
+// One line, as `cachalot --version` prints it, without the name.
+std::string_view Version();
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_SERVER_OPTIONS_H_

@@ -1,0 +1,23 @@
+// Streaming detokenizer.
+#include "server/text/detokenizer.h"
+
+#include "server/text/utf8.h"
+
+namespace cachalot {
+
+std::string Detokenizer::Push(int32_t id) {
+  std::string text;
+  if (skip_special_ && tokenizer_.is_special(id)) return text;
+  held_ += tokenizer_.TokenBytes(id);
+  held_.erase(0, AppendLossyUtf8(held_, /*at_end=*/false, &text));
+  return text;
+}
+
+std::string Detokenizer::Flush() {
+  std::string text;
+  AppendLossyUtf8(held_, /*at_end=*/true, &text);
+  held_.clear();
+  return text;
+}
+
+}  // namespace cachalot

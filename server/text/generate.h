@@ -1,0 +1,70 @@
+// What a protocol asks of the generator and what it gets back: calls in, events out.
+#ifndef CACHALOT_SERVER_TEXT_GENERATE_H_
+#define CACHALOT_SERVER_TEXT_GENERATE_H_
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "engine/request.h"
+
+namespace cachalot {
+
+// One prompt and how to answer it, as a client sent it.
+struct GenerateCall {
+  std::variant<std::string, std::vector<int32_t>> prompt;
+  bool add_special_tokens = true;  // text: begin with BOS when the checkpoint's tokenizer does
+  bool match_special = true;       // text: added tokens written out in it ("<｜User｜>") become their ids
+  SamplingParams sampling;         // `choice` and `prompt_logprobs` are set by the generator
+  std::vector<std::string> stop;   // text that ends the answer and is not part of it
+  bool echo = false;               // the answer begins with the prompt; with log-probabilities, so do they
+};
+
+// A checked call with its token ids. Immutable; the n answers of one prompt share it.
+struct GeneratePlan {
+  std::vector<int32_t> prompt;
+  int num_added = 0;  // tokens at the front of the prompt that the text did not hold
+  SamplingParams sampling;
+  std::vector<std::string> stop;
+  bool echo = false;
+};
+
+// A token with its log-probability. `bytes` are the token's own and need not be whole characters; "token_id:7" for an
+// id without text.
+struct TokenScore {
+  int32_t token = 0;
+  std::string bytes;
+  std::optional<float> logprob;                    // none for the first token of a prompt
+  std::vector<std::pair<std::string, float>> top;  // likeliest first; as asked for, the token itself not added
+  int64_t text_offset = 0;                         // characters (code points) of the answer before this token
+};
+
+struct Usage {
+  int64_t prompt_tokens = 0;
+  int64_t completion_tokens = 0;
+};
+
+// A step of one answer. The text of all events together is the answer; a token's text may come in a later event than
+// the token, because what could begin a stop string is held back.
+struct GenerateEvent {
+  std::string text;                // well-formed UTF-8
+  std::vector<int32_t> tokens;     // generated; a stop token and the tokens of a stop string included
+  std::vector<TokenScore> scores;  // when log-probabilities were asked for: prompt tokens first if echoed
+  FinishReason finish_reason = FinishReason::kNone;  // set in the last event, exactly once
+  std::string stop_string;                           // the one that ended the answer, if one did
+  absl::Status error;                                // when kError
+  Usage usage;                                       // in the last event
+};
+
+// Called in order, from the engine's output thread, until the event with a finish reason. Must not block and must not
+// start generations; cancelling is allowed.
+using EventSink = std::function<void(GenerateEvent)>;
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_SERVER_TEXT_GENERATE_H_

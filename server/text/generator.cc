@@ -1,0 +1,223 @@
+// Generator: checks, token ids, submission; the engine's deltas become events on its output thread.
+#include "server/text/generator.h"
+
+#include <cmath>
+#include <mutex>
+#include <optional>
+#include <random>
+#include <shared_mutex>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/request_error.h"
+#include "server/text/answer_stream.h"
+
+namespace cachalot {
+namespace {
+
+constexpr int kMaxLogprobs = 20;
+constexpr size_t kMaxStopStrings = 16;
+constexpr size_t kMaxStopBytes = 1024;  // of one string: bounds the search per token
+
+absl::Status CheckRange(std::string_view field, float value, float low, float high) {
+  if (value >= low && value <= high) return absl::OkStatus();  // false for NaN
+  return FieldError(
+      field, absl::StrCat(absl::string_view(field.data(), field.size()), " must be between ", low, " and ", high));
+}
+
+absl::Status CheckSampling(const SamplingParams& sampling, bool echo, int vocab_size) {
+  for (const absl::Status& status : {
+           CheckRange("temperature", sampling.temperature, 0, 2),
+           CheckRange("min_p", sampling.min_p, 0, 1),
+           CheckRange("presence_penalty", sampling.presence_penalty, -2, 2),
+           CheckRange("frequency_penalty", sampling.frequency_penalty, -2, 2),
+       }) {
+    if (!status.ok()) return status;
+  }
+  if (!(sampling.top_p > 0 && sampling.top_p <= 1)) {
+    return FieldError("top_p", "top_p must be greater than 0 and at most 1");
+  }
+  if (sampling.top_k < 0) return FieldError("top_k", "top_k must be at least 1, or 0 or -1 for all tokens");
+  if (!(sampling.repetition_penalty > 0) || !std::isfinite(sampling.repetition_penalty)) {
+    return FieldError("repetition_penalty", "repetition_penalty must be greater than 0");
+  }
+  if (sampling.max_tokens < (echo ? 0 : 1)) {
+    return FieldError("max_tokens", "max_tokens must be at least 1, or 0 together with echo");
+  }
+  if (sampling.logprobs < -1 || sampling.logprobs > kMaxLogprobs) {
+    return FieldError("logprobs", absl::StrCat("logprobs must be between 0 and ", kMaxLogprobs));
+  }
+  for (const int32_t token : sampling.stop_token_ids) {
+    if (token >= 0 && token < vocab_size) continue;
+    return FieldError("stop_token_ids",
+                      absl::StrCat("stop_token_ids holds ", token, "; token ids are 0 to ", vocab_size - 1));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckStop(const std::vector<std::string>& stop) {
+  if (stop.size() > kMaxStopStrings) {
+    return FieldError("stop", absl::StrCat("stop may hold at most ", kMaxStopStrings, " strings"));
+  }
+  for (const std::string& text : stop) {
+    if (text.empty() || text.size() > kMaxStopBytes) {
+      return FieldError("stop", absl::StrCat("a stop string must have between 1 and ", kMaxStopBytes, " bytes"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+// The engine, until it is taken away.
+class Generator::Gate {
+ public:
+  explicit Gate(Engine* engine) : engine_(engine) {}
+
+  absl::StatusOr<RequestId> Submit(Request request, DeltaSink sink) {
+    std::shared_lock lock(mutex_);
+    if (engine_ == nullptr) return Stopping();
+    return engine_->Submit(std::move(request), std::move(sink));
+  }
+  void Cancel(RequestId id) {
+    std::shared_lock lock(mutex_);
+    if (engine_ != nullptr) engine_->Cancel(id);
+  }
+  absl::Status Health() {
+    std::shared_lock lock(mutex_);
+    return engine_ == nullptr ? Stopping() : engine_->health();
+  }
+  void Close() {
+    std::unique_lock lock(mutex_);
+    engine_ = nullptr;
+  }
+
+ private:
+  static absl::Status Stopping() { return absl::UnavailableError("the server is stopping"); }
+
+  std::shared_mutex mutex_;
+  Engine* engine_;  // guarded by mutex_; shared: may be called
+};
+
+// The engine's sink keeps it alive until the last delta, its starter as long as it may cancel.
+class Generator::LiveGeneration : public Generation {
+ public:
+  LiveGeneration(std::shared_ptr<Gate> gate, std::shared_ptr<const GeneratePlan> plan, const Tokenizer* tokenizer,
+                 EventSink sink)
+      : gate_(std::move(gate)), stream_(std::move(plan), tokenizer), sink_(std::move(sink)) {}
+
+  // On the engine's output thread.
+  void OnDelta(Delta delta) {
+    if (stream_.ended()) return;
+    const bool engine_ended = delta.finish_reason != FinishReason::kNone;
+    GenerateEvent event = stream_.Next(std::move(delta));
+    const bool ended = stream_.ended();
+    if (ended && !engine_ended) Cancel();
+    if (ended || !event.text.empty() || !event.tokens.empty() || !event.scores.empty()) sink_(std::move(event));
+    if (ended) sink_ = nullptr;
+  }
+
+  void Cancel() override {
+    std::optional<RequestId> id;
+    {
+      std::lock_guard lock(mutex_);
+      is_cancelled_ = true;
+      id = id_;
+    }
+    if (id.has_value()) gate_->Cancel(*id);
+  }
+
+  // The id is known only after Submit: a cancellation that came before is made up for.
+  void SetId(RequestId id) {
+    bool is_cancelled;
+    {
+      std::lock_guard lock(mutex_);
+      id_ = id;
+      is_cancelled = is_cancelled_;
+    }
+    if (is_cancelled) gate_->Cancel(id);
+  }
+
+ private:
+  const std::shared_ptr<Gate> gate_;
+  AnswerStream stream_;  // output thread
+  EventSink sink_;       // output thread
+  std::mutex mutex_;
+  std::optional<RequestId> id_;  // guarded by mutex_
+  bool is_cancelled_ = false;    // guarded by mutex_
+};
+
+Generator::Generator(Engine* engine, const Tokenizer* tokenizer)
+    : gate_(std::make_shared<Gate>(engine)), model_(engine->model()), tokenizer_(tokenizer) {}
+
+Generator::~Generator() { Stop(); }
+
+void Generator::Stop() { gate_->Close(); }
+
+absl::Status Generator::health() const { return gate_->Health(); }
+
+absl::StatusOr<std::vector<int32_t>> Generator::Tokenize(std::string_view text, bool add_special_tokens,
+                                                         bool match_special) const {
+  if (tokenizer_ == nullptr) {
+    return FieldError("prompt", "this model is served without a tokenizer: send the prompt as token ids");
+  }
+  const bool add_bos = add_special_tokens && tokenizer_->add_bos_token();
+  absl::StatusOr<std::vector<int32_t>> ids =
+      tokenizer_->Encode(text, {.match_special = match_special, .add_bos = add_bos});
+  if (!ids.ok()) return WithField(ids.status(), "prompt");
+  return ids;
+}
+
+absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateCall call) const {
+  if (absl::Status status = CheckSampling(call.sampling, call.echo, model_.vocab_size); !status.ok()) return status;
+  if (absl::Status status = CheckStop(call.stop); !status.ok()) return status;
+  auto plan = std::make_shared<GeneratePlan>();
+  if (const std::string* text = std::get_if<std::string>(&call.prompt)) {
+    absl::StatusOr<std::vector<int32_t>> ids = Tokenize(*text, call.add_special_tokens, call.match_special);
+    if (!ids.ok()) return ids.status();
+    plan->prompt = std::move(*ids);
+    plan->num_added = call.add_special_tokens && tokenizer_->add_bos_token() ? 1 : 0;
+  } else {
+    plan->prompt = std::move(std::get<std::vector<int32_t>>(call.prompt));
+  }
+  plan->sampling = std::move(call.sampling);
+  plan->sampling.prompt_logprobs = call.echo ? plan->sampling.logprobs : -1;
+  plan->stop = std::move(call.stop);
+  plan->echo = call.echo;
+  if (absl::Status status = CheckPrompt(*plan); !status.ok()) return status;
+  return plan;
+}
+
+absl::Status Generator::CheckPrompt(const GeneratePlan& plan) const {
+  if (plan.prompt.empty()) return FieldError("prompt", "the prompt must hold at least one token");
+  for (const int32_t token : plan.prompt) {
+    if (token >= 0 && token < model_.vocab_size) continue;
+    return FieldError(
+        "prompt", absl::StrCat("the prompt holds token id ", token, "; token ids are 0 to ", model_.vocab_size - 1));
+  }
+  const size_t needed = plan.prompt.size() + (plan.sampling.max_tokens > 0 ? 1 : 0);
+  if (needed <= static_cast<size_t>(model_.max_model_len)) return absl::OkStatus();
+  return FieldError("prompt",
+                    absl::StrCat("This model's maximum context length is ", model_.max_model_len,
+                                 " tokens, but the prompt has ", plan.prompt.size(), " and needs room for an answer"),
+                    "context_length_exceeded");
+}
+
+absl::StatusOr<std::shared_ptr<Generation>> Generator::Start(std::shared_ptr<const GeneratePlan> plan, uint32_t choice,
+                                                             EventSink sink) {
+  Request request{.prompt = plan->prompt, .sampling = plan->sampling};
+  request.sampling.choice = choice;
+  auto generation = std::make_shared<LiveGeneration>(gate_, std::move(plan), tokenizer_, std::move(sink));
+  absl::StatusOr<RequestId> id =
+      gate_->Submit(std::move(request), [generation](Delta delta) { generation->OnDelta(std::move(delta)); });
+  if (!id.ok()) return id.status();
+  generation->SetId(*id);
+  return generation;
+}
+
+uint64_t RandomSeed() {
+  std::random_device device;
+  return static_cast<uint64_t>(device()) << 32 | device();
+}
+
+}  // namespace cachalot
