@@ -1,0 +1,191 @@
+"""The program: start, stop, mistakes, checkpoints that cannot be served."""
+
+import json
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+
+def run(binary, *arguments, timeout=60):
+    return subprocess.run([str(word) for word in (binary, *arguments)], capture_output=True, text=True, timeout=timeout)
+
+
+def serve_and_fail(binary, model_dir, *arguments):
+    """The one line that `serve` says of what it cannot do."""
+    result = run(binary, "serve", "--model", model_dir, "--port", "0", "--grpc-port", "0", "--device", "cpu", *arguments)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    return result.stderr
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A copy of the checkpoint to spoil."""
+    return shutil.copytree(checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("golden.safetensors"))
+
+
+def first_shard(model_dir):
+    return sorted(model_dir.glob("model*.safetensors"))[0]
+
+
+def rewrite_header(path, change):
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_it_cleanly(start, with_signal):
+    server = start()
+    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    begin = time.monotonic()
+    assert server.stop(with_signal) == 0
+    assert time.monotonic() - begin < 10
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=1)
+
+
+def test_what_is_in_flight_ends_with_an_error(start):
+    server = start()
+    stream = server.client().completions.create(
+        model=server.model, prompt="Hello", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    errors = []
+
+    def read():
+        try:
+            for _ in stream:
+                pass
+        except openai.APIError as error:
+            errors.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert server.stop() == 0
+    reader.join(10)
+    assert len(errors) == 1
+    assert errors[0].body["type"] == "server_error"
+
+
+def test_names_and_limits_are_options(start):
+    server = start("--served-model-name", "my/model", "--max-model-len", "64", "--max-sequences", "2")
+    client = server.client()
+    assert client.models.retrieve("my/model").max_model_len == 64
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="my/model", prompt=[5] * 64)
+    assert error.value.body["code"] == "context_length_exceeded"
+    answer = client.completions.create(model="my/model", prompt=[5] * 60, max_tokens=50, extra_body={"ignore_eos": True})
+    assert answer.usage.total_tokens == 64
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_without_a_tokenizer_there_are_token_ids(start, copy, golden):
+    (copy / "tokenizer.json").unlink()
+    server = start(model_dir=copy)
+    assert any("warn" in line and "tokenizer.json" in line for line in server.log), server.log
+    client = server.client()
+    answer = client.completions.create(
+        model=server.model, prompt=golden["greedy.prompt"].tolist(), max_tokens=8, temperature=0
+    )
+    assert answer.choices[0].text == ""
+    assert answer.choices[0].token_ids == golden["greedy.tokens"][:8].tolist()
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=server.model, prompt="Hello")
+    assert error.value.body["param"] == "prompt"
+
+
+def test_a_port_that_is_taken_is_told_before_loading(binary, checkpoint):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert str(port) in serve_and_fail(binary, checkpoint, "--port", port)
+        assert str(port) in serve_and_fail(binary, checkpoint, "--grpc-port", port)
+
+
+def test_a_directory_without_a_checkpoint(binary, tmp_path):
+    assert "config.json" in serve_and_fail(binary, tmp_path)
+    assert "nowhere" in serve_and_fail(binary, tmp_path / "nowhere")
+
+
+def test_a_config_that_is_no_json(binary, copy):
+    (copy / "config.json").write_text("{")
+    assert "config.json" in serve_and_fail(binary, copy)
+
+
+def test_a_model_of_another_kind(binary, copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    assert "llama" in serve_and_fail(binary, copy).lower()
+
+
+def test_a_shard_that_is_missing(binary, copy):
+    shard = first_shard(copy)
+    shard.unlink()
+    assert shard.name in serve_and_fail(binary, copy)
+
+
+def test_a_shard_that_is_cut_short(binary, copy):
+    shard = first_shard(copy)
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    assert shard.name in serve_and_fail(binary, copy)
+
+
+def test_a_tensor_of_another_shape(binary, copy):
+    def change(header):
+        header["model.embed_tokens.weight"]["shape"] = list(reversed(header["model.embed_tokens.weight"]["shape"]))
+
+    shards = [path for path in copy.glob("model*.safetensors") if b"model.embed_tokens.weight" in path.read_bytes()]
+    rewrite_header(shards[0], change)
+    line = serve_and_fail(binary, copy)
+    assert "model.embed_tokens.weight" in line
+    assert "256" in line and "320" in line
+
+
+def test_a_tensor_that_is_missing(binary, copy):
+    name = "model.norm.weight"
+    shards = [path for path in copy.glob("model*.safetensors") if name.encode() in path.read_bytes()]
+    rewrite_header(shards[0], lambda header: header.update({name + "x": header.pop(name)}))
+    assert name in serve_and_fail(binary, copy)
+
+
+def test_a_tokenizer_that_is_damaged(binary, copy):
+    (copy / "tokenizer.json").write_text("{")
+    assert "tokenizer.json" in serve_and_fail(binary, copy)
+
+
+def test_inspect_reports_a_good_checkpoint(binary, checkpoint):
+    for arguments in ([], ["--deep"]):
+        result = run(binary, "inspect", "--model", checkpoint, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        assert "deepseek_v3" in result.stdout
+
+
+def test_inspect_reports_problems(binary, copy):
+    first_shard(copy).unlink()
+    result = run(binary, "inspect", "--model", copy)
+    assert result.returncode == 1
+    assert first_shard(copy).name != "" and result.stderr
+
+
+def test_help_and_mistakes(binary):
+    assert "--kv-cache-memory" in run(binary, "serve", "--help").stdout
+    assert run(binary, "--version").stdout.startswith("cachalot ")
+    for arguments in ([], ["nonsense"], ["serve"], ["serve", "--model", "x", "--port", "-5"]):
+        result = run(binary, *arguments)
+        assert result.returncode == 1
+        assert result.stderr and not result.stdout

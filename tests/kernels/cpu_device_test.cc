@@ -1,0 +1,119 @@
+// CpuDevice: order, events, uploads on the device thread, memory; and the factory.
+#include "kernels/cpu/cpu_device.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#include "absl/synchronization/notification.h"
+#include "tests/kernels/testing.h"
+
+namespace cachalot {
+namespace {
+
+constexpr Device::Memory kDevice = Device::Memory::kDevice;
+
+TEST(CpuDevice, RunsInOrder) {
+  CpuDevice device;
+  Buffer memory = *device.Allocate(64, kDevice), host = *device.Allocate(64, Device::Memory::kPinnedHost);
+  const Tensor tensor(memory.data(), DType::kI32, {4});
+  int32_t* staged = static_cast<int32_t*>(host.data());
+  int32_t results[3][4];
+  // Two in flight: nothing runs ahead of what was queued before it.
+  absl::Notification go;
+  device.Submit({}, [&] { go.WaitForNotification(); });
+  const Device::Event blocked = device.Record();
+  std::iota(staged, staged + 4, 10);
+  device.Upload(tensor, staged);
+  device.Submit({}, [&] {
+    for (int i = 0; i < 4; ++i) tensor.as<int32_t>()[i] *= 2;
+  });
+  device.Download(results[0], tensor);
+  const Device::Event first = device.Record();
+  device.Submit({}, [&] { ++tensor.as<int32_t>()[0]; });
+  device.Download(results[1], tensor);
+  const Device::Event second = device.Record();
+
+  EXPECT_TRUE(device.IsComplete(0));
+  EXPECT_FALSE(device.IsComplete(blocked));
+  EXPECT_EQ(device.Wait(blocked, absl::Milliseconds(1)).code(), absl::StatusCode::kDeadlineExceeded);
+  go.Notify();
+  ASSERT_TRUE(device.Wait(second, absl::Seconds(10)).ok());
+  EXPECT_TRUE(device.IsComplete(first));
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(results[0][i], 2 * (10 + i));
+  EXPECT_EQ(results[1][0], 21);
+}
+
+TEST(CpuDevice, CopiesStridedRows) {
+  CpuDevice device;
+  std::vector<int32_t> matrix(5 * 4, -1), packed = {1, 2, 3, 4, 5, 6}, back(6);
+  const Tensor columns = Tensor(matrix.data(), DType::kI32, {5, 4}).Rows(1, 3).Columns(1, 2);
+  device.Upload(columns, packed.data());
+  device.Download(back.data(), columns);
+  ASSERT_TRUE(device.Wait(device.Record(), absl::Seconds(10)).ok());
+  EXPECT_EQ(back, packed);
+  EXPECT_EQ(matrix, (std::vector<int32_t>{-1, -1, -1, -1, -1, 1, 2, -1, -1, 3, 4, -1, -1, 5, 6, -1, -1, -1, -1, -1}));
+}
+
+TEST(CpuDevice, RunsABodyEveryTime) {
+  CpuDevice device;
+  int runs = 0;
+  for (int i = 0; i < 3; ++i) device.Submit({1, 1, 1, 0}, [&] { ++runs; });
+  ASSERT_TRUE(device.Wait(device.Record(), absl::Seconds(10)).ok());
+  EXPECT_EQ(runs, 3);
+}
+
+TEST(CpuDevice, DrainsWhenDestroyed) {
+  std::atomic<int> runs{0};
+  {
+    CpuDevice device;
+    for (int i = 0; i < 100; ++i) device.Submit({}, [&] { ++runs; });
+  }
+  EXPECT_EQ(runs, 100);
+}
+
+TEST(CpuDevice, MemoryIsZeroedAlignedAndCounted) {
+  CpuDevice device;
+  for (size_t bytes : {size_t{1}, size_t{4096}, size_t{40} << 20}) {
+    Buffer buffer = *device.Allocate(bytes, kDevice);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % 64, 0u);
+    EXPECT_EQ(buffer.bytes(), bytes);
+    for (size_t i = 0; i < bytes; i += 997) ASSERT_EQ(static_cast<uint8_t*>(buffer.data())[i], 0);
+    static_cast<uint8_t*>(buffer.data())[bytes - 1] = 1;
+  }
+  const size_t free = device.FreeMemory();
+  EXPECT_GT(free, size_t{1} << 20);
+  EXPECT_EQ(device.Allocate(free + (size_t{1} << 40), kDevice).status().code(), absl::StatusCode::kResourceExhausted);
+  // What is allocated and not touched is gone all the same.
+  Buffer half = *device.Allocate(free / 2, kDevice);
+  EXPECT_LT(device.FreeMemory(), free - free / 4);
+}
+
+TEST(MakeBackend, ChoosesADevice) {
+  BackendOptions options = testing::CpuOptions();
+  options.device = "auto";
+  const auto automatic = MakeBackend(options);
+  ASSERT_TRUE(automatic.ok()) << automatic.status();
+  options.device = "cpu";
+  const auto cpu = MakeBackend(options);
+  ASSERT_TRUE(cpu.ok()) << cpu.status();
+  EXPECT_EQ((*cpu)->name().rfind("cpu (2 threads, ", 0), 0u) << (*cpu)->name();
+  EXPECT_EQ((*cpu)->communicator().num_ranks(), 1);
+  options.device = "tpu";
+  EXPECT_EQ(MakeBackend(options).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(MakeBackend, SaysWhenCudaIsNotThere) {
+  BackendOptions options = testing::CpuOptions();
+  options.device = "cuda";
+  const auto backend = MakeBackend(options);
+  if (backend.ok()) GTEST_SKIP() << "there is a GPU: " << (*backend)->name();
+  EXPECT_EQ(backend.status().code(), absl::StatusCode::kNotFound) << backend.status();
+  EXPECT_NE(backend.status().message().find("CUDA"), std::string::npos) << backend.status();
+}
+
+}  // namespace
+}  // namespace cachalot

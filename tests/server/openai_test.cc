@@ -1,0 +1,489 @@
+// OpenAI's API over real sockets and a fake engine: answers, streams, and the error of every kind of wrong request.
+#include "server/http/openai.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "server/http/openai_error.h"
+#include "tests/server/fake_engine.h"
+#include "tests/server/http_client.h"
+
+namespace cachalot {
+namespace {
+
+using nlohmann::json;
+
+json Parse(const std::string& text) {
+  json value = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  EXPECT_FALSE(value.is_discarded()) << text;
+  return value;
+}
+
+// The data of each event of a stream; fails if the bytes are anything but "data: ...\n\n" over and over.
+std::vector<std::string> Events(const std::string& body) {
+  std::vector<std::string> events;
+  for (absl::string_view event : absl::StrSplit(body, "\n\n")) {
+    if (event.empty()) continue;
+    EXPECT_EQ(event.substr(0, 6), "data: ");
+    EXPECT_EQ(event.find('\n'), absl::string_view::npos);
+    events.emplace_back(event.substr(6));
+  }
+  EXPECT_TRUE(absl::string_view(body).substr(body.size() - 2) == "\n\n");
+  return events;
+}
+
+class OpenAiTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    auto tokenizer = Tokenizer::Load(CACHALOT_TEST_DATA_DIR "/golden/data/v3_like");
+    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+    tokenizer_ = std::move(*tokenizer);
+  }
+  void TearDown() override {
+    if (server_ == nullptr) return;
+    generator_->Stop();
+    engine_ = nullptr;
+    server_->Stop(absl::ZeroDuration());
+  }
+
+  void Start(FakeEngineOptions options = {}, bool with_tokenizer = true) {
+    engine_ = std::make_unique<FakeEngine>(std::move(options));
+    generator_ = std::make_unique<Generator>(engine_.get(), with_tokenizer ? tokenizer_.get() : nullptr);
+    api_ = std::make_unique<OpenAiApi>(generator_.get(), "org/model", "/models/model", "1.2.3");
+    HttpOptions http;
+    http.port = 0;
+    server_ = std::make_unique<HttpServer>(http, HttpErrorResponse);
+    api_->Register(server_.get());
+    ASSERT_TRUE(server_->Bind().ok());
+    ASSERT_TRUE(server_->Start().ok());
+    client_ = std::make_unique<HttpClient>(server_->port());
+  }
+
+  std::vector<int32_t> Ids(std::string_view text) { return *tokenizer_->Encode(text); }
+  // The answer to POST /v1/completions, which must be 200.
+  json Complete(const json& body) {
+    const ClientResponse response = client_->Post("/v1/completions", body.dump());
+    EXPECT_EQ(response.status, 200) << response.body;
+    EXPECT_EQ(response.headers.at("content-type"), "application/json");
+    return Parse(response.body);
+  }
+  std::vector<std::string> Stream(json body) {
+    body["stream"] = true;
+    const ClientResponse response = client_->Post("/v1/completions", body.dump());
+    EXPECT_EQ(response.status, 200) << response.body;
+    EXPECT_EQ(response.headers.at("content-type"), "text/event-stream");
+    return Events(response.body);
+  }
+
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::unique_ptr<FakeEngine> engine_;
+  std::unique_ptr<Generator> generator_;
+  std::unique_ptr<OpenAiApi> api_;
+  std::unique_ptr<HttpServer> server_;
+  std::unique_ptr<HttpClient> client_;
+};
+
+TEST_F(OpenAiTest, Completion) {
+  Start({.script = Ids("Hello world")});
+  const json answer = Complete({{"model", "org/model"}, {"prompt", "He"}, {"max_tokens", 2}});
+  EXPECT_EQ(answer["object"], "text_completion");
+  EXPECT_EQ(answer["id"].get<std::string>().substr(0, 5), "cmpl-");
+  EXPECT_EQ(answer["model"], "org/model");
+  EXPECT_TRUE(answer["created"].is_number_integer());
+  const json expected = {{"index", 0}, {"text", "Hello world"}, {"logprobs", nullptr}, {"finish_reason", "length"}};
+  EXPECT_EQ(answer["choices"], json::array({expected}));
+  EXPECT_EQ(answer["usage"], json({{"prompt_tokens", 2}, {"completion_tokens", 2}, {"total_tokens", 4}}));
+}
+
+TEST_F(OpenAiTest, DefaultsAreThoseOfOpenAi) {
+  Start();
+  Complete({{"prompt", "x"}, {"temperature", nullptr}, {"max_tokens", nullptr}, {"stop", nullptr}, {"made_up", 1}});
+  const SamplingParams sampling = engine_->requests().at(0).sampling;
+  EXPECT_EQ(sampling.max_tokens, 16);
+  EXPECT_EQ(sampling.temperature, 1.0f);
+  EXPECT_EQ(sampling.top_p, 1.0f);
+  EXPECT_EQ(sampling.logprobs, -1);
+  Complete({{"prompt", "x"}});
+  EXPECT_NE(engine_->requests().at(1).sampling.seed, sampling.seed);  // random unless given
+}
+
+TEST_F(OpenAiTest, AllParametersReachTheEngine) {
+  Start();
+  Complete({{"prompt", "x"},
+            {"temperature", 0.5},
+            {"top_p", 0.9},
+            {"top_k", 5},
+            {"min_p", 0.1},
+            {"presence_penalty", 0.2},
+            {"frequency_penalty", 0.3},
+            {"repetition_penalty", 1.1},
+            {"seed", -7},
+            {"max_tokens", 3},
+            {"ignore_eos", true},
+            {"stop_token_ids", {4, 5}},
+            {"logprobs", 3},
+            {"user", "me"}});
+  const SamplingParams sampling = engine_->requests().at(0).sampling;
+  EXPECT_EQ(sampling.temperature, 0.5f);
+  EXPECT_EQ(sampling.top_p, 0.9f);
+  EXPECT_EQ(sampling.top_k, 5);
+  EXPECT_EQ(sampling.min_p, 0.1f);
+  EXPECT_EQ(sampling.presence_penalty, 0.2f);
+  EXPECT_EQ(sampling.frequency_penalty, 0.3f);
+  EXPECT_EQ(sampling.repetition_penalty, 1.1f);
+  EXPECT_EQ(sampling.seed, static_cast<uint64_t>(-7));
+  EXPECT_EQ(sampling.max_tokens, 3);
+  EXPECT_TRUE(sampling.ignore_eos);
+  EXPECT_EQ(sampling.stop_token_ids, std::vector<int32_t>({4, 5}));
+  EXPECT_EQ(sampling.logprobs, 3);
+  EXPECT_EQ(sampling.prompt_logprobs, -1);
+  Complete({{"prompt", "x"}, {"top_k", -1}});
+  EXPECT_EQ(engine_->requests().at(1).sampling.top_k, 0);
+}
+
+TEST_F(OpenAiTest, PromptsInAllShapesAndSeveralAnswers) {
+  Start({.script = {50}, .add_choice = true});
+  const auto prompts_of = [this](const json& prompt) {
+    const size_t before = engine_->requests().size();
+    Complete({{"prompt", prompt}, {"max_tokens", 1}});
+    std::vector<std::vector<int32_t>> prompts;
+    for (size_t i = before; i < engine_->requests().size(); ++i) prompts.push_back(engine_->requests()[i].prompt);
+    return prompts;
+  };
+  using Prompts = std::vector<std::vector<int32_t>>;
+  const int32_t hello = Ids("Hello")[0];
+  EXPECT_EQ(prompts_of("Hello"), (Prompts{{0, hello}}));
+  EXPECT_EQ(prompts_of({"Hello", ""}), (Prompts{{0, hello}, {0}}));
+  EXPECT_EQ(prompts_of({3, 4}), (Prompts{{3, 4}}));
+  EXPECT_EQ(prompts_of({{3, 4}, {5}}), (Prompts{{3, 4}, {5}}));
+
+  const json answer =
+      Complete({{"prompt", {{3, 4}, {5}}}, {"n", 3}, {"max_tokens", 1}, {"seed", 1}, {"return_token_ids", true}});
+  ASSERT_EQ(answer["choices"].size(), 6u);
+  for (int i = 0; i < 6; ++i) {
+    EXPECT_EQ(answer["choices"][i]["index"], i);
+    EXPECT_EQ(answer["choices"][i]["token_ids"], json::array({50 + i % 3}));
+    EXPECT_EQ(answer["choices"][i]["prompt_token_ids"], i < 3 ? json({3, 4}) : json::array({5}));
+  }
+  EXPECT_EQ(answer["usage"]["prompt_tokens"], 3);  // once a prompt
+  EXPECT_EQ(answer["usage"]["completion_tokens"], 6);
+}
+
+TEST_F(OpenAiTest, LogprobsInOpenAisForm) {
+  const int32_t first = *tokenizer_->TokenToId("\xC3"), second = *tokenizer_->TokenToId("\xA9");
+  Start({.script = {first, second}});
+  const json answer = Complete({{"prompt", "He"}, {"max_tokens", 2}, {"echo", true}, {"logprobs", 1}});
+  const json& choice = answer["choices"][0];
+  EXPECT_EQ(choice["text"], "Heé");
+  const json& logprobs = choice["logprobs"];
+  const int32_t he = Ids("He")[0];
+  EXPECT_EQ(logprobs["tokens"], json({"<｜begin▁of▁sentence｜>", "He", "bytes:\\xc3", "bytes:\\xa9"}));
+  EXPECT_EQ(logprobs["token_logprobs"],
+            json({nullptr, FakeEngine::LogprobOf(he), FakeEngine::LogprobOf(first), FakeEngine::LogprobOf(second)}));
+  EXPECT_EQ(logprobs["text_offset"], json({0, 0, 2, 2}));
+  ASSERT_EQ(logprobs["top_logprobs"].size(), 4u);
+  EXPECT_TRUE(logprobs["top_logprobs"][0].is_null());
+  const auto [token, logprob] = FakeEngine::Alternative(he, 0);
+  EXPECT_EQ(logprobs["top_logprobs"][1],
+            json({{tokenizer_->TokenBytes(token), logprob}, {"He", FakeEngine::LogprobOf(he)}}));
+}
+
+TEST_F(OpenAiTest, EchoScoresAPromptWithoutGenerating) {
+  Start();
+  const json answer = Complete({{"prompt", "Hello world"}, {"max_tokens", 0}, {"echo", true}, {"logprobs", 0}});
+  EXPECT_EQ(answer["choices"][0]["text"], "Hello world");
+  EXPECT_EQ(answer["choices"][0]["logprobs"]["tokens"].size(), 3u);
+  EXPECT_EQ(answer["usage"]["completion_tokens"], 0);
+}
+
+TEST_F(OpenAiTest, StopStringsEndTheAnswer) {
+  Start({.script = Ids("Hello world"), .step = absl::Milliseconds(1)});
+  for (const json& stop : {json("lo w"), json({"zzz", "lo w"})}) {
+    const json answer = Complete({{"prompt", "x"}, {"max_tokens", 200}, {"stop", stop}});
+    EXPECT_EQ(answer["choices"][0]["text"], "Hel");
+    EXPECT_EQ(answer["choices"][0]["finish_reason"], "stop");
+  }
+  EXPECT_TRUE(engine_->AwaitCancels(2));
+}
+
+TEST_F(OpenAiTest, Streams) {
+  Start({.script = Ids("Hello world")});
+  const auto events = Stream({{"prompt", "x"}, {"max_tokens", 4}, {"return_token_ids", true}});
+  ASSERT_EQ(events.size(), 5u);
+  EXPECT_EQ(events.back(), "[DONE]");
+  std::string text;
+  for (size_t i = 0; i < 4; ++i) {
+    const json chunk = Parse(events[i]);
+    EXPECT_EQ(chunk["object"], "text_completion");
+    EXPECT_EQ(chunk["id"], Parse(events[0])["id"]);
+    EXPECT_FALSE(chunk.contains("usage"));
+    const json& choice = chunk["choices"][0];
+    text += choice["text"].get<std::string>();
+    EXPECT_EQ(choice["finish_reason"], i == 3 ? json("length") : json(nullptr));
+    EXPECT_EQ(choice["token_ids"].size(), 1u);
+    EXPECT_EQ(choice.contains("prompt_token_ids"), i == 0);
+  }
+  EXPECT_EQ(text, "Hello worldHello world");
+}
+
+TEST_F(OpenAiTest, StreamsUsageWhenAsked) {
+  Start({.script = Ids("Hello world")});
+  const auto events =
+      Stream({{"prompt", "x"}, {"max_tokens", 2}, {"n", 2}, {"stream_options", {{"include_usage", true}}}});
+  ASSERT_EQ(events.size(), 6u);
+  for (int i = 0; i < 4; ++i) EXPECT_TRUE(Parse(events[i])["usage"].is_null() && Parse(events[i]).contains("usage"));
+  const json last = Parse(events[4]);
+  EXPECT_EQ(last["choices"], json::array());
+  EXPECT_EQ(last["usage"], json({{"prompt_tokens", 2}, {"completion_tokens", 4}, {"total_tokens", 6}}));
+  EXPECT_EQ(events[5], "[DONE]");
+}
+
+TEST_F(OpenAiTest, AStreamEqualsTheWholeAnswer) {
+  Start({.script = Ids("the cat é中 sat on 123 worlds"), .tokens_per_delta = 3});
+  const json body = {{"prompt", "Hello"}, {"max_tokens", 40}, {"echo", true},
+                     {"logprobs", 2},     {"seed", 1},        {"return_token_ids", true}};
+  const json whole = Complete(body)["choices"][0];
+  std::string text;
+  json logprobs, token_ids = json::array();
+  for (const std::string& event : Stream(body)) {
+    if (event == "[DONE]") break;
+    const json choice = Parse(event)["choices"][0];
+    text += choice["text"].get<std::string>();
+    token_ids.insert(token_ids.end(), choice["token_ids"].begin(), choice["token_ids"].end());
+    for (const auto& [key, values] : choice["logprobs"].items()) {
+      for (const json& value : values) logprobs[key].push_back(value);
+    }
+  }
+  EXPECT_EQ(text, whole["text"]);
+  EXPECT_EQ(token_ids, whole["token_ids"]);
+  EXPECT_EQ(logprobs, whole["logprobs"]);
+}
+
+TEST_F(OpenAiTest, AFailureBeforeOrWithinAStream) {
+  Start({.fail_after = 2});
+  const auto events = Stream({{"prompt", "x"}, {"max_tokens", 5}, {"return_token_ids", true}});
+  ASSERT_EQ(events.size(), 3u);
+  const json error = Parse(events[2])["error"];
+  EXPECT_EQ(error["message"], "the fake engine fails");
+  EXPECT_EQ(error["type"], "server_error");
+  const ClientResponse response = client_->Post("/v1/completions", R"({"prompt": "x", "max_tokens": 5})");
+  EXPECT_EQ(response.status, 500);
+  EXPECT_EQ(Parse(response.body)["error"]["message"], "the fake engine fails");
+}
+
+TEST_F(OpenAiTest, AFullQueueAsksToComeBack) {
+  Start({.step = absl::Milliseconds(20), .max_requests = 2});
+  // The third of three prompts is refused: the other two are cancelled.
+  const ClientResponse response = client_->Post("/v1/completions", R"({"prompt": ["a", "b", "c"], "max_tokens": 200})");
+  EXPECT_EQ(response.status, 429);
+  EXPECT_EQ(response.headers.at("retry-after"), "1");
+  EXPECT_EQ(Parse(response.body)["error"]["code"], "rate_limit_exceeded");
+  EXPECT_TRUE(engine_->AwaitCancels(2));
+}
+
+TEST_F(OpenAiTest, AClientThatLeavesCancelsItsRequests) {
+  for (const bool stream : {false, true}) {
+    Start({.step = absl::Milliseconds(5)});
+    client_->SendPost("/v1/completions",
+                      json({{"prompt", "x"}, {"n", 3}, {"max_tokens", 250}, {"stream", stream}}).dump());
+    if (stream) {
+      ASSERT_TRUE(client_->ReadUntil("data: "));
+    }
+    client_->Close();
+    EXPECT_TRUE(engine_->AwaitCancels(3));
+    EXPECT_TRUE(engine_->AwaitIdle());
+    TearDown();
+  }
+}
+
+TEST_F(OpenAiTest, StoppingEndsWhatIsInFlightWithAnError) {
+  Start({.step = absl::Milliseconds(5)});
+  HttpClient streaming(server_->port());
+  client_->SendPost("/v1/completions", R"({"prompt": "x", "max_tokens": 250})");
+  streaming.SendPost("/v1/completions", R"({"prompt": "x", "max_tokens": 250, "stream": true})");
+  ASSERT_TRUE(streaming.ReadUntil("data: "));
+  server_->StopAccepting();
+  generator_->Stop();
+  engine_ = nullptr;
+  const ClientResponse response = client_->ReadResponse();
+  EXPECT_EQ(response.status, 503);
+  EXPECT_EQ(Parse(response.body)["error"]["code"], "service_unavailable");
+  const std::vector<std::string> events = Events(streaming.ReadResponse().body);
+  EXPECT_TRUE(Parse(events.back()).contains("error"));
+}
+
+TEST_F(OpenAiTest, WithoutATokenizer) {
+  Start({}, /*with_tokenizer=*/false);
+  const json answer = Complete({{"prompt", {5, 6}}, {"max_tokens", 2}});
+  EXPECT_EQ(answer["choices"][0]["text"], "");
+  EXPECT_EQ(answer["choices"][0]["token_ids"], json({10, 11}));
+  for (const auto& [path, body, param] :
+       std::vector<std::array<const char*, 3>>{{"/v1/completions", R"({"prompt": "x"})", "prompt"},
+                                               {"/tokenize", R"({"prompt": "x"})", "prompt"},
+                                               {"/detokenize", R"({"tokens": [1]})", "tokens"}}) {
+    const ClientResponse response = client_->Post(path, body);
+    EXPECT_EQ(response.status, 400);
+    EXPECT_EQ(Parse(response.body)["error"]["param"], param);
+  }
+}
+
+TEST_F(OpenAiTest, TokenizeAndDetokenize) {
+  Start();
+  const json tokens = Parse(client_->Post("/tokenize", R"({"model": "org/model", "prompt": "Hello world"})").body);
+  std::vector<int32_t> expected = Ids("Hello world");
+  EXPECT_EQ(
+      Parse(client_->Post("/tokenize", R"({"prompt": "Hello world", "add_special_tokens": false})").body)["tokens"],
+      json(expected));
+  expected.insert(expected.begin(), 0);
+  EXPECT_EQ(tokens, json({{"tokens", expected}, {"count", 3}, {"max_model_len", 256}}));
+  const std::string body = json({{"tokens", Ids("Hello world")}}).dump();
+  EXPECT_EQ(Parse(client_->Post("/detokenize", body).body), json({{"prompt", "Hello world"}}));
+}
+
+TEST_F(OpenAiTest, ModelsHealthAndVersion) {
+  Start();
+  const json models = Parse(client_->Get("/v1/models").body);
+  EXPECT_EQ(models["object"], "list");
+  const json& model = models["data"][0];
+  EXPECT_EQ(model["id"], "org/model");
+  EXPECT_EQ(model["object"], "model");
+  EXPECT_EQ(model["root"], "/models/model");
+  EXPECT_EQ(model["max_model_len"], 256);
+  EXPECT_EQ(Parse(client_->Get("/v1/models/org/model").body), model);
+  EXPECT_EQ(Parse(client_->Get("/v1/models/org%2Fmodel").body), model);
+  EXPECT_EQ(client_->Get("/v1/models/other").status, 404);
+  EXPECT_EQ(Parse(client_->Get("/version").body)["version"], "1.2.3");
+  for (const char* path : {"/livez", "/readyz", "/health"}) EXPECT_EQ(client_->Get(path).status, 200);
+  engine_->set_health(absl::InternalError("the rank is dead"));
+  EXPECT_EQ(client_->Get("/livez").status, 200);
+  for (const char* path : {"/readyz", "/health"}) {
+    const ClientResponse response = client_->Get(path);
+    EXPECT_EQ(response.status, 503);
+    EXPECT_EQ(Parse(response.body)["error"]["message"], "the rank is dead");
+  }
+}
+
+struct WrongRequest {
+  const char* body;
+  int status;
+  const char* param;  // nullptr: null
+  const char* code;
+};
+constexpr WrongRequest kWrongRequests[] = {
+    {"", 400, nullptr, nullptr},
+    {"{", 400, nullptr, nullptr},
+    {"nonsense", 400, nullptr, nullptr},
+    {"[]", 400, nullptr, nullptr},
+    {"null", 400, nullptr, nullptr},
+    {R"({"prompt": "x"} trailing)", 400, nullptr, nullptr},
+    {R"({"prompt": "\ud800"})", 400, nullptr, nullptr},
+    {R"({"prompt": 1e999})", 400, nullptr, nullptr},
+    {"{}", 400, "prompt", nullptr},
+    {R"({"prompt": null})", 400, "prompt", nullptr},
+    {R"({"prompt": 5})", 400, "prompt", nullptr},
+    {R"({"prompt": {}})", 400, "prompt", nullptr},
+    {R"({"prompt": []})", 400, "prompt", nullptr},
+    {R"({"prompt": [[]]})", 400, "prompt", nullptr},
+    {R"({"prompt": ["a", 1]})", 400, "prompt", nullptr},
+    {R"({"prompt": [1, "a"]})", 400, "prompt", nullptr},
+    {R"({"prompt": [1.5]})", 400, "prompt", nullptr},
+    {R"({"prompt": [true]})", 400, "prompt", nullptr},
+    {R"({"prompt": [[1], "a"]})", 400, "prompt", nullptr},
+    {R"({"prompt": [-1]})", 400, "prompt", nullptr},
+    {R"({"prompt": [320]})", 400, "prompt", nullptr},
+    {R"({"prompt": [99999999999]})", 400, "prompt", nullptr},
+    {R"({"prompt": "x", "model": "other"})", 404, "model", "model_not_found"},
+    {R"({"prompt": "x", "model": 5})", 400, "model", nullptr},
+    {R"({"prompt": "x", "max_tokens": -1})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": 0})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": 1.5})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": "5"})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": 99999999999})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "temperature": -1})", 400, "temperature", nullptr},
+    {R"({"prompt": "x", "temperature": 1e39})", 400, "temperature", nullptr},
+    {R"({"prompt": "x", "temperature": "hot"})", 400, "temperature", nullptr},
+    {R"({"prompt": "x", "top_p": 0})", 400, "top_p", nullptr},
+    {R"({"prompt": "x", "top_k": -2})", 400, "top_k", nullptr},
+    {R"({"prompt": "x", "min_p": 2})", 400, "min_p", nullptr},
+    {R"({"prompt": "x", "presence_penalty": 3})", 400, "presence_penalty", nullptr},
+    {R"({"prompt": "x", "frequency_penalty": -3})", 400, "frequency_penalty", nullptr},
+    {R"({"prompt": "x", "repetition_penalty": 0})", 400, "repetition_penalty", nullptr},
+    {R"({"prompt": "x", "seed": 1.5})", 400, "seed", nullptr},
+    {R"({"prompt": "x", "n": 0})", 400, "n", nullptr},
+    {R"({"prompt": "x", "n": 129})", 400, "n", nullptr},
+    {R"({"prompt": ["a", "b", "c", "d", "e", "f", "g", "h", "i"], "n": 128})", 400, "n", nullptr},
+    {R"({"prompt": "x", "best_of": 2})", 400, "best_of", nullptr},
+    {R"({"prompt": "x", "logprobs": 21})", 400, "logprobs", nullptr},
+    {R"({"prompt": "x", "logprobs": true})", 400, "logprobs", nullptr},
+    {R"({"prompt": "x", "echo": 1})", 400, "echo", nullptr},
+    {R"({"prompt": "x", "stream": "yes"})", 400, "stream", nullptr},
+    {R"({"prompt": "x", "stream_options": 1})", 400, "stream_options", nullptr},
+    {R"({"prompt": "x", "stream_options": {"include_usage": 1}})", 400, "stream_options.include_usage", nullptr},
+    {R"({"prompt": "x", "stop": 5})", 400, "stop", nullptr},
+    {R"({"prompt": "x", "stop": ["a", 5]})", 400, "stop", nullptr},
+    {R"({"prompt": "x", "stop": ""})", 400, "stop", nullptr},
+    {R"({"prompt": "x", "stop_token_ids": [400]})", 400, "stop_token_ids", nullptr},
+    {R"({"prompt": "x", "stop_token_ids": "a"})", 400, "stop_token_ids", nullptr},
+    {R"({"prompt": "x", "ignore_eos": "a"})", 400, "ignore_eos", nullptr},
+    {R"({"prompt": "x", "suffix": "y"})", 400, "suffix", nullptr},
+    {R"({"prompt": "x", "logit_bias": {"5": 1}})", 400, "logit_bias", nullptr},
+    {R"({"prompt": "x", "response_format": {"type": "json_object"}})", 400, "response_format", nullptr},
+};
+
+TEST_F(OpenAiTest, WrongRequests) {
+  Start({.max_model_len = 32});
+  const auto json_or_null = [](const char* text) { return text == nullptr ? json(nullptr) : json(text); };
+  const auto expect_error = [&](const std::string& body, const WrongRequest& expected) {
+    const std::string shown = body.substr(0, 100);
+    const ClientResponse response = client_->Post("/v1/completions", body);
+    EXPECT_EQ(response.status, expected.status) << shown;
+    const json error = Parse(response.body)["error"];
+    EXPECT_EQ(error["param"], json_or_null(expected.param)) << shown << response.body;
+    EXPECT_EQ(error["code"], json_or_null(expected.code)) << shown;
+    EXPECT_EQ(error["type"], "invalid_request_error");
+    EXPECT_TRUE(error["message"].is_string() && !error["message"].get<std::string>().empty());
+    EXPECT_EQ(error.size(), 4u);
+  };
+  for (const WrongRequest& test : kWrongRequests) expect_error(test.body, test);
+  const WrongRequest no_json = {"", 400, nullptr, nullptr};
+  const std::string deep(10'000, '[');
+  expect_error("{\"prompt\": \"\xFF\xFE\"}", no_json);
+  expect_error(absl::StrCat("{\"prompt\": ", deep), no_json);
+  expect_error(absl::StrCat("{\"prompt\": ", deep, std::string(10'000, ']'), "}"), no_json);
+  expect_error(absl::StrCat("{\"prompt\": \"", std::string(100, 'z'), "\"}"),
+               {"", 400, "prompt", "context_length_exceeded"});
+  EXPECT_TRUE(engine_->requests().empty());
+}
+
+// Nothing that is accepted asks for something that is not done; what asks for nothing is accepted.
+TEST_F(OpenAiTest, FieldsThatAskForNothingAreAccepted) {
+  Start();
+  Complete({{"prompt", "x"},
+            {"best_of", 1},
+            {"suffix", ""},
+            {"logit_bias", json::object()},
+            {"n", 1},
+            {"response_format", {{"type", "text"}}}});
+}
+
+TEST_F(OpenAiTest, ErrorsBelowTheApiHaveItsForm) {
+  Start();
+  for (const auto& [response, status] : {std::pair{client_->Get("/v2"), 404}, {client_->Get("/tokenize"), 405}}) {
+    EXPECT_EQ(response.status, status);
+    const json error = Parse(response.body)["error"];
+    EXPECT_EQ(error["type"], "invalid_request_error");
+    EXPECT_TRUE(error["param"].is_null() && error["code"].is_null());
+  }
+  for (const auto& [path, param] : {std::pair{"/tokenize", "prompt"}, {"/detokenize", "tokens"}}) {
+    EXPECT_EQ(Parse(client_->Post(path, "{}").body)["error"]["param"], param);
+    EXPECT_EQ(client_->Post(path, "{").status, 400);
+    EXPECT_EQ(client_->Post(path, R"({"model": "other", "prompt": "x", "tokens": [1]})").status, 404);
+  }
+  EXPECT_EQ(client_->Post("/detokenize", R"({"tokens": [320]})").status, 400);
+}
+
+}  // namespace
+}  // namespace cachalot

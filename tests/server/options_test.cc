@@ -1,0 +1,156 @@
+// The command line and the config file.
+#include "server/options.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "absl/strings/str_cat.h"
+
+namespace cachalot {
+namespace {
+
+// What `cachalot ARGUMENTS` would do.
+template <typename T>
+T Parse(std::vector<std::string> arguments) {
+  Command command = ParseCommandLine(std::move(arguments));
+  if (const auto* exit = std::get_if<ExitNow>(&command); exit != nullptr && !std::holds_alternative<T>(command)) {
+    ADD_FAILURE() << exit->text;
+    return T();
+  }
+  return std::get<T>(std::move(command));
+}
+
+ExitNow Refused(std::vector<std::string> arguments) { return Parse<ExitNow>(std::move(arguments)); }
+
+TEST(OptionsTest, AModelIsEnough) {
+  const auto options = Parse<ServeOptions>({"serve", "--model", "/models/DeepSeek-V3/"});
+  EXPECT_EQ(options.engine.model_dir, "/models/DeepSeek-V3/");
+  EXPECT_EQ(options.served_model_name, "DeepSeek-V3");
+  EXPECT_EQ(options.host, "127.0.0.1");
+  EXPECT_EQ(options.port, 8000);
+  EXPECT_EQ(options.grpc_port, 50051);
+  EXPECT_EQ(options.engine.kv_cache_bytes, 0);
+}
+
+TEST(OptionsTest, AllOfThem) {
+  const auto options = Parse<ServeOptions>({"serve",
+                                            "--model",
+                                            "m",
+                                            "--device",
+                                            "cpu",
+                                            "--host",
+                                            "0.0.0.0",
+                                            "--port",
+                                            "0",
+                                            "--grpc-port=-1",
+                                            "--served-model-name",
+                                            "name",
+                                            "--max-model-len",
+                                            "1024",
+                                            "--max-sequences",
+                                            "8",
+                                            "--max-batch-tokens",
+                                            "256",
+                                            "--kv-cache-memory",
+                                            "8GiB",
+                                            "--kv-cache-dtype",
+                                            "bf16",
+                                            "--activation",
+                                            "fp8",
+                                            "--threads",
+                                            "3"});
+  EXPECT_EQ(options.engine.device, "cpu");
+  EXPECT_EQ(options.host, "0.0.0.0");
+  EXPECT_EQ(options.port, 0);
+  EXPECT_EQ(options.grpc_port, -1);
+  EXPECT_EQ(options.served_model_name, "name");
+  EXPECT_EQ(options.engine.max_model_len, 1024);
+  EXPECT_EQ(options.engine.max_sequences, 8);
+  EXPECT_EQ(options.engine.max_batch_tokens, 256);
+  EXPECT_EQ(options.engine.kv_cache_bytes, int64_t{8} << 30);
+  EXPECT_EQ(options.engine.kv_cache_dtype, "bf16");
+  EXPECT_EQ(options.engine.activation, "fp8");
+  EXPECT_EQ(options.engine.num_threads, 3);
+  EXPECT_EQ(Parse<ServeOptions>({"serve", "--model", "m", "--port", "1", "--port", "2"}).port, 2);  // the last counts
+}
+
+TEST(OptionsTest, InspectHelpAndVersion) {
+  const auto inspect = Parse<InspectOptions>({"inspect", "--model", "m", "--deep"});
+  EXPECT_EQ(inspect.model_dir, "m");
+  EXPECT_TRUE(inspect.deep);
+  for (const std::vector<std::string>& arguments : std::vector<std::vector<std::string>>{
+           {"--help"}, {"-h"}, {"--version"}, {"serve", "--help"}, {"inspect", "--help"}}) {
+    const ExitNow exit = Refused(arguments);
+    EXPECT_EQ(exit.code, 0);
+    EXPECT_FALSE(exit.text.empty());
+  }
+  EXPECT_NE(Refused({"serve", "--help"}).text.find("--kv-cache-memory"), std::string::npos);
+}
+
+TEST(OptionsTest, MistakesAreOneLineThatNamesThem) {
+  const struct {
+    std::vector<std::string> arguments;
+    const char* named;
+  } kCases[] = {
+      {{"sevre"}, "sevre"},
+      {{"serve"}, "--model"},
+      {{"serve", "--model", "m", "--prot", "1"}, "--prot"},
+      {{"serve", "--model", "m", "--port", "65536"}, "--port"},
+      {{"serve", "--model", "m", "--port", "x"}, "--port"},
+      {{"serve", "--model", "m", "--grpc-port", "-2"}, "--grpc-port"},
+      {{"serve", "--model", "m", "--device", "tpu"}, "--device"},
+      {{"serve", "--model", "m", "--max-sequences", "0"}, "--max-sequences"},
+      {{"serve", "--model", "m", "--kv-cache-dtype", "int4"}, "--kv-cache-dtype"},
+      {{"serve", "--model", "m", "--kv-cache-memory", "lots"}, "--kv-cache-memory"},
+      {{"serve", "--model", "m", "--config", "/no/such/file"}, "/no/such/file"},
+      {{"inspect"}, "--model"},
+  };
+  for (const auto& test : kCases) {
+    const ExitNow exit = Refused(test.arguments);
+    EXPECT_EQ(exit.code, 1);
+    EXPECT_NE(exit.text.find(test.named), std::string::npos) << exit.text;
+    EXPECT_EQ(exit.text.find('\n'), exit.text.size() - 1) << exit.text;
+  }
+  EXPECT_EQ(Refused({}).code, 1);
+}
+
+class ConfigFileTest : public testing::Test {
+ protected:
+  void Write(const std::string& text) { std::ofstream(path_) << text; }
+  void TearDown() override { std::filesystem::remove(path_); }
+  const std::string path_ = absl::StrCat(testing::TempDir(), "/cachalot_options_", getpid(), ".toml");
+};
+
+TEST_F(ConfigFileTest, GivesWhatTheCommandLineDoesNot) {
+  Write("model = \"from/file\"\nmax-sequences = 7\nport = 1\n");
+  const auto options = Parse<ServeOptions>({"serve", "--config", path_, "--port", "2"});
+  EXPECT_EQ(options.engine.model_dir, "from/file");
+  EXPECT_EQ(options.engine.max_sequences, 7);
+  EXPECT_EQ(options.port, 2);
+}
+
+TEST_F(ConfigFileTest, UnknownAndWrongOptionsAreRefused) {
+  Write("max-seqences = 7\n");
+  EXPECT_NE(Refused({"serve", "--model", "m", "--config", path_}).text.find("max-seqences"), std::string::npos);
+  Write("max-sequences = 0\n");
+  EXPECT_NE(Refused({"serve", "--model", "m", "--config", path_}).text.find("max-sequences"), std::string::npos);
+}
+
+TEST(ParseMemoryTest, SizesAndShares) {
+  EXPECT_EQ(*ParseMemory("8GiB", 0), int64_t{8} << 30);
+  EXPECT_EQ(*ParseMemory("0.5 gib", 0), int64_t{1} << 29);
+  EXPECT_EQ(*ParseMemory("512MiB", 0), int64_t{512} << 20);
+  EXPECT_EQ(*ParseMemory("2GB", 0), 2'000'000'000);
+  EXPECT_EQ(*ParseMemory("4096", 0), 4096);
+  EXPECT_EQ(*ParseMemory("80%", 1000), 800);
+  for (const char* text : {"", "GiB", "8Gib8", "-1", "0", "0%", "101%", "1e3", "8 G", "99999999TiB", "80%%"}) {
+    EXPECT_FALSE(ParseMemory(text, 1000).ok()) << text;
+  }
+  EXPECT_GT(AvailableMemoryBytes(), 0);
+}
+
+}  // namespace
+}  // namespace cachalot
