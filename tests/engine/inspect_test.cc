@@ -4,6 +4,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <map>
+
 #include "engine/model/tensor_table.h"
 #include "tests/engine/checkpoint_writer.h"
 
@@ -45,10 +47,12 @@ TEST(TensorTableTest, SumsOfV3) {
   EXPECT_EQ(counts.mtp, 13'463'426'304);
 
   int64_t num_tensors = 0, bytes = 0, elements = 0;
+  std::map<TensorKind, int64_t> by_kind;
   for (const ExpectedTensor& tensor : ExpectedTensors(config)) {
     const int64_t n = tensor.num_elements();
     ++num_tensors;
     elements += n;
+    by_kind[tensor.kind] += n;
     bytes += tensor.use == TensorUse::kLinear ? n : tensor.use == TensorUse::kBias ? n * 4 : n * 2;
     if (tensor.use != TensorUse::kLinear) continue;
     const std::vector<int64_t> scales = ScaleShape(tensor.shape);
@@ -59,6 +63,9 @@ TEST(TensorTableTest, SumsOfV3) {
   EXPECT_EQ(num_tensors, 91'991);
   EXPECT_EQ(elements, 684'531'386'000);
   EXPECT_EQ(bytes, 688'574'839'360);
+  EXPECT_EQ(by_kind[TensorKind::kMtp], counts.mtp);
+  EXPECT_EQ(by_kind[TensorKind::kEmbedding], 129280LL * 7168);
+  EXPECT_EQ(by_kind[TensorKind::kRoutedExperts], 58LL * 256 * 3 * 2048 * 7168);
 }
 
 TEST(InspectTest, Report) {

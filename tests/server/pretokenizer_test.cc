@@ -60,12 +60,12 @@ TEST(PreTokenizerTest, ClassesAreThoseOfOniguruma) {
     const auto pre_tokenizer = PreTokenizer::Create({"[" + name + "]+"});
     ASSERT_TRUE(pre_tokenizer.ok()) << pre_tokenizer.status();
     const std::vector<bool> is_member = ReadRanges(ranges);
-    for (const auto& characters : {all, common}) {
+    for (const auto* characters : {&all, &common}) {
       // Pieces are runs of members and runs of others.
       std::string text;
       std::vector<std::string> runs;
       bool was_member = true;  // U+0000 is in no class
-      for (const auto& [c, character] : characters) {
+      for (const auto& [c, character] : *characters) {
         text += character;
         if (is_member[c] != was_member) runs.emplace_back();
         runs.back() += character;

@@ -43,7 +43,7 @@ void ExpectRefused(const std::string& edited, const BadFile& bad, const std::str
   EXPECT_EQ(message.rfind(dir.path() + "/" + file + ": ", 0), 0) << status;
 }
 
-TEST(TokenizerFilesTest, Tokenizer) {
+TEST(TokenizerFilesTest, Model) {
   const BadFile files[] = {
       {"model type \"Unigram\"", kUnsupported, [](json& j) { j["model"]["type"] = "Unigram"; }},
       {"model.type", kMalformed, [](json& j) { j["model"].erase("type"); }},
@@ -74,6 +74,12 @@ TEST(TokenizerFilesTest, Tokenizer) {
       {"merges[1]", kMalformed, [](json& j) { j["model"]["merges"][1] = nullptr; }},
       {"the same pair", kMalformed, [](json& j) { j["model"]["merges"][5] = j["model"]["merges"][9]; }},
       {"model.merges", kMalformed, [](json& j) { j["model"]["merges"] = "a b"; }},
+  };
+  for (const BadFile& bad : files) ExpectRefused("tokenizer.json", bad, "tokenizer.json");
+}
+
+TEST(TokenizerFilesTest, StepsAndAddedTokens) {
+  const BadFile files[] = {
       {"normalizer \"NFC\"", kUnsupported,
        [](json& j) {
          j["normalizer"] = {{"type", "NFC"}};

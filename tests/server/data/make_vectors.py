@@ -189,7 +189,8 @@ def main():
     for content, i, _, _ in ADDED:
         assert matching.token_to_id(content) == i
     rng = random.Random(20250101)
-    letters = [c for c in range(0x20, 0x3000) if c != 0x7F] + list(range(0x1F300, 0x1FAFF)) + list(range(0xAC00, 0xAC80))
+    letters = [c for c in range(0x20, 0x3000) if c != 0x7F]
+    letters += [*range(0x1F300, 0x1FAFF), *range(0xAC00, 0xAC80)]
     texts = TEXTS + [random_text(rng, letters) for _ in range(400)]
     encoded = [
         {"text": t, "ids": matching.encode(t, add_special_tokens=False).ids,
