@@ -154,7 +154,7 @@ class Loader {
 
 absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const Checkpoint& checkpoint,
                                                 ExpertShare share, Ops& ops) {
-  if (config.n_routed_experts > 0) {
+  if (config.is_moe_layer(config.num_hidden_layers - 1)) {
     CHECK(share.first_expert >= 0 && share.num_experts > 0 &&
               share.first_expert + share.num_experts <= config.n_routed_experts,
           "experts {}+{} of {}", share.first_expert, share.num_experts, config.n_routed_experts);

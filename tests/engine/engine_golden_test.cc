@@ -84,7 +84,8 @@ void Print(const char* what, const Difference& d) {
 class GoldenTest : public testing::TestWithParam<const char*> {};
 
 INSTANTIATE_TEST_SUITE_P(Family, GoldenTest,
-                         testing::Values("v3_like", "v3_heads", "moonlight", "v2_lite", "v2", "kimi", "v31", "long"),
+                         testing::Values("v3_like", "v3_heads", "moonlight", "v2_lite", "v2", "kimi", "v31", "odd",
+                                         "dense", "long"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST_P(GoldenTest, F32CacheMatchesTheReference) {

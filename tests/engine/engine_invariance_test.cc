@@ -63,7 +63,7 @@ std::vector<Request> Crowd(const Golden& golden) {
 }
 
 class InvarianceTest : public testing::TestWithParam<const char*> {};
-INSTANTIATE_TEST_SUITE_P(Family, InvarianceTest, testing::Values("v3_like", "v3_heads", "v2_lite"),
+INSTANTIATE_TEST_SUITE_P(Family, InvarianceTest, testing::Values("v3_like", "v3_heads", "v2_lite", "odd"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST_P(InvarianceTest, AloneOrAmongOthersInAnyChunks) {

@@ -78,6 +78,15 @@ LONG = dict(
     first_k_dense_replace=2, max_position_embeddings=163840, rope_scaling=YARN_V3,
 )  # fmt: skip
 
+ODD = dict(
+    hidden_size=72, num_hidden_layers=2, num_nextn_predict_layers=..., num_attention_heads=3, q_lora_rank=26, kv_lora_rank=36,
+    qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=7, intermediate_size=50, moe_intermediate_size=17, n_routed_experts=6,
+    n_shared_experts=3, num_experts_per_tok=3, n_group=2, topk_group=1, vocab_size=131, max_position_embeddings=512,
+    first_k_dense_replace=0, quantization_config=FP8,
+)  # fmt: skip
+
+DENSE = {**ODD, "num_hidden_layers": 1, "first_k_dense_replace": 3, "q_lora_rank": None}
+
 
 def v2_dtype(name):
     """Every dtype a loader meets besides FP8 and BF16."""
@@ -94,5 +103,7 @@ CASES = {
     "v2": Case(make_config(**V2_GROUPS), 5, {"routed_gain": 0.5, "dtype": v2_dtype}),
     "kimi": Case(make_config(**KIMI), 6, num_shards=2),
     "v31": Case(make_config(**V31), 7, {"mtp_copies": False}, num_shards=2, act_quant=True),
+    "odd": Case(make_config(**ODD), 9),
+    "dense": Case(make_config(**DENSE), 10),
     "long": Case(make_config(**LONG), 8, {"attention_std": 2.6}, lengths=(20480,)),
 }

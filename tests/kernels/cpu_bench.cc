@@ -35,16 +35,17 @@ __attribute__((target("avx512f"))) double ReadRate(ThreadPool& pool, const uint8
   constexpr size_t kPiece = size_t{4} << 20;
   volatile float sink = 0;
   const double seconds = Best(5, [&] {
-    pool.Run(static_cast<int64_t>(bytes / kPiece), [&](int64_t i, int) __attribute__((target("avx512f"))) {
-      Wide sum[8] = {};
-      const Wide* p = reinterpret_cast<const Wide*>(data + i * kPiece);
-      for (size_t j = 0; j < kPiece / sizeof(Wide); j += 8) {
-        for (int k = 0; k < 8; ++k) sum[k] += p[j + k];
-      }
-      Wide total = sum[0];
-      for (int k = 1; k < 8; ++k) total += sum[k];
-      sink = total[0];
-    });
+    pool.Run(
+        static_cast<int64_t>(bytes / kPiece), [&](int64_t i, int) __attribute__((target("avx512f"))) {
+          Wide sum[8] = {};
+          const Wide* p = reinterpret_cast<const Wide*>(data + i * kPiece);
+          for (size_t j = 0; j < kPiece / sizeof(Wide); j += 8) {
+            for (int k = 0; k < 8; ++k) sum[k] += p[j + k];
+          }
+          Wide total = sum[0];
+          for (int k = 1; k < 8; ++k) total += sum[k];
+          sink = total[0];
+        });
   });
   return static_cast<double>(bytes) / seconds;
 }
@@ -53,15 +54,16 @@ __attribute__((target("avx512f,fma"))) double FmaRate(ThreadPool& pool) {
   constexpr int64_t kLoops = 2'000'000;
   volatile float sink = 0;
   const double seconds = Best(5, [&] {
-    pool.Run(pool.num_threads(), [&](int64_t, int) __attribute__((target("avx512f,fma"))) {
-      Wide acc[16] = {}, a = {1.0f}, b = {1e-9f};
-      for (int64_t i = 0; i < kLoops; ++i) {
-        for (int k = 0; k < 16; ++k) asm("vfmadd231ps %1, %2, %0" : "+v"(acc[k]) : "v"(a), "v"(b));
-      }
-      Wide total = acc[0];
-      for (int k = 1; k < 16; ++k) total += acc[k];
-      sink = total[0];
-    });
+    pool.Run(
+        pool.num_threads(), [&](int64_t, int) __attribute__((target("avx512f,fma"))) {
+          Wide acc[16] = {}, a = {1.0f}, b = {1e-9f};
+          for (int64_t i = 0; i < kLoops; ++i) {
+            for (int k = 0; k < 16; ++k) asm("vfmadd231ps %1, %2, %0" : "+v"(acc[k]) : "v"(a), "v"(b));
+          }
+          Wide total = acc[0];
+          for (int k = 1; k < 16; ++k) total += acc[k];
+          sink = total[0];
+        });
   });
   return 2.0 * 16 * 16 * kLoops * pool.num_threads() / seconds;
 }
@@ -87,9 +89,12 @@ void BenchLinear(Ops& ops, double read_rate, double fma_rate) {
         Owned x(DType::kF32, {rows, in}), y(DType::kF32, {rows, out});
         x.Fill(std::vector<double>(rows * in, 0.5));
         const int64_t uses = rows <= 8 ? copies : std::max<int64_t>(1, std::min<int64_t>(copies, 512 / rows));
-        const double seconds = Best(rows <= 8 ? 5 : 3, [&] {
-          for (int64_t i = 0; i < uses; ++i) ops.Linear(y, Activation{x, Tensor()}, *weights[i]);
-        }) / static_cast<double>(uses);
+        const double seconds = Best(rows <= 8 ? 5 : 3,
+                                    [&] {
+                                      for (int64_t i = 0; i < uses; ++i)
+                                        ops.Linear(y, Activation{x, Tensor()}, *weights[i]);
+                                    }) /
+                               static_cast<double>(uses);
         const double bytes = static_cast<double>(weight_bytes), flops = 2.0 * rows * out * in;
         std::printf("linear %-6s %5ldx%-5ld T=%-4ld %9.1f us %7.1f GB/s (%3.0f %%) %8.1f GFLOP/s (%3.0f %%)\n",
                     DTypeName(dtype), out, in, rows, seconds * 1e6, bytes / seconds * 1e-9,
@@ -133,8 +138,11 @@ void BenchAttention(Ops& ops, double fma_rate) {
       const double keys = static_cast<double>(rows) * (static_cast<double>(c.context) - (c.rows_each - 1) / 2.0);
       const double flops = 2.0 * kHeads * (keys * (2 * kLatent + kRope) + rows * (kNope + kValue) * kLatent);
       std::printf("attention %s: %ld sequences x %ld rows at %ld: %9.1f us %8.1f GFLOP/s (%3.0f %%)\n",
-                  dtype == KvDType::kF32 ? "f32" : dtype == KvDType::kBF16 ? "bf16" : "fp8", c.sequences, c.rows_each,
-                  c.context, seconds * 1e6, flops / seconds * 1e-9, 100 * flops / seconds / fma_rate);
+                  dtype == KvDType::kF32    ? "f32"
+                  : dtype == KvDType::kBF16 ? "bf16"
+                                            : "fp8",
+                  c.sequences, c.rows_each, c.context, seconds * 1e6, flops / seconds * 1e-9,
+                  100 * flops / seconds / fma_rate);
     }
   }
 }
