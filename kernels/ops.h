@@ -96,6 +96,10 @@ class Ops {
   virtual void GatherRows(const Activation& out, const Activation& x, const Tensor& row_token) = 0;  // [L,D] <- [T,D]
 
   // ---- A step's end: sampled tokens, drafts verified, log-probabilities; each slot's state moves on.
+  // Penalties (repetition, then frequency and presence), temperature, top_k, top_p of what that leaves, min_p; then the
+  // arg-max of logit + noise, ties to the lower id; temperature 0 takes the arg-max of penalised logits. The noise of a
+  // token is -log(-log(u)), u = ((r >> 9) + 0.5) / 2^23, where r is word id % 4 of Philox4x32-10 with counter
+  // {id / 4, position, choice, 0} and key {seed's low half, high half}; position is that of the token being drawn.
   virtual void Sample(const SampleOutput& out, const SlotState& state,
                       const Tensor& logits,  // [L,W] f32
                       const Tensor& mask,    // [L,ceil(W/32)] u32, bit set = allowed; or empty

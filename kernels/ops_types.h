@@ -49,7 +49,7 @@ struct RopeTable {
 };
 
 // One layer's latent cache. A token's entry is [c (normed) C | k_pe (rotated) R]: f32 and bf16 store C+R values; fp8
-// stores C e4m3 values, C/128 f32 scales (ceil), then R bf16 values: 656 bytes at V3's dimensions.
+// stores C e4m3 values, C/128 f32 scales (ceil, by the fp32 rule), then R bf16 values: 656 bytes at V3's dimensions.
 enum class KvDType : uint8_t { kF32, kBF16, kFP8 };
 struct KvCache {
   Tensor blocks;  // [B, P, token_bytes] u8

@@ -6,6 +6,7 @@
 #include "hwy/foreach_target.h"
 // NOTE: after foreach_target.
 #include "hwy/highway.h"
+#include "kernels/cpu/rows-inl.h"
 #include "kernels/cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();

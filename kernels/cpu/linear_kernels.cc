@@ -10,6 +10,7 @@
 // NOTE: after foreach_target.
 #include "hwy/highway.h"
 #include "kernels/cpu/dot_tile-inl.h"
+#include "kernels/cpu/rows-inl.h"
 #include "kernels/cpu/simd-inl.h"
 
 #ifndef CACHALOT_LINEAR_KERNELS_CONSTANTS
@@ -17,10 +18,10 @@
 namespace cachalot {
 namespace {
 
-constexpr int64_t kChunk = 512;              // of k
+constexpr int64_t kChunk = 768;               // of k
 constexpr int64_t kTileStride = kChunk + 16;  // NOTE: not a multiple of 4 KiB: rows must not share cache sets
-constexpr int64_t kFewRows = 4;
-constexpr int64_t kFewSpan = 8 * kChunk;  // of k, packed at a time for few rows
+constexpr int64_t kFewRows = 4;               // that share a pass over the weights
+constexpr int64_t kFewSpan = 12 * kChunk;     // of k, packed at a time for few rows
 constexpr int64_t kFewStride = kFewSpan + 16;
 constexpr int64_t kPanelRows = 8;  // of x, packed at a time for many rows
 
@@ -69,8 +70,12 @@ HWY_INLINE void StreamRows(const uint8_t* HWY_RESTRICT w, int64_t row_bytes, con
         x1[t] = hn::LoadU(DF(), x + t * kFewStride + k + kLanes);
       }
       for (int r = 0; r < R; ++r) {
+        const uint8_t* p = w + r * row_bytes + k * kB;
+        // NOTE: rows are too short for the hardware to see far ahead: fetch the rows that come next.
+        __builtin_prefetch(p + R * row_bytes, 0, 2);
+        if constexpr (2 * kLanes * kB > 64) __builtin_prefetch(p + R * row_bytes + 64, 0, 2);
         VF w0, w1;
-        Weights::LoadPair(w + r * row_bytes + k * kB, w0, w1);
+        Weights::LoadPair(p, w0, w1);
         for (int t = 0; t < T; ++t) acc[t * R + r] = hn::MulAdd(x0[t], w0, acc[t * R + r]);
         for (int t = 0; t < T; ++t) acc[t * R + r] = hn::MulAdd(x1[t], w1, acc[t * R + r]);
       }
@@ -109,16 +114,17 @@ inline void StoreTotals(const float* totals, const RowBlock& block, const Tensor
   EmitRow(totals, y.Columns(block.first_row, block.num_rows), t);
 }
 
+// Up to kFewRows rows of x from t0 on.
 template <class Weights>
-void FewRows(const RowBlock& block, const Activation& x, const Tensor& y, Arena arena) {
-  const int64_t cols = x.cols(), num_rows = x.rows();
+void FewRows(const RowBlock& block, const Activation& x, int64_t t0, const Tensor& y, Arena arena) {
+  const int64_t cols = x.cols(), num_rows = std::min(kFewRows, x.rows() - t0);
   float* packed = arena.Take<float>(kFewRows * kFewStride);
   float* totals = arena.Take<float>(kFewRows * kQuantGroup);
   std::fill_n(totals, kFewRows * kQuantGroup, 0.0f);
   for (int64_t k0 = 0; k0 < cols; k0 += kFewSpan) {
     const int64_t n = std::min(kFewSpan, cols - k0);
     // NOTE: three rows run as four: a row of zeros costs less than another instantiation.
-    for (int64_t t = 0; t < num_rows; ++t) PackRow<Weights>(x, block, t, k0, n, packed + t * kFewStride);
+    for (int64_t t = 0; t < num_rows; ++t) PackRow<Weights>(x, block, t0 + t, k0, n, packed + t * kFewStride);
     if (num_rows == 3) std::fill_n(packed + 3 * kFewStride, RoundUpToLanes(n), 0.0f);
     const uint8_t* w = block.data + k0 * Weights::kBytes;
     switch (num_rows) {
@@ -127,7 +133,21 @@ void FewRows(const RowBlock& block, const Activation& x, const Tensor& y, Arena 
       default: StreamBlock<Weights, 4>(block, w, packed, n, totals);
     }
   }
-  for (int64_t t = 0; t < num_rows; ++t) StoreTotals(totals + t * kQuantGroup, block, y, t);
+  for (int64_t t = 0; t < num_rows; ++t) StoreTotals(totals + t * kQuantGroup, block, y, t0 + t);
+}
+
+// Totals of many rows lie by register tile, [t / 4][r / kDotCols][4][kDotCols], so that a tile adds whole vectors.
+constexpr int64_t kTileSize = kDotRows * kDotCols;
+HWY_INLINE int64_t TileOffset(int64_t t, int64_t r) {
+  return (t / kDotRows * (kQuantGroup / kDotCols) + r / kDotCols) * kTileSize;
+}
+
+// Piece `piece` of `num_pieces` of x[t, k0 .. k0+n), into the second-level cache.
+HWY_INLINE void PrefetchRow(const Tensor& x, int64_t t, int64_t k0, int64_t n, int64_t piece, int64_t num_pieces) {
+  if (t >= x.dim(0)) return;
+  const int64_t element = DTypeBytes(x.dtype), size = n * element / num_pieces;
+  const uint8_t* p = static_cast<const uint8_t*>(x.data) + (t * x.row_stride + k0) * element + size * piece;
+  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 template <class Weights>
@@ -135,7 +155,7 @@ void ManyRows(const RowBlock& block, const Activation& x, const Tensor& y, Arena
   const int64_t cols = x.cols(), num_rows = x.rows();
   float* tile = arena.Take<float>(kQuantGroup * kTileStride);                // [128][kChunk] of w
   float* panel = arena.Take<float>(kPanelRows * kTileStride);                // [8][kChunk] of x
-  float* totals = arena.Take<float>((num_rows + kPanelRows) * kQuantGroup);  // [T][128]
+  float* totals = arena.Take<float>((num_rows + kPanelRows) * kQuantGroup);  // of x * w, by tiles
   std::fill_n(totals, (num_rows + kPanelRows) * kQuantGroup, 0.0f);
   for (int64_t k0 = 0; k0 < cols; k0 += kChunk) {
     const int64_t n = std::min(kChunk, cols - k0), padded = RoundUpToLanes(n);
@@ -147,25 +167,37 @@ void ManyRows(const RowBlock& block, const Activation& x, const Tensor& y, Arena
       for (int64_t t = t0; t < t_end; ++t) PackRow<Weights>(x, block, t, k0, n, panel + (t - t0) * kTileStride);
       // NOTE: rows past the last one are multiplied too, as they lie in the workspace; nobody reads their totals.
       for (int64_t r = 0; r < block.num_rows; r += kDotCols) {
+        for (int64_t i = r; i < r + kDotCols; ++i) {  // what the next panel packs
+          PrefetchRow(x.values, t_end + i % kPanelRows, k0, n, i / kPanelRows, kQuantGroup / kPanelRows);
+        }
         for (int64_t t = t0; t < t_end; t += kDotRows) {
-          alignas(64) float sums[kDotRows * kDotCols + kLanes];
+          alignas(64) float sums[kTileSize + kLanes];
           DotTile<kDotRows, kDotCols>(panel + (t - t0) * kTileStride, kTileStride, tile + r * kTileStride, kTileStride,
                                       padded, sums);
-          float* total = totals + t * kQuantGroup + r;
-          for (int i = 0; i < kDotRows; ++i) {
-            for (int j = 0; j < kDotCols; ++j) total[i * kQuantGroup + j] += sums[i * kDotCols + j];
+          float* total = totals + TileOffset(t, r);
+          for (int64_t i = 0; i < kTileSize; i += kLanes) {
+            hn::StoreU(hn::Add(hn::LoadU(DF(), total + i), hn::LoadU(DF(), sums + i)), DF(), total + i);
           }
         }
       }
     }
   }
-  for (int64_t t = 0; t < num_rows; ++t) StoreTotals(totals + t * kQuantGroup, block, y, t);
+  float* row = panel;
+  for (int64_t t = 0; t < num_rows; ++t) {
+    for (int64_t r = 0; r < block.num_rows; ++r) {
+      row[r] = totals[TileOffset(t, r) + t % kDotRows * kDotCols + r % kDotCols];
+    }
+    StoreTotals(row, block, y, t);
+  }
 }
 
 void LinearBlock(const RowBlock& block, const Activation& x, const Tensor& y, Arena arena) {
   WithSource(block.dtype, [&](auto source) {
     using Weights = decltype(source);
-    return x.rows() <= kFewRows ? FewRows<Weights>(block, x, y, arena) : ManyRows<Weights>(block, x, y, arena);
+    // A block of narrow weights stays in the second-level cache for a few passes, which beat a tile until then.
+    const int64_t most = Weights::kBytes <= 2 ? 3 * kFewRows : kFewRows;
+    if (x.rows() > most) return ManyRows<Weights>(block, x, y, arena);
+    for (int64_t t = 0; t < x.rows(); t += kFewRows) FewRows<Weights>(block, x, t, y, arena);
   });
 }
 

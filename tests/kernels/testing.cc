@@ -34,22 +34,8 @@ std::vector<uint8_t> Owned::bytes() const {
 
 Owned& Owned::Fill(const std::vector<double>& values) {
   EXPECT_EQ(static_cast<int64_t>(values.size()), tensor_.num_elements());
-  uint8_t* p = static_cast<uint8_t*>(tensor_.data);
-  for (double value : values) {
-    const float f = static_cast<float>(value);
-    if (tensor_.dtype == DType::kF32) {
-      std::memcpy(p, &f, 4);
-    } else if (tensor_.dtype == DType::kBF16) {
-      const uint16_t bits = FloatToBf16(f);
-      std::memcpy(p, &bits, 2);
-    } else if (tensor_.dtype == DType::kF16) {
-      const _Float16 half = static_cast<_Float16>(f);
-      std::memcpy(p, &half, 2);
-    } else {
-      *p = FloatToE4m3(f);
-    }
-    p += DTypeBytes(tensor_.dtype);
-  }
+  const int64_t cols = tensor_.row_elements();
+  for (size_t i = 0; i < values.size(); ++i) SetElement(tensor_, i / cols, i % cols, values[i]);
   return *this;
 }
 
@@ -105,6 +91,19 @@ double Element(const Tensor& t, int64_t i, int64_t j) {
     case DType::kF16: std::memcpy(&half, p, 2); return F16ToFloat(half);
     case DType::kF8E4M3: return E4m3ToFloat(*p);
     default: std::memcpy(&integer, p, 4); return integer;
+  }
+}
+
+void SetElement(const Tensor& t, int64_t i, int64_t j, double value) {
+  uint8_t* p = static_cast<uint8_t*>(t.data) + (i * t.row_stride + j) * DTypeBytes(t.dtype);
+  const float f = static_cast<float>(value);
+  const uint16_t bits = FloatToBf16(f);
+  const _Float16 half = static_cast<_Float16>(f);
+  switch (t.dtype) {
+    case DType::kF32: std::memcpy(p, &f, 4); return;
+    case DType::kBF16: std::memcpy(p, &bits, 2); return;
+    case DType::kF16: std::memcpy(p, &half, 2); return;
+    default: *p = FloatToE4m3(f);
   }
 }
 

@@ -66,6 +66,7 @@ struct OwnedWeight {
 
 // Elements as doubles, decoded by the scalar rules of quantize.h.
 double Element(const Tensor& t, int64_t i, int64_t j);
+void SetElement(const Tensor& t, int64_t i, int64_t j, double value);  // rounded to the type
 std::vector<double> Values(const Tensor& t);
 std::vector<double> Values(const Activation& x);  // values * scale
 std::vector<double> Values(const WeightPart& w);
