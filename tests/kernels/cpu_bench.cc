@@ -1,14 +1,17 @@
 // Speed of the CPU verbs beside what the machine can do: a plain read loop and a loop of fused multiply-adds.
 //
-// cpu_bench [linear|attention|sample]; every figure is the best of several runs, so that a busy machine disturbs less.
+// cpu_bench [linear|attention] [threads]; every figure is the best of several runs, so that a busy machine disturbs
+// less.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
 
 #include "kernels/cpu/thread_pool.h"
+#include "tests/kernels/machine_rates.h"
 #include "tests/kernels/testing.h"
 
 namespace cachalot {
@@ -28,45 +31,27 @@ double Best(int calls, const std::function<void()>& call) {
   return best;
 }
 
-typedef float Wide __attribute__((vector_size(64)));
-
 // Bytes per second that all threads together read of a buffer far larger than the caches.
-__attribute__((target("avx512f"))) double ReadRate(ThreadPool& pool, const uint8_t* data, size_t bytes) {
-  constexpr size_t kPiece = size_t{4} << 20;
-  volatile float sink = 0;
+double ReadRate(ThreadPool& pool, const std::vector<uint8_t>& memory) {
+  constexpr int64_t kPiece = int64_t{4} << 20;
+  std::vector<float> sinks(pool.num_threads());
   const double seconds = Best(5, [&] {
-    pool.Run(
-        static_cast<int64_t>(bytes / kPiece), [&](int64_t i, int) __attribute__((target("avx512f"))) {
-          Wide sum[8] = {};
-          const Wide* p = reinterpret_cast<const Wide*>(data + i * kPiece);
-          for (size_t j = 0; j < kPiece / sizeof(Wide); j += 8) {
-            for (int k = 0; k < 8; ++k) sum[k] += p[j + k];
-          }
-          Wide total = sum[0];
-          for (int k = 1; k < 8; ++k) total += sum[k];
-          sink = total[0];
-        });
+    pool.Run(static_cast<int64_t>(memory.size()) / kPiece,
+             [&](int64_t i, int worker) { sinks[worker] += testing::ReadAll(memory.data() + i * kPiece, kPiece); });
   });
-  return static_cast<double>(bytes) / seconds;
+  return static_cast<double>(memory.size()) / seconds;
 }
 
-__attribute__((target("avx512f,fma"))) double FmaRate(ThreadPool& pool) {
-  constexpr int64_t kLoops = 2'000'000;
-  volatile float sink = 0;
-  const double seconds = Best(5, [&] {
-    pool.Run(
-        pool.num_threads(), [&](int64_t, int) __attribute__((target("avx512f,fma"))) {
-          Wide acc[16] = {}, a = {1.0f}, b = {1e-9f};
-          for (int64_t i = 0; i < kLoops; ++i) {
-#pragma GCC unroll 16
-            for (int k = 0; k < 16; ++k) asm("vfmadd231ps %1, %2, %0" : "+v"(acc[k]) : "v"(a), "v"(b));
-          }
-          Wide total = acc[0];
-          for (int k = 1; k < 16; ++k) total += acc[k];
-          sink = total[0];
-        });
+double FmaRate(ThreadPool& pool) {
+  constexpr int64_t kLoops = 500'000;
+  double operations = 0;
+  const double seconds = Best(10, [&] {
+    pool.Run(pool.num_threads(), [&](int64_t i, int) {
+      const double done = testing::MultiplyAdd(kLoops);
+      if (i == 0) operations = done;
+    });
   });
-  return 2.0 * 16 * 16 * kLoops * pool.num_threads() / seconds;
+  return operations * pool.num_threads() / seconds;
 }
 
 void BenchLinear(Ops& ops, double read_rate, double fma_rate) {
@@ -148,12 +133,12 @@ void BenchAttention(Ops& ops, double fma_rate) {
   }
 }
 
-int Main(const std::string& what) {
-  BackendOptions options = testing::CpuOptions(0);
+int Main(const std::string& what, int num_threads) {
+  const BackendOptions options = testing::CpuOptions(num_threads);
   const auto backend = testing::MakeCpu(options);
-  ThreadPool pool(0);
+  ThreadPool pool(num_threads);
   std::vector<uint8_t> memory(size_t{1} << 30, 1);
-  const double read_rate = ReadRate(pool, memory.data(), memory.size()), fma_rate = FmaRate(pool);
+  const double read_rate = ReadRate(pool, memory), fma_rate = FmaRate(pool);
   memory = {};
   std::printf("%s: plain read %.1f GB/s, fp32 fused multiply-add %.1f GFLOP/s\n", backend->name().c_str(),
               read_rate * 1e-9, fma_rate * 1e-9);
@@ -165,4 +150,4 @@ int Main(const std::string& what) {
 }  // namespace
 }  // namespace cachalot
 
-int main(int argc, char** argv) { return cachalot::Main(argc > 1 ? argv[1] : ""); }
+int main(int argc, char** argv) { return cachalot::Main(argc > 1 ? argv[1] : "", argc > 2 ? std::atoi(argv[2]) : 0); }
