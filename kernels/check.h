@@ -2,18 +2,14 @@
 #ifndef CACHALOT_KERNELS_CHECK_H_
 #define CACHALOT_KERNELS_CHECK_H_
 
-#include <spdlog/spdlog.h>
+#include <fmt/core.h>
 
-#include <cstdlib>
 #include <string>
+#include <utility>
 
 namespace cachalot {
 
-[[noreturn]] inline void CheckFailed(const char* condition, const std::string& detail, const char* file, int line) {
-  spdlog::critical("{}:{}: CHECK({}) failed{}{}", file, line, condition, detail.empty() ? "" : ": ", detail);
-  spdlog::shutdown();
-  std::abort();
-}
+[[noreturn]] void CheckFailed(const char* condition, const std::string& detail, const char* file, int line);
 inline std::string CheckDetail() { return ""; }
 template <typename... Args>
 std::string CheckDetail(fmt::format_string<Args...> format, Args&&... args) {
