@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 
 namespace cachalot {
 
@@ -25,16 +26,19 @@ struct SamplingParams {
   uint64_t seed = 0;
   uint32_t choice = 0;  // index among the request's n answers
   int max_tokens = 16;  // 0: score the prompt only
+  int min_tokens = 0;   // until so many are generated, no token that would end the answer is drawn
   bool ignore_eos = false;
-  std::vector<int32_t> stop_token_ids;  // besides the model's end-of-sequence ids
-  int logprobs = -1;                    // alternatives to report per generated token, 0..20; -1: no log-probabilities
-  int prompt_logprobs = -1;             // the same per prompt token
+  std::vector<int32_t> stop_token_ids;                // besides the model's end-of-sequence ids
+  std::vector<std::pair<int32_t, float>> logit_bias;  // (token id, added to its logit before penalties); ids differ
+  int logprobs = -1;         // alternatives to report per generated token, 0..20; -1: no log-probabilities
+  int prompt_logprobs = -1;  // the same per prompt token
 };
 
 struct Request {
   std::vector<int32_t> prompt;  // at least one token
   SamplingParams sampling;
-  int priority = 0;  // lower first
+  int priority = 0;                              // lower first
+  absl::Time deadline = absl::InfiniteFuture();  // past it the request ends with kError (DeadlineExceeded)
 };
 
 // Log-probability of a token under the raw logits, and the likeliest alternatives by falling log-probability.
@@ -46,6 +50,14 @@ struct TokenLogprob {
 
 enum class FinishReason : uint8_t { kNone, kStop, kLength, kCancelled, kError };
 
+// Where a request's time went, and what it cost.
+struct RequestTimes {
+  absl::Duration queued;   // from Submit until a step first named it
+  absl::Duration prefill;  // from then until its first token was committed
+  absl::Duration decode;   // from then until its end
+  int num_preemptions = 0;
+};
+
 // One step's news of one request.
 struct Delta {
   std::vector<int32_t> tokens;                // generated; the end-of-sequence token included when it ended the answer
@@ -54,6 +66,7 @@ struct Delta {
   FinishReason finish_reason = FinishReason::kNone;  // set in the last delta, exactly once
   int32_t stop_token = -1;                           // the token id that ended it, when kStop
   absl::Status error;                                // when kError
+  RequestTimes times;                                // in the last delta
 };
 
 // Called from the engine's output thread, in order, until the delta with a finish reason. Must not block for long and

@@ -16,7 +16,7 @@ namespace cachalot {
 // POST /v1/completions: several prompts, `n` answers to each. Answer c of prompt p is choice p * n + c.
 struct CompletionRequest {
   std::string model;  // empty: the one that is served
-  std::vector<std::variant<std::string, std::vector<int32_t>>> prompts;
+  std::vector<Prompt> prompts;
   GenerateCall call;  // what the prompts have in common; its own prompt is empty
   int n = 1;
   bool stream = false;

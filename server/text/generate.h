@@ -15,9 +15,31 @@
 
 namespace cachalot {
 
+// What the model said or was told in one turn of a conversation.
+struct ToolCall {
+  std::string type = "function", name, arguments;  // arguments: JSON as the model wrote it
+};
+struct ChatMessage {
+  enum class Role : uint8_t { kSystem, kUser, kAssistant, kTool };
+  Role role = Role::kUser;
+  std::optional<std::string> content;  // none: null, which only an assistant's may be
+  std::vector<ToolCall> tool_calls;    // an assistant's
+  bool prefix = false;                 // an assistant's, last: the answer's beginning
+};
+
+// A conversation, to be written as the model's template writes it.
+struct ChatPrompt {
+  std::vector<ChatMessage> messages;
+  bool add_generation_prompt = true;    // end with what makes the model answer
+  bool continue_final_message = false;  // the last message is the answer's beginning and stays open
+  bool thinking = false;                // for templates that know both ways (V3.1)
+};
+
+using Prompt = std::variant<std::string, std::vector<int32_t>, ChatPrompt>;
+
 // One prompt and how to answer it, as a client sent it.
 struct GenerateCall {
-  std::variant<std::string, std::vector<int32_t>> prompt;
+  Prompt prompt;
   bool add_special_tokens = true;  // text: begin with BOS when the checkpoint's tokenizer does
   bool match_special = true;       // text: added tokens written out in it ("<｜User｜>") become their ids
   SamplingParams sampling;         // `choice` and `prompt_logprobs` are set by the generator
@@ -53,6 +75,7 @@ struct Usage {
 // the token, because what could begin a stop string is held back.
 struct GenerateEvent {
   std::string text;                // well-formed UTF-8
+  std::string reasoning;           // what the model thought before its answer; of chats only, well-formed UTF-8
   std::vector<int32_t> tokens;     // generated; a stop token and the tokens of a stop string included
   std::vector<TokenScore> scores;  // when log-probabilities were asked for: prompt tokens first if echoed
   FinishReason finish_reason = FinishReason::kNone;  // set in the last event, exactly once

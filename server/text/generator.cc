@@ -177,8 +177,10 @@ absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateC
     if (!ids.ok()) return ids.status();
     plan->prompt = std::move(*ids);
     plan->num_added = call.add_special_tokens && tokenizer_->add_bos_token() ? 1 : 0;
+  } else if (auto* ids = std::get_if<std::vector<int32_t>>(&call.prompt)) {
+    plan->prompt = std::move(*ids);
   } else {
-    plan->prompt = std::move(std::get<std::vector<int32_t>>(call.prompt));
+    return absl::UnimplementedError("chats are not served yet");
   }
   plan->sampling = std::move(call.sampling);
   plan->sampling.prompt_logprobs = call.echo ? plan->sampling.logprobs : -1;
