@@ -1,7 +1,6 @@
 // Events of several generations, from the engine's output thread, become one response.
 #include "server/http/completion_call.h"
 
-#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -11,21 +10,21 @@
 namespace cachalot {
 namespace {
 
-using nlohmann::ordered_json;
+std::string NewId(AnswerKind kind) {
+  return absl::StrCat(kind == AnswerKind::kChat ? "chatcmpl-" : "cmpl-", absl::Hex(RandomSeed(), absl::kZeroPad16));
+}
 
-std::string NewId() { return absl::StrCat("cmpl-", absl::Hex(RandomSeed(), absl::kZeroPad16)); }
-
-bool IsWorthAChunk(const GenerateEvent& event, CompletionView view) {
-  return !event.text.empty() || (view.logprobs && !event.scores.empty()) || (view.token_ids && !event.tokens.empty()) ||
-         event.finish_reason != FinishReason::kNone;
+AnswerView ViewOf(const Generator& generator, const CompletionRequest& request) {
+  AnswerView view = request.view;
+  view.token_ids = view.token_ids || generator.tokenizer() == nullptr;
+  return view;
 }
 
 }  // namespace
 
-void CompletionCall::Run(Generator* generator, std::string model_name, CompletionRequest request,
+void CompletionCall::Run(Generator* generator, const std::string& model_name, CompletionRequest request,
                          std::shared_ptr<HttpResponder> responder) {
-  std::shared_ptr<CompletionCall> call(
-      new CompletionCall(generator, std::move(model_name), request, std::move(responder)));
+  std::shared_ptr<CompletionCall> call(new CompletionCall(generator, model_name, request, std::move(responder)));
   if (absl::Status status = call->Prepare(std::move(request)); !status.ok()) {
     return call->responder_->Respond(ErrorResponse(status));
   }
@@ -33,17 +32,13 @@ void CompletionCall::Run(Generator* generator, std::string model_name, Completio
   call->Start();
 }
 
-CompletionCall::CompletionCall(Generator* generator, std::string model_name, const CompletionRequest& request,
+CompletionCall::CompletionCall(Generator* generator, const std::string& model_name, const CompletionRequest& request,
                                std::shared_ptr<HttpResponder> responder)
     : generator_(generator),
       responder_(std::move(responder)),
-      is_stream_(request.stream),
-      include_usage_(request.include_usage),
-      num_answers_(request.n) {
-  view_.logprobs = request.call.sampling.logprobs >= 0;
-  view_.token_ids = request.return_token_ids || generator_->tokenizer() == nullptr;
-  header_ = {.id = NewId(), .created = absl::ToUnixSeconds(absl::Now()), .model = std::move(model_name)};
-}
+      view_(ViewOf(*generator, request)),
+      num_answers_(request.n),
+      writer_(view_, NewId(view_.kind), absl::ToUnixSeconds(absl::Now()), model_name) {}
 
 // All prompts are checked before the first is started.
 absl::Status CompletionCall::Prepare(CompletionRequest request) {
@@ -52,11 +47,12 @@ absl::Status CompletionCall::Prepare(CompletionRequest request) {
     call.prompt = std::move(prompt);
     auto plan = generator_->Prepare(std::move(call));
     if (!plan.ok()) return plan.status();
+    usage_.prompt_tokens += static_cast<int64_t>((*plan)->prompt.size());
     plans_.push_back(std::move(*plan));
   }
   num_running_ = static_cast<int>(plans_.size()) * num_answers_;
-  has_sent_.assign(num_running_, false);
-  for (int i = 0; i < num_running_ && !is_stream_; ++i) choices_.push_back(NewPart(i));
+  choices_.resize(num_running_);
+  for (int i = 0; i < num_running_; ++i) choices_[i].prompt = &plans_[i / num_answers_]->prompt;
   return absl::OkStatus();
 }
 
@@ -86,7 +82,7 @@ void CompletionCall::Start() {
     if (is_unwanted) (*generation)->Cancel();
   }
   std::lock_guard lock(mutex_);
-  if (is_stream_ && !is_over_) BeginStream();
+  if (view_.stream && !is_over_) BeginStream();
 }
 
 // NOTE: generations are cancelled outside the lock, which their sinks take.
@@ -106,40 +102,36 @@ void CompletionCall::OnEvent(int choice_idx, GenerateEvent event) {
     std::lock_guard lock(mutex_);
     if (is_over_) return;
     const FinishReason reason = event.finish_reason;
+    usage_.completion_tokens += static_cast<int64_t>(event.tokens.size());
     if (reason == FinishReason::kError) {
-      has_failed = true;
       FailAnswer(event.error);
     } else {
-      completion_tokens_ += event.usage.completion_tokens;
-      is_stream_ ? StreamEvent(choice_idx, std::move(event)) : CollectEvent(choice_idx, std::move(event));
-      if (reason != FinishReason::kNone && --num_running_ == 0) FinishAnswer();
+      view_.stream ? StreamEvent(choice_idx, std::move(event))
+                   : AppendEvent(std::move(event), &choices_[choice_idx].answer);
+      if (!is_over_ && reason != FinishReason::kNone && --num_running_ == 0) FinishAnswer();
     }
+    has_failed = is_over_ && num_running_ > 0;
   }
   if (has_failed) CancelAll();
 }
 
 void CompletionCall::StreamEvent(int choice_idx, GenerateEvent event) {
-  if (!IsWorthAChunk(event, view_)) return;
+  AnswerChoice& choice = choices_[choice_idx];
+  const bool is_last = event.finish_reason != FinishReason::kNone;
+  if (!is_last && responder_->Backlog() > kMaxBacklogBytes) {
+    num_held_scores_ += event.scores.size();
+    AppendEvent(std::move(event), &choice.answer);
+    if (num_held_scores_ <= kMaxHeldScores) return;
+    return FailAnswer(absl::ResourceExhaustedError("the client took its answer too slowly"));
+  }
+  num_held_scores_ -= choice.answer.scores.size();
+  AppendEvent(std::move(event), &choice.answer);
+  event = std::exchange(choice.answer, {});
+  if (!writer_.IsVisible(event)) return;
   BeginStream();
-  CompletionPart part = NewPart(choice_idx);
-  if (has_sent_[choice_idx]) part.prompt = nullptr;
-  has_sent_[choice_idx] = true;
-  part.text = std::move(event.text);
-  part.scores = std::move(event.scores);
-  part.tokens = std::move(event.tokens);
-  part.finish_reason = event.finish_reason;
-  ordered_json chunk = CompletionJson(header_, ordered_json::array({PartJson(part, view_)}));
-  if (include_usage_) chunk["usage"] = nullptr;
-  responder_->Write(SseEvent(Dump(chunk)));
-}
-
-void CompletionCall::CollectEvent(int choice_idx, GenerateEvent event) {
-  CompletionPart& choice = choices_[choice_idx];
-  choice.text += event.text;
-  choice.scores.insert(choice.scores.end(), std::make_move_iterator(event.scores.begin()),
-                       std::make_move_iterator(event.scores.end()));
-  choice.tokens.insert(choice.tokens.end(), event.tokens.begin(), event.tokens.end());
-  choice.finish_reason = event.finish_reason;
+  bytes_.clear();
+  writer_.AppendEvents(choice_idx, event, std::exchange(choice.prompt, nullptr), usage_, &bytes_);
+  responder_->Write(bytes_);
 }
 
 void CompletionCall::BeginStream() {
@@ -150,19 +142,10 @@ void CompletionCall::BeginStream() {
 void CompletionCall::FinishAnswer() {
   is_over_ = true;
   generations_.clear();
-  if (!is_stream_) {
-    ordered_json choices = ordered_json::array();
-    for (const CompletionPart& choice : choices_) choices.push_back(PartJson(choice, view_));
-    ordered_json json = CompletionJson(header_, std::move(choices));
-    json["usage"] = UsageJson(TotalUsage());
-    return responder_->Respond({.body = Dump(json), .headers = {}});
-  }
-  if (include_usage_) {
-    ordered_json chunk = CompletionJson(header_, ordered_json::array());
-    chunk["usage"] = UsageJson(TotalUsage());
-    responder_->Write(SseEvent(Dump(chunk)));
-  }
-  responder_->Write(SseEvent("[DONE]"));
+  if (!view_.stream) return responder_->Respond({.body = writer_.Whole(choices_, usage_), .headers = {}});
+  bytes_.clear();
+  writer_.AppendDone(usage_, &bytes_);
+  responder_->Write(bytes_);
   responder_->End();
 }
 
@@ -171,19 +154,6 @@ void CompletionCall::FailAnswer(const absl::Status& status) {
   if (!has_begun_) return responder_->Respond(ErrorResponse(status));
   responder_->Write(SseEvent(Dump(ErrorJson(status))));
   responder_->End();
-}
-
-Usage CompletionCall::TotalUsage() const {
-  Usage usage{.completion_tokens = completion_tokens_};
-  for (const auto& plan : plans_) usage.prompt_tokens += static_cast<int64_t>(plan->prompt.size());
-  return usage;
-}
-
-CompletionPart CompletionCall::NewPart(int choice_idx) const {
-  CompletionPart part;
-  part.index = choice_idx;
-  if (view_.token_ids) part.prompt = &plans_[choice_idx / num_answers_]->prompt;
-  return part;
 }
 
 }  // namespace cachalot

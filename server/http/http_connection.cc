@@ -76,16 +76,31 @@ class HttpConnection::Responder : public HttpResponder {
     });
   }
   void Begin(HttpResponse head) override {
-    connection_->Post([request = request_, head = std::move(head)](HttpConnection* connection) mutable {
-      connection->BeginBody(request, std::move(head));
+    const std::string body = std::move(head.body);
+    connection_->Post([request = request_, head = std::move(head)](HttpConnection* connection) {
+      connection->BeginBody(request, head);
     });
+    Write(body);
   }
-  void Write(std::string bytes) override {
-    connection_->Post([request = request_, bytes = std::move(bytes)](HttpConnection* connection) mutable {
-      connection->WriteBody(request, std::move(bytes));
-    });
+  void Write(std::string_view bytes) override {
+    if (bytes.empty()) return;
+    {
+      std::lock_guard lock(connection_->body_mutex_);
+      if (connection_->body_request_ != request_) return;
+      connection_->body_ += bytes;
+      if (connection_->body_.size() > bytes.size()) return;  // whoever wrote first has posted
+    }
+    connection_->Post([](HttpConnection* connection) { connection->Pump(); });
+  }
+  size_t Backlog() const override {
+    std::lock_guard lock(connection_->body_mutex_);
+    return connection_->body_request_ == request_ ? connection_->body_.size() : 0;
   }
   void End() override {
+    {
+      std::lock_guard lock(connection_->body_mutex_);
+      if (connection_->body_request_ == request_) connection_->body_request_ = 0;
+    }
     connection_->Post([request = request_](HttpConnection* connection) { connection->End(request); });
   }
   void OnDisconnect(std::function<void()> callback) override {
@@ -117,6 +132,7 @@ void HttpConnection::Start() {
   Post([](HttpConnection* self) {
     error_code ignored;
     self->socket_.set_option(asio::ip::tcp::no_delay(true), ignored);
+    self->socket_.non_blocking(true, ignored);
     self->Feed();
   });
 }
@@ -220,16 +236,16 @@ void HttpConnection::OnHeader() {
   header_seen_ = true;
   SetDeadline(options_.body_timeout, &HttpConnection::OnRequestTimeout);
   const bool wants_continue = boost::beast::iequals(parser_->get()[http::field::expect], "100-continue");
-  if (wants_continue && !parser_->is_done() && parser_->get().version() >= 11) Queue("HTTP/1.1 100 Continue\r\n\r\n");
+  if (!wants_continue || parser_->is_done() || parser_->get().version() < 11) return;
+  Queue("HTTP/1.1 100 Continue\r\n\r\n");
+  Pump();
 }
 
 void HttpConnection::Dispatch() {
   Parser::value_type message = parser_->release();
   parser_.reset();
   ClearDeadline();
-  state_ = State::kResponding;
-  ++request_;
-  has_begun_ = has_ended_ = is_chunked_ = false;
+  BeginResponse();
   is_head_ = message.method() == http::verb::head;
   is_http10_ = message.version() < 11;
   keep_alive_ = message.keep_alive();
@@ -249,16 +265,23 @@ void HttpConnection::Dispatch() {
 void HttpConnection::Fail(int status, std::string_view message) {
   parser_.reset();
   ClearDeadline();
-  state_ = State::kResponding;
-  ++request_;
-  has_begun_ = has_ended_ = is_chunked_ = is_head_ = false;
-  keep_alive_ = false;
+  BeginResponse();
+  is_head_ = keep_alive_ = false;
   Respond(request_, (*context_->error_format)(status, message));
 }
 
 void HttpConnection::OnRequestTimeout() { Fail(408, "the request did not come in time"); }
 
 // --- Responding ---
+
+void HttpConnection::BeginResponse() {
+  state_ = State::kResponding;
+  ++request_;
+  has_begun_ = has_ended_ = is_chunked_ = false;
+  std::lock_guard lock(body_mutex_);
+  body_.clear();
+  body_request_ = request_;
+}
 
 std::string HttpConnection::Head(const HttpResponse& response, std::optional<size_t> body_bytes) const {
   const boost::beast::string_view reason = http::obsolete_reason(http::int_to_status(response.status));
@@ -278,33 +301,50 @@ std::string HttpConnection::Head(const HttpResponse& response, std::optional<siz
 
 void HttpConnection::Respond(uint64_t request, HttpResponse response) {
   if (!IsCurrent(request) || has_begun_) return;
-  has_begun_ = has_ended_ = true;
-  on_disconnect_ = nullptr;
+  has_begun_ = true;
+  EndBody();
   if (is_draining_) keep_alive_ = false;
   Queue(Head(response, response.body.size()));
   if (!is_head_) Queue(std::move(response.body));
+  Pump();
 }
 
-void HttpConnection::BeginBody(uint64_t request, HttpResponse head) {
+void HttpConnection::BeginBody(uint64_t request, const HttpResponse& head) {
   if (!IsCurrent(request) || has_begun_) return;
   has_begun_ = true;
   is_chunked_ = !is_http10_;
   if (is_draining_ || is_http10_) keep_alive_ = false;  // HTTP/1.0 has no other way to end a body of unknown length
   Queue(Head(head, std::nullopt));
-  WriteBody(request, std::move(head.body));
+  Pump();
 }
 
-void HttpConnection::WriteBody(uint64_t request, std::string bytes) {
-  if (!IsCurrent(request) || !has_begun_ || bytes.empty() || is_head_) return;
+// One chunk of all that has been written since the last one.
+void HttpConnection::TakeBody() {
+  if (!has_begun_) return;
+  std::string bytes;
+  {
+    std::lock_guard lock(body_mutex_);
+    bytes.swap(body_);
+  }
+  if (bytes.empty() || is_head_) return;
   Queue(is_chunked_ ? absl::StrCat(absl::Hex(bytes.size()), "\r\n", bytes, "\r\n") : std::move(bytes));
 }
 
 void HttpConnection::End(uint64_t request) {
   if (!IsCurrent(request) || !has_begun_) return;
+  TakeBody();
+  EndBody();
+  if (is_chunked_ && !is_head_) Queue("0\r\n\r\n");
+  Pump();
+}
+
+// From here on writes are dropped.
+void HttpConnection::EndBody() {
   has_ended_ = true;
   on_disconnect_ = nullptr;
-  if (is_chunked_ && !is_head_) Queue("0\r\n\r\n");
-  if (out_.empty()) FinishResponse();
+  std::lock_guard lock(body_mutex_);
+  body_.clear();
+  body_request_ = 0;
 }
 
 void HttpConnection::SetOnDisconnect(uint64_t request, std::function<void()> callback) {
@@ -314,38 +354,46 @@ void HttpConnection::SetOnDisconnect(uint64_t request, std::function<void()> cal
 }
 
 void HttpConnection::Queue(std::string bytes) {
-  if (state_ == State::kClosed || bytes.empty()) return;
-  out_.push_back(std::move(bytes));
-  ArmWrite();
+  if (state_ != State::kClosed && !bytes.empty()) out_.push_back(std::move(bytes));
 }
 
-// One deadline for each write that the client takes something of, not for the whole queue.
-void HttpConnection::ArmWrite() {
-  if (is_writing_ || out_.empty()) return;
-  is_writing_ = true;
-  std::vector<asio::const_buffer> buffers;
-  size_t skip = out_offset_;
-  for (const std::string& piece : out_) {
-    buffers.push_back(asio::buffer(piece) + skip);
-    skip = 0;
-    if (buffers.size() == kMaxWritePieces) break;
+// Writes what the socket takes at once, and waits for it only when it takes no more: a token then costs a send and
+// neither a trip through the event loop nor a timer. One deadline for each wait, not for the whole queue.
+void HttpConnection::Pump() {
+  while (!is_writing_ && state_ != State::kClosed) {
+    if (out_.empty()) TakeBody();
+    if (out_.empty()) {
+      if (state_ == State::kResponding && has_ended_) FinishResponse();
+      return;
+    }
+    std::vector<asio::const_buffer> buffers;
+    size_t skip = out_offset_;
+    for (const std::string& piece : out_) {
+      buffers.push_back(asio::buffer(piece) + skip);
+      skip = 0;
+      if (buffers.size() == kMaxWritePieces) break;
+    }
+    error_code error;
+    const size_t bytes = socket_.write_some(buffers, error);
+    if (error == asio::error::would_block) {
+      is_writing_ = true;
+      if (state_ == State::kResponding) SetDeadline(options_.write_timeout, &HttpConnection::OnWriteTimeout);
+      return socket_.async_wait(asio::ip::tcp::socket::wait_write,
+                                [self = shared_from_this()](error_code error) { self->OnWritable(error); });
+    }
+    if (error) return CloseNow();
+    for (out_offset_ += bytes; !out_.empty() && out_offset_ >= out_.front().size(); out_.pop_front()) {
+      out_offset_ -= out_.front().size();
+    }
   }
-  if (state_ == State::kResponding) SetDeadline(options_.write_timeout, &HttpConnection::OnWriteTimeout);
-  socket_.async_write_some(
-      buffers, [self = shared_from_this()](error_code error, size_t bytes) { self->OnWritten(error, bytes); });
 }
 
-void HttpConnection::OnWritten(error_code error, size_t bytes) {
+void HttpConnection::OnWritable(error_code error) {
   is_writing_ = false;
   if (state_ == State::kClosed) return;
   if (error) return CloseNow();
-  for (out_offset_ += bytes; !out_.empty() && out_offset_ >= out_.front().size(); out_.pop_front()) {
-    out_offset_ -= out_.front().size();
-  }
-  if (!out_.empty()) return ArmWrite();
-  if (state_ != State::kResponding) return;
-  ClearDeadline();
-  if (has_ended_) FinishResponse();
+  if (state_ == State::kResponding) ClearDeadline();
+  Pump();
 }
 
 void HttpConnection::FinishResponse() {
@@ -372,6 +420,11 @@ void HttpConnection::CloseNow() {
   if (state_ == State::kClosed) return;
   state_ = State::kClosed;
   ClearDeadline();
+  {
+    std::lock_guard lock(body_mutex_);
+    body_.clear();
+    body_request_ = 0;
+  }
   error_code ignored;
   socket_.close(ignored);
   FireDisconnect();

@@ -12,6 +12,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -62,15 +63,17 @@ class HttpConnection : public std::enable_shared_from_this<HttpConnection> {
 
   // Responding. Each call names its request: what comes late is dropped.
   void Respond(uint64_t request, HttpResponse response);
-  void BeginBody(uint64_t request, HttpResponse head);
-  void WriteBody(uint64_t request, std::string bytes);
+  void BeginResponse();
+  void BeginBody(uint64_t request, const HttpResponse& head);
+  void TakeBody();
+  void EndBody();
   void End(uint64_t request);
   void SetOnDisconnect(uint64_t request, std::function<void()> callback);
   bool IsCurrent(uint64_t request) const { return state_ == State::kResponding && request == request_ && !has_ended_; }
   std::string Head(const HttpResponse& response, std::optional<size_t> body_bytes) const;
   void Queue(std::string bytes);
-  void ArmWrite();
-  void OnWritten(boost::system::error_code error, size_t bytes);
+  void Pump();
+  void OnWritable(boost::system::error_code error);
   void FinishResponse();
 
   // Closing.
@@ -107,6 +110,12 @@ class HttpConnection : public std::enable_shared_from_this<HttpConnection> {
   std::deque<std::string> out_;  // waits to be written or is being written
   size_t out_offset_ = 0;        // bytes of its first piece that have been written
   bool is_writing_ = false;
+
+  // What Write calls have brought since the strand last looked. A token a write, for many connections: one lock here,
+  // and one post for all that come before the socket can take more.
+  mutable std::mutex body_mutex_;
+  std::string body_;           // guarded by body_mutex_
+  uint64_t body_request_ = 0;  // guarded by body_mutex_: whose it is; 0: nobody's, not wanted
 
   boost::asio::steady_timer timer_;
   uint64_t deadline_ = 0;  // number of the deadline set last

@@ -42,15 +42,17 @@ struct HttpResponse {
 };
 
 // Where the answer to one request goes: either Respond, or Begin, any number of Write, End. May be called from any
-// thread; never blocks: what a client is slow to take is queued, so writers bound how much they write (a generation by
-// its max_tokens). Calls after the end or after the client has gone do nothing. Dropped without an answer: 500.
+// thread; never blocks: what a client is slow to take is queued, and writers that could go on for long look at
+// Backlog. Calls after the end or after the client has gone do nothing. Dropped without an answer: 500.
 class HttpResponder {
  public:
   virtual ~HttpResponder() = default;
   virtual void Respond(HttpResponse response) = 0;
   // Status, content type and headers of `head`; its body is the first write.
   virtual void Begin(HttpResponse head) = 0;
-  virtual void Write(std::string bytes) = 0;
+  virtual void Write(std::string_view bytes) = 0;
+  // Bytes written here that the client has not begun to take.
+  virtual size_t Backlog() const = 0;
   virtual void End() = 0;
   // `callback` is called once, on an I/O thread, as soon as the client closes its connection (its sending half counts)
   // before the answer has ended; it is dropped when the answer ends.

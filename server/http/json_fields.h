@@ -40,6 +40,8 @@ class JsonFields {
   // The field as it is, nullptr if absent or null.
   const nlohmann::json* Find(const char* name) const;
   bool Fail(const char* name, std::string_view message);
+  // The status of another reader, of an object within this one.
+  void Take(const absl::Status& status) { status_.Update(status); }
   const absl::Status& status() const { return status_; }
 
  private:

@@ -39,6 +39,7 @@ void OpenAiApi::Register(HttpServer* server) {
     });
   };
   handle("POST", "/v1/completions", &OpenAiApi::Completions);
+  handle("POST", "/v1/chat/completions", &OpenAiApi::ChatCompletions);
   handle("POST", "/tokenize", &OpenAiApi::Tokenize);
   handle("POST", "/detokenize", &OpenAiApi::Detokenize);
   handle("GET", "/v1/models", &OpenAiApi::Models);
@@ -61,7 +62,14 @@ absl::Status OpenAiApi::CheckModel(const std::string& name) const {
 }
 
 void OpenAiApi::Completions(HttpRequest request, Responder responder) const {
-  absl::StatusOr<CompletionRequest> completion = ParseCompletionRequest(request.body);
+  Answer(ParseCompletionRequest(request.body), std::move(responder));
+}
+
+void OpenAiApi::ChatCompletions(HttpRequest request, Responder responder) const {
+  Answer(ParseChatRequest(request.body), std::move(responder));
+}
+
+void OpenAiApi::Answer(absl::StatusOr<CompletionRequest> completion, Responder responder) const {
   if (!completion.ok()) return responder->Respond(ErrorResponse(completion.status()));
   if (absl::Status status = CheckModel(completion->model); !status.ok()) {
     return responder->Respond(ErrorResponse(status));
@@ -73,7 +81,8 @@ void OpenAiApi::Tokenize(HttpRequest request, Responder responder) const {
   const absl::StatusOr<TokenizeRequest> call = ParseTokenizeRequest(request.body);
   if (!call.ok()) return responder->Respond(ErrorResponse(call.status()));
   if (absl::Status status = CheckModel(call->model); !status.ok()) return responder->Respond(ErrorResponse(status));
-  const absl::StatusOr<std::vector<int32_t>> tokens = generator_->Tokenize(call->prompt, call->add_special_tokens);
+  const absl::StatusOr<std::vector<int32_t>> tokens =
+      generator_->Tokenize(std::get<std::string>(call->prompt), call->add_special_tokens);
   if (!tokens.ok()) return responder->Respond(ErrorResponse(tokens.status()));
   RespondJson(responder,
               {{"count", tokens->size()}, {"max_model_len", generator_->model().max_model_len}, {"tokens", *tokens}});

@@ -8,11 +8,13 @@
 
 #include "absl/status/status.h"
 #include "server/http/http_server.h"
+#include "server/http/openai_request.h"
 #include "server/text/generator.h"
 
 namespace cachalot {
 
-// POST /v1/completions, /tokenize, /detokenize; GET /v1/models, /v1/models/{id}, /livez, /readyz, /health, /version.
+// POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /v1/models/{id}, /livez, /readyz,
+// /health, /version.
 class OpenAiApi {
  public:
   // `model_name` is the name clients use, `model_root` where the model came from. `generator` and this object must
@@ -25,6 +27,8 @@ class OpenAiApi {
   using Responder = std::shared_ptr<HttpResponder>;
 
   void Completions(HttpRequest request, Responder responder) const;
+  void ChatCompletions(HttpRequest request, Responder responder) const;
+  void Answer(absl::StatusOr<CompletionRequest> completion, Responder responder) const;
   void Tokenize(HttpRequest request, Responder responder) const;
   void Detokenize(HttpRequest request, Responder responder) const;
   void Models(HttpRequest request, Responder responder) const;

@@ -6,7 +6,10 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "server/http/chat_messages.h"
 #include "server/http/json_fields.h"
 #include "server/request_error.h"
 #include "server/text/generator.h"
@@ -58,6 +61,23 @@ void ReadPrompts(JsonFields* fields, CompletionRequest* request) {
   }
 }
 
+void ReadLogitBias(JsonFields* fields, SamplingParams* sampling) {
+  const json* bias = fields->Find("logit_bias");
+  if (bias == nullptr) return;
+  if (!bias->is_object()) {
+    fields->Fail("logit_bias", "must be an object of numbers by token id");
+    return;
+  }
+  for (const auto& [key, value] : bias->items()) {
+    int32_t token = 0;
+    if (!absl::SimpleAtoi(key, &token) || !value.is_number()) {
+      fields->Fail("logit_bias", "must be an object of numbers by token id");
+      return;
+    }
+    sampling->logit_bias.emplace_back(token, static_cast<float>(value.get<double>()));
+  }
+}
+
 void ReadSampling(JsonFields* fields, SamplingParams* sampling) {
   fields->Read("temperature", &sampling->temperature);
   fields->Read("top_p", &sampling->top_p);
@@ -67,9 +87,10 @@ void ReadSampling(JsonFields* fields, SamplingParams* sampling) {
   fields->Read("frequency_penalty", &sampling->frequency_penalty);
   fields->Read("repetition_penalty", &sampling->repetition_penalty);
   if (!fields->Read("seed", &sampling->seed)) sampling->seed = RandomSeed();
-  fields->Read("max_tokens", 0, kMaxInt, &sampling->max_tokens);
+  fields->Read("min_tokens", 0, kMaxInt, &sampling->min_tokens);
   fields->Read("ignore_eos", &sampling->ignore_eos);
   fields->Read("stop_token_ids", &sampling->stop_token_ids);
+  ReadLogitBias(fields, sampling);
 }
 
 // Fields that change the answer and that we do not have: refused unless they ask for nothing.
@@ -80,12 +101,49 @@ void RefuseUnsupported(JsonFields* fields, int n) {
   }
   std::string suffix;
   if (fields->Read("suffix", &suffix) && !suffix.empty()) fields->Fail("suffix", "is not supported");
-  const json* bias = fields->Find("logit_bias");
-  if (bias != nullptr && !bias->empty()) fields->Fail("logit_bias", "is not supported");
   const json* format = fields->Find("response_format");
   const bool is_text = format != nullptr && format->is_object() && format->value("type", json()) == "text";
   if (format != nullptr && !is_text) fields->Fail("response_format", "is not supported");
-  if (fields->Find("structured_outputs") != nullptr) fields->Fail("structured_outputs", "is not supported");
+  for (const char* name : {"structured_outputs", "chat_template"}) {
+    if (fields->Find(name) != nullptr) fields->Fail(name, "is not supported");
+  }
+  const json* choice = fields->Find("tool_choice");
+  for (const char* name : {"tools", "functions"}) {
+    const json* tools = fields->Find(name);
+    const bool asks = tools != nullptr && !(tools->is_array() && tools->empty());
+    if (asks && (choice == nullptr || *choice != "none")) fields->Fail(name, "are not supported");
+  }
+}
+
+void ReadStreamOptions(JsonFields* fields, AnswerView* view) {
+  fields->Read("stream", &view->stream);
+  const json* options = fields->Find("stream_options");
+  if (options == nullptr) return;
+  if (!options->is_object()) {
+    fields->Fail("stream_options", "must be an object");
+    return;
+  }
+  JsonFields stream_fields(*options, "stream_options.");
+  stream_fields.Read("include_usage", &view->include_usage);
+  stream_fields.Read("continuous_usage_stats", &view->continuous_usage);
+  view->continuous_usage = view->continuous_usage && view->include_usage;
+  fields->Take(stream_fields.status());
+}
+
+// What completions and chats have in common.
+void ReadCommon(JsonFields* fields, CompletionRequest* request) {
+  fields->Read("model", &request->model);
+  ReadSampling(fields, &request->call.sampling);
+  fields->ReadStrings("stop", &request->call.stop);
+  fields->Read("n", 1, kMaxAnswers, &request->n);
+  fields->Read("priority", std::numeric_limits<int32_t>::min(), kMaxInt, &request->call.priority);
+  if (float seconds = 0; fields->Read("timeout", &seconds)) {
+    if (!(seconds > 0)) fields->Fail("timeout", "must be more than 0 seconds");
+    request->call.deadline = absl::Now() + absl::Seconds(seconds);
+  }
+  fields->Read("return_token_ids", &request->view.token_ids);
+  ReadStreamOptions(fields, &request->view);
+  RefuseUnsupported(fields, request->n);
 }
 
 }  // namespace
@@ -95,30 +153,39 @@ absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body) 
   if (!object.ok()) return object.status();
   JsonFields fields(*object);
   CompletionRequest request;
-  fields.Read("model", &request.model);
   ReadPrompts(&fields, &request);
-  ReadSampling(&fields, &request.call.sampling);
-  fields.Read("logprobs", 0, 20, &request.call.sampling.logprobs);
-  fields.ReadStrings("stop", &request.call.stop);
+  ReadCommon(&fields, &request);
+  SamplingParams& sampling = request.call.sampling;
+  fields.Read("max_tokens", 0, kMaxInt, &sampling.max_tokens);
+  request.view.logprobs = fields.Read("logprobs", 0, 20, &sampling.logprobs);
   fields.Read("echo", &request.call.echo);
   fields.Read("add_special_tokens", &request.call.add_special_tokens);
-  fields.Read("n", 1, kMaxAnswers, &request.n);
-  fields.Read("stream", &request.stream);
-  fields.Read("return_token_ids", &request.return_token_ids);
-  if (const json* options = fields.Find("stream_options"); options != nullptr) {
-    if (!options->is_object()) {
-      fields.Fail("stream_options", "must be an object");
-    } else {
-      JsonFields stream_fields(*options, "stream_options.");
-      stream_fields.Read("include_usage", &request.include_usage);
-      if (!stream_fields.status().ok()) return stream_fields.status();
-    }
-  }
-  RefuseUnsupported(&fields, request.n);
   if (!fields.status().ok()) return fields.status();
   if (request.prompts.size() * request.n > kMaxChoices) {
     return FieldError("n", absl::StrCat("prompts times n may be at most ", kMaxChoices));
   }
+  return request;
+}
+
+absl::StatusOr<CompletionRequest> ParseChatRequest(std::string_view body) {
+  const absl::StatusOr<json> object = ParseJsonObject(body);
+  if (!object.ok()) return object.status();
+  JsonFields fields(*object);
+  CompletionRequest request;
+  request.view.kind = AnswerKind::kChat;
+  ReadChatPrompt(&fields, &std::get<ChatPrompt>(request.prompts.emplace_back(ChatPrompt())));
+  ReadCommon(&fields, &request);
+  SamplingParams& sampling = request.call.sampling;
+  sampling.max_tokens = kFillContext;
+  fields.Read("max_tokens", 1, kMaxInt, &sampling.max_tokens);
+  fields.Read("max_completion_tokens", 1, kMaxInt, &sampling.max_tokens);
+  fields.Read("logprobs", &request.view.logprobs);
+  if (request.view.logprobs) sampling.logprobs = 0;
+  if (fields.Read("top_logprobs", 0, 20, &sampling.logprobs) && !request.view.logprobs) {
+    if (sampling.logprobs > 0) fields.Fail("top_logprobs", "needs logprobs to be true");
+    sampling.logprobs = -1;
+  }
+  if (!fields.status().ok()) return fields.status();
   return request;
 }
 
@@ -128,7 +195,11 @@ absl::StatusOr<TokenizeRequest> ParseTokenizeRequest(std::string_view body) {
   JsonFields fields(*object);
   TokenizeRequest request;
   fields.Read("model", &request.model);
-  if (!fields.Read("prompt", &request.prompt)) fields.Fail("prompt", "is missing");
+  if (fields.Find("messages") != nullptr) {
+    ReadChatPrompt(&fields, &request.prompt.emplace<ChatPrompt>());
+  } else if (!fields.Read("prompt", &request.prompt.emplace<std::string>())) {
+    fields.Fail("prompt", "is missing");
+  }
   fields.Read("add_special_tokens", &request.add_special_tokens);
   if (!fields.status().ok()) return fields.status();
   return request;

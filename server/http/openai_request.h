@@ -1,4 +1,4 @@
-// Requests of OpenAI's completions API: JSON to calls.
+// Requests of OpenAI's completions and chat completions APIs: JSON to calls.
 #ifndef CACHALOT_SERVER_HTTP_OPENAI_REQUEST_H_
 #define CACHALOT_SERVER_HTTP_OPENAI_REQUEST_H_
 
@@ -9,27 +9,28 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "server/http/answer_writer.h"
 #include "server/text/generate.h"
 
 namespace cachalot {
 
-// POST /v1/completions: several prompts, `n` answers to each. Answer c of prompt p is choice p * n + c.
+// POST /v1/completions and /v1/chat/completions: prompts (one, of a chat), `n` answers to each. Answer c of prompt p is
+// choice p * n + c.
 struct CompletionRequest {
   std::string model;  // empty: the one that is served
   std::vector<Prompt> prompts;
   GenerateCall call;  // what the prompts have in common; its own prompt is empty
   int n = 1;
-  bool stream = false;
-  bool include_usage = false;  // stream: usage in a chunk of its own at the end
-  bool return_token_ids = false;
+  AnswerView view;
 };
 
-// POST /tokenize and /detokenize.
+// POST /tokenize: text, or a conversation.
 struct TokenizeRequest {
   std::string model;
-  std::string prompt;
+  Prompt prompt;
   bool add_special_tokens = true;
 };
+// POST /detokenize.
 struct DetokenizeRequest {
   std::string model;
   std::vector<int32_t> tokens;
@@ -39,6 +40,7 @@ struct DetokenizeRequest {
 // something that we would otherwise silently not do. Ranges of sampling parameters are the generator's to check.
 // Unknown fields are accepted.
 absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body);
+absl::StatusOr<CompletionRequest> ParseChatRequest(std::string_view body);
 absl::StatusOr<TokenizeRequest> ParseTokenizeRequest(std::string_view body);
 absl::StatusOr<DetokenizeRequest> ParseDetokenizeRequest(std::string_view body);
 

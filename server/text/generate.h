@@ -35,6 +35,9 @@ struct ChatPrompt {
   bool thinking = false;                // for templates that know both ways (V3.1)
 };
 
+// SamplingParams::max_tokens: as many as the context holds.
+inline constexpr int kFillContext = -1;
+
 using Prompt = std::variant<std::string, std::vector<int32_t>, ChatPrompt>;
 
 // One prompt and how to answer it, as a client sent it.
@@ -42,9 +45,11 @@ struct GenerateCall {
   Prompt prompt;
   bool add_special_tokens = true;  // text: begin with BOS when the checkpoint's tokenizer does
   bool match_special = true;       // text: added tokens written out in it ("<｜User｜>") become their ids
-  SamplingParams sampling;         // `choice` and `prompt_logprobs` are set by the generator
-  std::vector<std::string> stop;   // text that ends the answer and is not part of it
-  bool echo = false;               // the answer begins with the prompt; with log-probabilities, so do they
+  int priority = 0;                // lower first
+  absl::Time deadline = absl::InfiniteFuture();
+  SamplingParams sampling;        // `choice` and `prompt_logprobs` are set by the generator
+  std::vector<std::string> stop;  // text that ends the answer and is not part of it
+  bool echo = false;              // the answer begins with the prompt; with log-probabilities, so do they
 };
 
 // A checked call with its token ids. Immutable; the n answers of one prompt share it.

@@ -330,6 +330,27 @@ TEST_F(HttpTest, ReadersThatAreOnlySlowGetEverything) {
   EXPECT_EQ(client.ReadResponse().body.size(), size_t{400} * (16 << 10));
 }
 
+// What a writer sees of a client that does not read: a backlog, which is gone once it has read.
+TEST_F(HttpTest, TellsItsBacklog) {
+  Start();
+  HttpClient client(server_->port(), /*receive_buffer_bytes=*/4096);
+  client.Send("GET /hold HTTP/1.1\r\n\r\n");
+  const auto responder = Held();
+  responder->Write("early ");  // joins what Begin starts
+  responder->Begin({.body = "", .headers = {}});
+  size_t written = 6;
+  while (responder->Backlog() < (1 << 20) && written < (64 << 20)) {
+    responder->Write(std::string(16 << 10, 'x'));
+    written += 16 << 10;
+  }
+  EXPECT_GE(responder->Backlog(), size_t{1 << 20});
+  client.ReadAtLeast(written);
+  EXPECT_LT(responder->Backlog(), size_t{1 << 20});
+  responder->End();
+  EXPECT_EQ(responder->Backlog(), 0u);
+  EXPECT_EQ(client.ReadResponse().body.size(), written);
+}
+
 TEST_F(HttpTest, TellsAPortThatIsTaken) {
   Start();
   HttpOptions options;

@@ -429,7 +429,6 @@ constexpr WrongRequest kWrongRequests[] = {
     {R"({"prompt": "x", "stop_token_ids": "a"})", 400, "stop_token_ids", nullptr},
     {R"({"prompt": "x", "ignore_eos": "a"})", 400, "ignore_eos", nullptr},
     {R"({"prompt": "x", "suffix": "y"})", 400, "suffix", nullptr},
-    {R"({"prompt": "x", "logit_bias": {"5": 1}})", 400, "logit_bias", nullptr},
     {R"({"prompt": "x", "response_format": {"type": "json_object"}})", 400, "response_format", nullptr},
 };
 

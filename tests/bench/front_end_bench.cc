@@ -1,0 +1,432 @@
+// The front end alone: an engine that answers at once, one token a stream a step, and clients that frame and count
+// every event. Prints streamed tokens per second over HTTP and over gRPC, and beside them what bare sockets do.
+//
+//   build/release/tests/bench/front_end_bench [--connections 256] [--tokens 2000] [--model DIR with a tokenizer]
+//
+// The engine never runs more than kMaxStepsAhead steps ahead of the clients, so that no answer is sent in fewer events
+// than tokens; a run in which the clients have counted anything but one event a token fails.
+#include <arpa/inet.h>
+#include <grpcpp/create_channel.h>
+#include <grpcpp/security/credentials.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "cachalot/v1/cachalot.grpc.pb.h"
+#include "server/grpc/grpc_server.h"
+#include "server/http/http_server.h"
+#include "server/http/openai.h"
+#include "server/http/openai_error.h"
+#include "server/text/generator.h"
+#include "server/text/tokenizer.h"
+
+namespace cachalot {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int kMaxStepsAhead = 2;
+constexpr size_t kMessageBytes = 300;  // of the bare sockets: about what an event of a chat has
+
+[[noreturn]] void Die(const std::string& what) {
+  std::fprintf(stderr, "front_end_bench: %s\n", what.c_str());
+  std::exit(1);
+}
+
+double SecondsSince(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+double CpuSeconds() {
+  rusage usage = {};
+  getrusage(RUSAGE_SELF, &usage);
+  return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec + (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
+}
+
+// Waits until `num_streams` requests have come, then gives every one a token a step.
+class InstantEngine : public Engine {
+ public:
+  InstantEngine(int num_streams, int num_tokens, std::vector<int32_t> vocabulary)
+      : num_streams_(num_streams), num_tokens_(num_tokens), vocabulary_(std::move(vocabulary)) {
+    model_.model_type = "instant";
+    model_.vocab_size = *std::max_element(vocabulary_.begin(), vocabulary_.end()) + 1;
+    model_.max_model_len = 1 << 20;
+    thread_ = std::thread([this] { Run(); });
+  }
+  ~InstantEngine() override {
+    {
+      std::lock_guard lock(mutex_);
+      is_stopping_ = true;
+    }
+    changed_.notify_all();
+    thread_.join();
+  }
+
+  absl::StatusOr<RequestId> Submit(Request, DeltaSink sink) override {
+    std::lock_guard lock(mutex_);
+    sinks_.push_back(std::move(sink));
+    changed_.notify_all();
+    return sinks_.size();
+  }
+  void Cancel(RequestId) override {}
+  EngineStats stats() const override { return {}; }
+  const ModelInfo& model() const override { return model_; }
+  absl::Status health() const override { return absl::OkStatus(); }
+
+  // The clients have seen `count` events in all.
+  void Seen(int64_t count) { num_seen_.store(count, std::memory_order_release); }
+  Clock::time_point begin() const { return begin_; }
+
+ private:
+  void Run() {
+    while (true) {
+      std::vector<DeltaSink> sinks;
+      {
+        std::unique_lock lock(mutex_);
+        const auto is_full = [this] { return is_stopping_ || static_cast<int>(sinks_.size()) == num_streams_; };
+        changed_.wait(lock, is_full);
+        if (is_stopping_) return;
+        sinks.swap(sinks_);
+      }
+      Serve(sinks);
+    }
+  }
+
+  void Serve(const std::vector<DeltaSink>& sinks) {
+    num_seen_ = 0;
+    begin_ = Clock::now();
+    std::minstd_rand random(1);
+    for (int t = 0; t < num_tokens_; ++t) {
+      while (num_seen_.load(std::memory_order_acquire) < int64_t{t - kMaxStepsAhead} * num_streams_) {
+        std::this_thread::yield();
+      }
+      for (const DeltaSink& sink : sinks) {
+        Delta delta;
+        delta.tokens = {vocabulary_[random() % vocabulary_.size()]};
+        if (t + 1 == num_tokens_) delta.finish_reason = FinishReason::kLength;
+        sink(std::move(delta));
+      }
+    }
+  }
+
+  const int num_streams_, num_tokens_;
+  const std::vector<int32_t> vocabulary_;
+  ModelInfo model_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<DeltaSink> sinks_;
+  bool is_stopping_ = false;
+  std::atomic<int64_t> num_seen_ = 0;
+  Clock::time_point begin_;
+  std::thread thread_;
+};
+
+int Connect(int port) {
+  const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address = {};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<uint16_t>(port));
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  if (connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) Die("cannot connect");
+  return fd;
+}
+
+// Frames one response: the head, then chunks (RFC 9112, 7.1), and in them events that end with an empty line.
+class EventCounter {
+ public:
+  // False when the response has ended.
+  bool Feed(const char* data, size_t size) {
+    in_.append(data, size);
+    size_t at = 0;
+    while (true) {
+      if (!in_body_) {
+        const size_t end = in_.find("\r\n\r\n", at);
+        if (end == std::string::npos) break;
+        if (in_.compare(at, 12, "HTTP/1.1 200") != 0) Die(absl::StrCat("a request failed: ", in_));
+        at = end + 4;
+        in_body_ = true;
+        continue;
+      }
+      const size_t line = in_.find("\r\n", at);
+      if (line == std::string::npos) break;
+      const size_t chunk = std::strtoul(in_.c_str() + at, nullptr, 16);
+      if (in_.size() < line + 2 + chunk + 2) break;
+      if (chunk == 0) return false;
+      Count(in_.data() + line + 2, chunk);
+      at = line + 2 + chunk + 2;
+    }
+    in_.erase(0, at);
+    return true;
+  }
+  int64_t num_events() const { return num_events_; }
+  int64_t num_bytes() const { return num_bytes_; }
+
+ private:
+  void Count(const char* data, size_t size) {
+    num_bytes_ += static_cast<int64_t>(size);
+    event_.append(data, size);
+    size_t at = 0, end;
+    while ((end = event_.find("\n\n", at)) != std::string::npos) {
+      if (event_.compare(at, 6, "data: ") != 0) Die("an event without data");
+      if (event_.compare(at, end - at, "data: [DONE]") != 0) ++num_events_;
+      at = end + 2;
+    }
+    event_.erase(0, at);
+  }
+
+  std::string in_, event_;
+  bool in_body_ = false;
+  int64_t num_events_ = 0, num_bytes_ = 0;
+};
+
+struct Counts {
+  int64_t events = 0, bytes = 0, reads = 0;
+};
+
+// Reads all connections until every response has ended; `seen` is told of every event.
+template <typename Seen>
+Counts CountEvents(const std::vector<int>& fds, Seen seen) {
+  const int epoll = epoll_create1(0);
+  std::vector<EventCounter> counters(fds.size());
+  for (size_t i = 0; i < fds.size(); ++i) {
+    epoll_event event = {.events = EPOLLIN, .data = {.u64 = i}};
+    epoll_ctl(epoll, EPOLL_CTL_ADD, fds[i], &event);
+  }
+  Counts counts;
+  std::vector<epoll_event> ready(fds.size());
+  std::vector<char> buffer(64 << 10);
+  for (size_t num_open = fds.size(); num_open > 0;) {
+    const int n = epoll_wait(epoll, ready.data(), static_cast<int>(ready.size()), -1);
+    for (int i = 0; i < n; ++i) {
+      const size_t index = ready[i].data.u64;
+      const ssize_t bytes = read(fds[index], buffer.data(), buffer.size());
+      if (bytes <= 0) Die("a connection was closed");
+      ++counts.reads;
+      const int64_t before = counters[index].num_events();
+      if (!counters[index].Feed(buffer.data(), static_cast<size_t>(bytes))) {
+        epoll_ctl(epoll, EPOLL_CTL_DEL, fds[index], nullptr);
+        --num_open;
+      }
+      counts.events += counters[index].num_events() - before;
+    }
+    seen(counts.events);
+  }
+  for (const EventCounter& counter : counters) counts.bytes += counter.num_bytes();
+  close(epoll);
+  return counts;
+}
+
+struct Setup {
+  int num_connections = 256, num_tokens = 2000;
+  const Tokenizer* tokenizer = nullptr;
+  std::vector<int32_t> vocabulary;
+  int64_t num_events() const { return int64_t{num_connections} * num_tokens; }
+};
+
+void Report(const char* name, const Setup& setup, double seconds, double cpu_seconds, const std::string& more) {
+  std::printf("%-28s %9.0f /s   %d streams, %.2f s, %.2f us of CPU each%s\n", name,
+              static_cast<double>(setup.num_events()) / seconds, setup.num_connections, seconds,
+              cpu_seconds * 1e6 / static_cast<double>(setup.num_events()), more.c_str());
+  std::fflush(stdout);
+}
+
+void BenchHttp(const Setup& setup) {
+  InstantEngine engine(setup.num_connections, setup.num_tokens, setup.vocabulary);
+  Generator generator(&engine, setup.tokenizer);
+  OpenAiApi api(&generator, "model", "model", "0");
+  HttpServer server({.port = 0}, HttpErrorResponse);
+  api.Register(&server);
+  if (!server.Bind().ok() || !server.Start().ok()) Die("cannot listen");
+  std::vector<int> fds(setup.num_connections);
+  for (int& fd : fds) fd = Connect(server.port());
+  const std::string body =
+      absl::StrCat("{\"model\":\"model\",\"prompt\":[1],\"stream\":true,\"max_tokens\":", setup.num_tokens, "}");
+  const std::string request =
+      absl::StrCat("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ", body.size(), "\r\n\r\n", body);
+  const double cpu = CpuSeconds();
+  for (int fd : fds) {
+    if (write(fd, request.data(), request.size()) != static_cast<ssize_t>(request.size())) Die("cannot send");
+  }
+  const Counts counts = CountEvents(fds, [&](int64_t events) { engine.Seen(events); });
+  const double seconds = SecondsSince(engine.begin());
+  if (counts.events != setup.num_events()) Die(absl::StrCat("counted ", counts.events, " events"));
+  Report("HTTP, server-sent events", setup, seconds, CpuSeconds() - cpu,
+         absl::StrCat(", ", counts.bytes / counts.events, " bytes an event, ",
+                      static_cast<double>(counts.events) / static_cast<double>(counts.reads), " events a read"));
+  for (int fd : fds) close(fd);
+  generator.Stop();
+  server.Stop(absl::Seconds(1));
+}
+
+// One thread sends kMessageBytes to each connection in turn, another reads and counts.
+void BenchSockets(const Setup& setup) {
+  const int listener = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address = {};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t length = sizeof(address);
+  if (bind(listener, reinterpret_cast<sockaddr*>(&address), length) != 0 || listen(listener, 1024) != 0) Die("listen");
+  getsockname(listener, reinterpret_cast<sockaddr*>(&address), &length);
+  std::vector<int> clients, servers;
+  for (int i = 0; i < setup.num_connections; ++i) {
+    clients.push_back(Connect(ntohs(address.sin_port)));
+    servers.push_back(accept(listener, nullptr, nullptr));
+    const int on = 1;
+    setsockopt(servers.back(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+  }
+  std::atomic<int64_t> num_seen = 0;
+  const double cpu = CpuSeconds();
+  const auto begin = Clock::now();
+  std::thread sender([&] {
+    const std::string message(kMessageBytes, 'x');
+    for (int t = 0; t < setup.num_tokens; ++t) {
+      while (num_seen.load() < int64_t{t - kMaxStepsAhead} * setup.num_connections) std::this_thread::yield();
+      for (int fd : servers) {
+        if (send(fd, message.data(), message.size(), 0) != static_cast<ssize_t>(message.size())) Die("cannot send");
+      }
+    }
+  });
+  const int epoll = epoll_create1(0);
+  for (int fd : clients) {
+    epoll_event event = {.events = EPOLLIN, .data = {.fd = fd}};
+    epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+  }
+  std::vector<epoll_event> ready(clients.size());
+  std::vector<char> buffer(64 << 10);
+  int64_t num_bytes = 0, num_reads = 0;
+  const int64_t all = setup.num_events() * static_cast<int64_t>(kMessageBytes);
+  while (num_bytes < all) {
+    const int n = epoll_wait(epoll, ready.data(), static_cast<int>(ready.size()), -1);
+    for (int i = 0; i < n; ++i, ++num_reads) num_bytes += read(ready[i].data.fd, buffer.data(), buffer.size());
+    num_seen = num_bytes / static_cast<int64_t>(kMessageBytes);
+  }
+  const double seconds = SecondsSince(begin);
+  sender.join();
+  Report(
+      "bare sockets, 300 bytes", setup, seconds, CpuSeconds() - cpu,
+      absl::StrCat(", ", static_cast<double>(setup.num_events()) / static_cast<double>(num_reads), " messages a read"));
+  for (int fd : clients) close(fd);
+  for (int fd : servers) close(fd);
+  close(listener);
+  close(epoll);
+}
+
+// A stream of responses, read as gRPC gives them.
+class CountingReader : public grpc::ClientReadReactor<v1::CompleteResponse> {
+ public:
+  CountingReader(v1::Cachalot::Stub* stub, const v1::CompleteRequest* request, std::function<void()> on_event,
+                 std::function<void(bool)> on_done)
+      : on_event_(std::move(on_event)), on_done_(std::move(on_done)) {
+    stub->async()->Complete(&context_, request, this);
+    StartRead(&response_);
+    StartCall();
+  }
+  void OnReadDone(bool ok) override {
+    if (!ok) return;
+    for (int i = 0; i < response_.token_ids_size(); ++i) on_event_();
+    StartRead(&response_);
+  }
+  void OnDone(const grpc::Status& status) override { on_done_(status.ok()); }
+
+ private:
+  grpc::ClientContext context_;
+  v1::CompleteResponse response_;
+  std::function<void()> on_event_;
+  std::function<void(bool)> on_done_;
+};
+
+void BenchGrpc(const Setup& setup, int num_channels) {
+  InstantEngine engine(setup.num_connections, setup.num_tokens, setup.vocabulary);
+  Generator generator(&engine, setup.tokenizer);
+  auto server = GrpcServer::Start("127.0.0.1", 0, &generator, "model");
+  if (!server.ok()) Die(server.status().ToString());
+  std::vector<std::unique_ptr<v1::Cachalot::Stub>> stubs;
+  for (int i = 0; i < num_channels; ++i) {
+    grpc::ChannelArguments arguments;
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a connection each
+    stubs.push_back(v1::Cachalot::NewStub(grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", (*server)->port()),
+                                                                    grpc::InsecureChannelCredentials(), arguments)));
+  }
+  v1::CompleteRequest request;
+  request.mutable_token_ids()->add_ids(1);
+  request.mutable_sampling()->set_max_tokens(setup.num_tokens);
+  std::atomic<int64_t> num_events = 0;
+  std::mutex mutex;
+  std::condition_variable done;
+  int num_open = setup.num_connections;
+  const auto on_done = [&](bool ok) {
+    if (!ok) Die("a gRPC call failed");
+    std::lock_guard lock(mutex);
+    if (--num_open == 0) done.notify_all();
+  };
+  const double cpu = CpuSeconds();
+  std::vector<std::unique_ptr<CountingReader>> readers;
+  for (int i = 0; i < setup.num_connections; ++i) {
+    readers.push_back(std::make_unique<CountingReader>(
+        stubs[i % num_channels].get(), &request, [&] { engine.Seen(num_events.fetch_add(1) + 1); }, on_done));
+  }
+  {
+    std::unique_lock lock(mutex);
+    done.wait(lock, [&] { return num_open == 0; });
+  }
+  const double seconds = SecondsSince(engine.begin());
+  if (num_events != setup.num_events()) Die(absl::StrCat("counted ", num_events.load(), " responses"));
+  Report(absl::StrCat("gRPC over ", num_channels, " connections").c_str(), setup, seconds, CpuSeconds() - cpu, "");
+  generator.Stop();
+  (*server)->Stop(absl::Seconds(1));
+}
+
+int Main(int argc, char** argv) {
+  Setup setup;
+  std::string model = CACHALOT_TEST_DATA_DIR "/golden/data/v3_like", only;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const std::string name = argv[i];
+    if (name == "--model") {
+      model = argv[i + 1];
+    } else if (name == "--only") {
+      only = argv[i + 1];
+    } else if (!(name == "--connections" && absl::SimpleAtoi(argv[i + 1], &setup.num_connections)) &&
+               !(name == "--tokens" && absl::SimpleAtoi(argv[i + 1], &setup.num_tokens))) {
+      Die(absl::StrCat("what is ", name, "?"));
+    }
+  }
+  auto tokenizer = Tokenizer::Load(model);
+  if (!tokenizer.ok()) Die(tokenizer.status().ToString());
+  setup.tokenizer = tokenizer->get();
+  for (int32_t id = 0; id < (*tokenizer)->vocab_size(); ++id) {
+    const std::string bytes = (*tokenizer)->TokenBytes(id);
+    const bool is_text = std::all_of(bytes.begin(), bytes.end(), [](char byte) { return byte >= ' ' && byte <= '~'; });
+    if (is_text && !bytes.empty() && !(*tokenizer)->is_special(id)) setup.vocabulary.push_back(id);
+  }
+  if (setup.vocabulary.empty()) Die("the tokenizer has no ordinary tokens");
+  const auto wanted = [&only](const char* name) { return only.empty() || only == name; };
+  if (wanted("sockets")) BenchSockets(setup);
+  if (wanted("http")) BenchHttp(setup);
+  if (wanted("grpc")) {
+    for (int num_channels : {1, 16, 256}) BenchGrpc(setup, std::min(num_channels, setup.num_connections));
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace cachalot
+
+int main(int argc, char** argv) { return cachalot::Main(argc, argv); }
