@@ -68,9 +68,10 @@ CpuDevice::CpuDevice() : available_at_start_(AvailableMemory()), thread_([this] 
 
 CpuDevice::~CpuDevice() {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     stop_ = true;
   }
+  queue_filled_.notify_one();
   thread_.join();
 }
 
@@ -123,36 +124,42 @@ void CpuDevice::Submit(const StepKey&, std::function<void()> body) { Enqueue(std
 Device::Event CpuDevice::Record() {
   const Event event = ++recorded_;
   Enqueue([this, event] {
-    absl::MutexLock lock(&mutex_);
-    completed_ = event;
+    {
+      std::lock_guard lock(mutex_);
+      completed_ = event;
+    }
+    event_completed_.notify_all();
   });
   return event;
 }
 
 bool CpuDevice::IsComplete(Event event) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   return completed_ >= event;
 }
 
 absl::Status CpuDevice::Wait(Event event, absl::Duration timeout) {
-  absl::MutexLock lock(&mutex_);
-  const auto is_complete = [this, event]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return completed_ >= event; };
-  if (mutex_.AwaitWithTimeout(absl::Condition(&is_complete), timeout)) return absl::OkStatus();
+  std::unique_lock lock(mutex_);
+  const auto is_complete = [this, event] { return completed_ >= event; };
+  const auto limit = absl::ToChronoNanoseconds(std::min(timeout, absl::Hours(24)));
+  if (event_completed_.wait_for(lock, limit, is_complete)) return absl::OkStatus();
   return absl::DeadlineExceededError(absl::StrFormat("event %d is not complete, %d is", event, completed_));
 }
 
 void CpuDevice::Enqueue(std::function<void()> work) {
-  absl::MutexLock lock(&mutex_);
-  queue_.push_back(std::move(work));
+  {
+    std::lock_guard lock(mutex_);
+    queue_.push_back(std::move(work));
+  }
+  queue_filled_.notify_one();
 }
 
 void CpuDevice::Loop() {
-  const auto has_work = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stop_ || !queue_.empty(); };
   while (true) {
     std::function<void()> work;
     {
-      absl::MutexLock lock(&mutex_);
-      mutex_.Await(absl::Condition(&has_work));
+      std::unique_lock lock(mutex_);
+      queue_filled_.wait(lock, [this] { return stop_ || !queue_.empty(); });
       if (queue_.empty()) return;
       work = std::move(queue_.front());
       queue_.pop_front();
