@@ -14,6 +14,21 @@
 #include "server/text/word_cache.h"
 
 namespace cachalot {
+namespace {
+
+// The first added token in `part` of `text` that lies within one of `trusted`.
+std::optional<AddedTokenMatcher::Match> FindTrusted(const AddedTokenMatcher& matcher, std::string_view text,
+                                                    TextRange part, std::span<const TextRange> trusted) {
+  auto range = std::partition_point(trusted.begin(), trusted.end(),
+                                    [part](const TextRange& range) { return range.end <= part.begin; });
+  for (; range != trusted.end() && range->begin < part.end; ++range) {
+    const std::string_view searched = text.substr(0, std::min(range->end, part.end));
+    if (const auto match = matcher.Find(searched, std::max(range->begin, part.begin))) return match;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
 
 struct Tokenizer::Scratch {
   PreTokenizer::Scratch split;
@@ -74,7 +89,7 @@ absl::Status Tokenizer::Build(const TokenizerFiles& files) {
   for (const auto& [content, id] : files.vocab) max_id = std::max(max_id, id);
   for (const AddedToken& token : files.added_tokens) max_id = std::max(max_id, token.id);
   tokens_.resize(static_cast<size_t>(max_id) + 1);
-  std::vector<bool> is_byte_level(tokens_.size());
+  std::vector<bool> is_byte_level(tokens_.size()), is_added(tokens_.size());
   std::array<int32_t, 256> byte_ids;
   byte_ids.fill(-1);
   for (const auto& [content, id] : files.vocab) {
@@ -85,6 +100,7 @@ absl::Status Tokenizer::Build(const TokenizerFiles& files) {
   }
   for (const AddedToken& token : files.added_tokens) {
     AddToken(token.id, token.content, token.special);
+    is_added[token.id] = true;
     matchers_[token.normalized ? 1 : 0].Add(token.content, token.id);
   }
   for (size_t byte = 0; byte < byte_ids.size(); ++byte) {
@@ -93,7 +109,11 @@ absl::Status Tokenizer::Build(const TokenizerFiles& files) {
         absl::StrFormat("a vocabulary without all 256 bytes (0x%02X is missing) is not supported", byte));
   }
 
-  absl::StatusOr<Bpe> bpe = Bpe::Create(byte_ids, files.merges);
+  // Only the matchers make added tokens. Where they are on, this changes nothing: what such a merge would make is
+  // found.
+  std::vector<BpeMerge> merges = files.merges;
+  std::erase_if(merges, [&is_added](const BpeMerge& merge) { return is_added[merge.result]; });
+  absl::StatusOr<Bpe> bpe = Bpe::Create(byte_ids, std::move(merges));
   if (!bpe.ok()) return bpe.status();
   bpe_ = *std::move(bpe);
   IndexTokens(files, is_byte_level);
@@ -134,7 +154,11 @@ void Tokenizer::IndexTokens(const TokenizerFiles& files, const std::vector<bool>
     if (!files.ignore_merges) bpe_->Encode(BytesOf(id), &scratch, &ids);
     if (files.ignore_merges || (ids.size() == 1 && ids[0] == id)) entry.piece = id;
   }
-  for (const AddedToken& token : files.added_tokens) ids_by_bytes_[BytesOf(token.id)].token = token.id;
+  for (const AddedToken& token : files.added_tokens) {
+    TokenIds& entry = ids_by_bytes_[BytesOf(token.id)];
+    entry.token = token.id;
+    if (entry.piece == token.id) entry.piece = -1;
+  }
 }
 
 // --- Encoding ---
@@ -153,23 +177,28 @@ absl::StatusOr<std::vector<int32_t>> Tokenizer::Encode(std::string_view text, En
     ids.push_back(*bos_id_);
   }
   const ScratchLease scratch(*this);
-  absl::Status status = options.match_special ? EncodeWithAddedTokens(text, 0, scratch.get(), &ids)
-                                              : EncodePlain(text, scratch.get(), &ids);
+  const TextRange whole = {0, text.size()};
+  std::span<const TextRange> trusted;
+  if (options.match_special) trusted = options.trusted == nullptr ? std::span(&whole, 1) : std::span(*options.trusted);
+  absl::Status status = EncodeWithAddedTokens(text, whole, trusted, 0, scratch.get(), &ids);
   if (!status.ok()) return status;
   return ids;
 }
 
-absl::Status Tokenizer::EncodeWithAddedTokens(std::string_view text, size_t matcher_idx, Scratch* scratch,
-                                              std::vector<int32_t>* ids) const {
-  if (matcher_idx == std::size(matchers_)) return EncodePlain(text, scratch, ids);
-  size_t done = 0;
-  while (const auto match = matchers_[matcher_idx].Find(text, done)) {
-    absl::Status status = EncodeWithAddedTokens(text.substr(done, match->begin - done), matcher_idx + 1, scratch, ids);
+// The tokens of `part` of `text`.
+absl::Status Tokenizer::EncodeWithAddedTokens(std::string_view text, TextRange part, std::span<const TextRange> trusted,
+                                              size_t matcher_idx, Scratch* scratch, std::vector<int32_t>* ids) const {
+  if (matcher_idx == std::size(matchers_)) {
+    return EncodePlain(text.substr(part.begin, part.end - part.begin), scratch, ids);
+  }
+  size_t done = part.begin;
+  while (const auto match = FindTrusted(matchers_[matcher_idx], text, {done, part.end}, trusted)) {
+    absl::Status status = EncodeWithAddedTokens(text, {done, match->begin}, trusted, matcher_idx + 1, scratch, ids);
     if (!status.ok()) return status;
     ids->push_back(match->id);
     done = match->end;
   }
-  return EncodeWithAddedTokens(text.substr(done), matcher_idx + 1, scratch, ids);
+  return EncodeWithAddedTokens(text, {done, part.end}, trusted, matcher_idx + 1, scratch, ids);
 }
 
 absl::Status Tokenizer::EncodePlain(std::string_view text, Scratch* scratch, std::vector<int32_t>* ids) const {

@@ -22,10 +22,18 @@ namespace cachalot {
 
 struct TokenizerFiles;
 
+// Bytes begin to end (exclusive) of a text.
+struct TextRange {
+  size_t begin = 0, end = 0;
+};
+
 struct EncodeOptions {
   // Added tokens ("<｜User｜>") that occur in the text become their ids. Turn off for text that is not
   // trusted to hold any: then they are cut into ordinary tokens.
   bool match_special = true;
+  // If set, only those that lie wholly within one of these ranges (in order, apart, in the text). What is
+  // between two such tokens is cut as one text, trusted or not.
+  const std::vector<TextRange>* trusted = nullptr;
   // Begin with bos_id(). For raw prompts, what the checkpoint asks for is add_bos_token(); chat templates
   // write BOS themselves.
   bool add_bos = false;
@@ -94,8 +102,8 @@ class Tokenizer {
   bool InRange(int32_t id) const { return id >= 0 && id < vocab_size(); }
   std::string_view BytesOf(int32_t id) const;
 
-  absl::Status EncodeWithAddedTokens(std::string_view text, size_t matcher_idx, Scratch* scratch,
-                                     std::vector<int32_t>* ids) const;
+  absl::Status EncodeWithAddedTokens(std::string_view text, TextRange part, std::span<const TextRange> trusted,
+                                     size_t matcher_idx, Scratch* scratch, std::vector<int32_t>* ids) const;
   absl::Status EncodePlain(std::string_view text, Scratch* scratch, std::vector<int32_t>* ids) const;
   void EncodePiece(std::string_view piece, Scratch* scratch, std::vector<int32_t>* ids) const;
 

@@ -108,6 +108,48 @@ TEST_F(SmallTokenizerTest, Bos) {
   EXPECT_TRUE(absl::IsFailedPrecondition(without->Encode("whale", {.add_bos = true}).status()));
 }
 
+TEST_F(SmallTokenizerTest, OnlyTrustedTextHoldsAddedTokens) {
+  const auto encode = [this](std::string_view text, std::vector<TextRange> trusted) {
+    return EncodeOrDie(*tokenizer_, text, {.trusted = &trusted});
+  };
+  for (const json& vector : vectors_["encode"]) {
+    const std::string text = vector["text"];
+    EXPECT_EQ(json(encode(text, {{0, text.size()}})), vector["ids"]) << json(text);
+    EXPECT_EQ(json(encode(text, {})), vector["plain_ids"]) << json(text);
+  }
+  // A token across the edge of a range is none; one that is shorter may be.
+  const std::string eots = "<|EOT|><|EOT|>x";
+  EXPECT_EQ(encode(eots, {{0, 14}})[0], 906);
+  EXPECT_EQ(encode(eots, {{0, 13}})[0], 905);
+  EXPECT_EQ(encode(eots, {{0, 6}}), EncodeOrDie(*tokenizer_, eots, {.match_special = false}));
+  EXPECT_EQ(encode(eots, {{1, 14}})[encode(eots, {{1, 14}}).size() - 2], 905);
+  EXPECT_EQ(encode(eots, {{0, 7}, {8, 14}}), encode(eots, {{0, 7}}));
+  // What lies between is one text: the spaces go with the word although they are of three ranges.
+  std::vector<int32_t> spaces = EncodeOrDie(*tokenizer_, "   whale");
+  spaces.insert(spaces.begin(), 900);
+  EXPECT_EQ(encode("<｜User｜>   whale", {{0, 13}, {14, 15}}), spaces);
+  // Several, with both kinds of tokens (those found first and those found in the rest).
+  const std::vector<int32_t> mixed = encode("<think><｜User｜><think><｜User｜>", {{0, 7}, {18, 27}, {27, 38}});
+  EXPECT_EQ(std::count(mixed.begin(), mixed.end(), 910), 2);
+  EXPECT_EQ(std::count(mixed.begin(), mixed.end(), 900), 0);
+}
+
+// What BPE would make of other text, matching makes of none that is not trusted.
+TEST_F(SmallTokenizerTest, MergesMakeNoAddedTokens) {
+  json spec = spec_;
+  const int32_t id = spec["model"]["vocab"]["qx"];
+  spec["added_tokens"].push_back({{"content", "qx"}, {"id", id}, {"special", false}, {"normalized", true}});
+  for (const bool ignore_merges : {false, true}) {
+    spec["model"]["ignore_merges"] = ignore_merges;
+    ModelDir dir;
+    dir.Write("tokenizer.json", spec.dump());
+    const auto tokenizer = LoadOrDie(dir.path());
+    EXPECT_EQ(EncodeOrDie(*tokenizer, "qx"), std::vector<int32_t>({id}));
+    EXPECT_EQ(EncodeOrDie(*tokenizer, "qx", {.match_special = false}).size(), 2u);
+    EXPECT_EQ(EncodeOrDie(*tokenizer, "whale", {.match_special = false}), EncodeOrDie(*tokenizer, "whale"));
+  }
+}
+
 TEST_F(SmallTokenizerTest, TokenTable) {
   int num_tokens = 0, num_special = 0;
   for (int32_t id = -2; id < tokenizer_->vocab_size() + 2; ++id) {
