@@ -22,9 +22,9 @@ struct ToolCall {
 struct ChatMessage {
   enum class Role : uint8_t { kSystem, kUser, kAssistant, kTool };
   Role role = Role::kUser;
-  std::optional<std::string> content;  // none: null, which only an assistant's may be
-  std::vector<ToolCall> tool_calls;    // an assistant's
-  bool prefix = false;                 // an assistant's, last: the answer's beginning
+  std::optional<std::string> content;     // none: null, which only an assistant's may be
+  std::vector<ToolCall> tool_calls = {};  // an assistant's
+  bool prefix = false;                    // an assistant's, last: the answer's beginning
 };
 
 // A conversation, to be written as the model's template writes it.

@@ -1,4 +1,4 @@
-// The two tokenizer files of a checkpoint, JSON to plain structs.
+// The tokenizer files of a checkpoint, JSON to plain structs.
 #include "server/text/tokenizer_files.h"
 
 #include <algorithm>
@@ -60,7 +60,7 @@ int NestingOf(std::string_view text) {
   return deepest;
 }
 
-absl::StatusOr<json> ReadJson(const std::string& path) {
+absl::StatusOr<std::string> ReadText(const std::string& path) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   if (!file.is_open()) {
     const int error = errno;
@@ -71,8 +71,14 @@ absl::StatusOr<json> ReadJson(const std::string& path) {
   if (size < 0 || size > kMaxFileBytes) return InFile(path, Malformed("not a file of at most 64 MiB"));
   std::string text(static_cast<size_t>(size), '\0');
   if (!file.seekg(0).read(text.data(), size)) return InFile(path, Malformed("cannot be read"));
-  if (NestingOf(text) > kMaxNesting) return InFile(path, Malformed("nested too deeply"));
-  json value = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  return text;
+}
+
+absl::StatusOr<json> ReadJson(const std::string& path) {
+  const absl::StatusOr<std::string> text = ReadText(path);
+  if (!text.ok()) return text.status();
+  if (NestingOf(*text) > kMaxNesting) return InFile(path, Malformed("nested too deeply"));
+  json value = json::parse(*text, nullptr, /*allow_exceptions=*/false);
   if (value.is_discarded()) return InFile(path, Malformed("not JSON"));
   if (!value.is_object()) return InFile(path, Malformed("not a JSON object"));
   return value;
@@ -396,6 +402,26 @@ absl::StatusOr<TokenizerFiles> ReadTokenizerFiles(const std::string& model_dir) 
     return InFile(config_path, status);
   }
   return files;
+}
+
+absl::StatusOr<ChatTemplateSource> ReadChatTemplateSource(const std::string& model_dir) {
+  const std::string own_path = absl::StrCat(model_dir, "/chat_template.jinja");
+  absl::StatusOr<std::string> own = ReadText(own_path);
+  if (own.ok()) return ChatTemplateSource{.jinja = *std::move(own), .path = own_path};
+  if (!absl::IsNotFound(own.status())) return own.status();
+  const std::string path = absl::StrCat(model_dir, "/tokenizer_config.json");
+  const absl::StatusOr<json> config = ReadJson(path);
+  if (!config.ok()) return config.status();
+  const json* value = Find(*config, "chat_template");
+  if (value == nullptr) return absl::NotFoundError(absl::StrCat(path, " has no \"chat_template\""));
+  if (value->is_array()) {
+    const auto named =
+        std::find_if(value->begin(), value->end(), [](const json& item) { return TypeAt(item, "name") == "default"; });
+    if (named == value->end()) return absl::NotFoundError(absl::StrCat(path, " has no chat_template \"default\""));
+    value = Find(*named, "template");
+  }
+  if (value == nullptr || !value->is_string()) return InFile(path, Malformed("\"chat_template\" is not a string"));
+  return ChatTemplateSource{.jinja = *value->get_ptr<const json::string_t*>(), .path = path};
 }
 
 }  // namespace cachalot

@@ -1,4 +1,5 @@
-// Reads tokenizer.json and tokenizer_config.json of a checkpoint, and refuses what is not supported.
+// Reads tokenizer.json, tokenizer_config.json and chat_template.jinja of a checkpoint, and refuses what is not
+// supported.
 #ifndef CACHALOT_SERVER_TEXT_TOKENIZER_FILES_H_
 #define CACHALOT_SERVER_TEXT_TOKENIZER_FILES_H_
 
@@ -40,6 +41,16 @@ inline constexpr int32_t kMaxTokenIds = 1 << 22;
 // a tokenizer of a kind that is not supported (the message says which part), InvalidArgumentError if they
 // are malformed or contradict themselves. Messages name the file. May be called from any thread.
 absl::StatusOr<TokenizerFiles> ReadTokenizerFiles(const std::string& model_dir);
+
+// The Jinja source of a checkpoint's chat template and the file that it is in.
+struct ChatTemplateSource {
+  std::string jinja, path;
+};
+
+// chat_template.jinja in `model_dir`, else "chat_template" in tokenizer_config.json: a string, or the one named
+// "default" in a list of {"name", "template"}. NotFoundError when there is neither, InvalidArgumentError for a file
+// that is malformed. Messages name the file. May be called from any thread.
+absl::StatusOr<ChatTemplateSource> ReadChatTemplateSource(const std::string& model_dir);
 
 }  // namespace cachalot
 
