@@ -1,9 +1,10 @@
-// Deltas to events: prompt echo first, then token by token through the detokenizer and the stop strings.
+// Deltas to events: prompt echo first, then token by token through detokenizer, stop strings and reasoning.
 #include "server/text/answer_stream.h"
 
 #include <algorithm>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/check.h"
@@ -15,13 +16,24 @@ int64_t CountCharacters(std::string_view utf8) {
   return std::count_if(utf8.begin(), utf8.end(), [](char byte) { return (byte & 0xC0) != 0x80; });
 }
 
+// Special tokens that are text all the same: the markers of reasoning, for an answer that may have them. Some
+// tokenizers list them as special, DeepSeek's as ordinary added tokens.
+std::vector<int32_t> ShownTokens(const GeneratePlan& plan, const Tokenizer& tokenizer) {
+  std::vector<int32_t> shown;
+  if (plan.reasoning == ReasoningStart::kNever) return shown;
+  for (const std::string_view marker : {kThinkOpen, kThinkClose}) {
+    if (const std::optional<int32_t> id = tokenizer.TokenToId(marker)) shown.push_back(*id);
+  }
+  return shown;
+}
+
 }  // namespace
 
 AnswerStream::AnswerStream(std::shared_ptr<const GeneratePlan> plan, const Tokenizer* tokenizer)
-    : plan_(std::move(plan)), tokenizer_(tokenizer), stops_(plan_->stop) {
+    : plan_(std::move(plan)), tokenizer_(tokenizer), stops_(plan_->stop), reasoning_(plan_->reasoning) {
   if (tokenizer_ != nullptr) {
     prompt_detokenizer_.emplace(*tokenizer_, /*skip_special=*/false);
-    detokenizer_.emplace(*tokenizer_, /*skip_special=*/true);
+    detokenizer_.emplace(*tokenizer_, /*skip_special=*/true, ShownTokens(*plan_, *tokenizer_));
   }
   usage_.prompt_tokens = static_cast<int64_t>(plan_->prompt.size());
 }
@@ -47,10 +59,11 @@ GenerateEvent AnswerStream::Next(Delta delta) {
   const bool is_last = delta.finish_reason != FinishReason::kNone;
   if (is_last && stops_.hit() == nullptr && detokenizer_.has_value()) AppendText(detokenizer_->Flush(), &event);
   if (stops_.hit() != nullptr) {
+    AppendAnswer("", /*is_last=*/true, &event);
     event.stop_string = *stops_.hit();
     Finish(FinishReason::kStop, &event);
   } else if (is_last) {
-    event.text += stops_.Flush();
+    AppendAnswer(stops_.Flush(), /*is_last=*/true, &event);
     event.error = std::move(delta.error);
     Finish(delta.finish_reason, &event);
   }
@@ -84,7 +97,16 @@ void AnswerStream::AppendPromptScore(const TokenLogprob& logprob, GenerateEvent*
 
 void AnswerStream::AppendText(const std::string& piece, GenerateEvent* event) {
   num_characters_ += CountCharacters(piece);
-  event->text += stops_.Push(piece);
+  const bool may_stop = usage_.completion_tokens > plan_->sampling.min_tokens;
+  AppendAnswer(stops_.Push(piece, may_stop), /*is_last=*/false, event);
+}
+
+void AnswerStream::AppendAnswer(std::string_view text, bool is_last, GenerateEvent* event) {
+  ReasoningText out{.reasoning = std::move(event->reasoning), .content = std::move(event->text)};
+  reasoning_.Push(text, &out);
+  if (is_last) reasoning_.Flush(&out);
+  event->reasoning = std::move(out.reasoning);
+  event->text = std::move(out.content);
 }
 
 void AnswerStream::Finish(FinishReason reason, GenerateEvent* event) {

@@ -1,4 +1,4 @@
-// AnswerStream: one answer's deltas to events: characters, stop strings, offsets, log-probabilities, usage.
+// AnswerStream: one answer's deltas to events: characters, stop strings, reasoning, offsets, log-probabilities, usage.
 #ifndef CACHALOT_SERVER_TEXT_ANSWER_STREAM_H_
 #define CACHALOT_SERVER_TEXT_ANSWER_STREAM_H_
 
@@ -6,10 +6,12 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "engine/request.h"
 #include "server/text/detokenizer.h"
 #include "server/text/generate.h"
+#include "server/text/reasoning.h"
 #include "server/text/stop_strings.h"
 #include "server/text/tokenizer.h"
 
@@ -32,6 +34,7 @@ class AnswerStream {
   void AppendPrompt(GenerateEvent* event);
   void AppendPromptScore(const TokenLogprob& logprob, GenerateEvent* event);
   void AppendText(const std::string& piece, GenerateEvent* event);
+  void AppendAnswer(std::string_view text, bool is_last, GenerateEvent* event);
   void Finish(FinishReason reason, GenerateEvent* event);
   TokenScore Score(const TokenLogprob& logprob) const;
   std::string TokenText(int32_t token) const;
@@ -40,6 +43,7 @@ class AnswerStream {
   const Tokenizer* tokenizer_;
   std::optional<Detokenizer> prompt_detokenizer_, detokenizer_;  // none without a tokenizer
   StopStrings stops_;
+  ReasoningSplitter reasoning_;
   size_t prompt_idx_ = 0;       // prompt tokens scored so far
   int64_t num_characters_ = 0;  // of the answer up to the next token to be scored
   Usage usage_;

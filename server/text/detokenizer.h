@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "server/text/tokenizer.h"
 
@@ -14,9 +16,9 @@ namespace cachalot {
 // For one thread at a time.
 class Detokenizer {
  public:
-  // `tokenizer` must outlive this. `skip_special` leaves out tokens with is_special().
-  explicit Detokenizer(const Tokenizer& tokenizer, bool skip_special = true)
-      : tokenizer_(tokenizer), skip_special_(skip_special) {}
+  // `tokenizer` must outlive this. `skip_special` leaves out tokens with is_special(), except those in `shown`.
+  explicit Detokenizer(const Tokenizer& tokenizer, bool skip_special = true, std::vector<int32_t> shown = {})
+      : tokenizer_(tokenizer), skip_special_(skip_special), shown_(std::move(shown)) {}
 
   // Adds a token and returns the text that is now certain, well-formed UTF-8, often empty. An id without a
   // token adds nothing.
@@ -27,8 +29,11 @@ class Detokenizer {
   std::string Flush();
 
  private:
+  bool IsSkipped(int32_t id) const;
+
   const Tokenizer& tokenizer_;
   const bool skip_special_;
+  const std::vector<int32_t> shown_;
   std::string held_;  // the beginning of a character, at most 3 bytes
 };
 

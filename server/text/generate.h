@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "engine/request.h"
+#include "server/text/reasoning.h"
 
 namespace cachalot {
 
@@ -35,9 +37,6 @@ struct ChatPrompt {
   bool thinking = false;                // for templates that know both ways (V3.1)
 };
 
-// SamplingParams::max_tokens: as many as the context holds.
-inline constexpr int kFillContext = -1;
-
 using Prompt = std::variant<std::string, std::vector<int32_t>, ChatPrompt>;
 
 // One prompt and how to answer it, as a client sent it.
@@ -45,11 +44,12 @@ struct GenerateCall {
   Prompt prompt;
   bool add_special_tokens = true;  // text: begin with BOS when the checkpoint's tokenizer does
   bool match_special = true;       // text: added tokens written out in it ("<｜User｜>") become their ids
+  SamplingParams sampling;         // `choice` and `prompt_logprobs` are set by the generator
+  bool fill_context = false;       // the answer may fill the context: sampling.max_tokens is not looked at
+  std::vector<std::string> stop;   // text that ends the answer and is not part of it; from min_tokens on
+  bool echo = false;               // the answer begins with the prompt; with log-probabilities, so do they
   int priority = 0;                // lower first
-  absl::Time deadline = absl::InfiniteFuture();
-  SamplingParams sampling;        // `choice` and `prompt_logprobs` are set by the generator
-  std::vector<std::string> stop;  // text that ends the answer and is not part of it
-  bool echo = false;              // the answer begins with the prompt; with log-probabilities, so do they
+  absl::Time deadline = absl::InfiniteFuture();  // past it the answer ends with kError (DeadlineExceeded)
 };
 
 // A checked call with its token ids. Immutable; the n answers of one prompt share it.
@@ -59,6 +59,9 @@ struct GeneratePlan {
   SamplingParams sampling;
   std::vector<std::string> stop;
   bool echo = false;
+  ReasoningStart reasoning = ReasoningStart::kNever;
+  int priority = 0;
+  absl::Time deadline = absl::InfiniteFuture();
 };
 
 // A token with its log-probability. `bytes` are the token's own and need not be whole characters; "token_id:7" for an
@@ -77,7 +80,7 @@ struct Usage {
 };
 
 // A step of one answer. The text of all events together is the answer; a token's text may come in a later event than
-// the token, because what could begin a stop string is held back.
+// the token, because what could begin a stop string or end the reasoning is held back.
 struct GenerateEvent {
   std::string text;                // well-formed UTF-8
   std::string reasoning;           // what the model thought before its answer; of chats only, well-formed UTF-8
@@ -85,7 +88,7 @@ struct GenerateEvent {
   std::vector<TokenScore> scores;  // when log-probabilities were asked for: prompt tokens first if echoed
   FinishReason finish_reason = FinishReason::kNone;  // set in the last event, exactly once
   std::string stop_string;                           // the one that ended the answer, if one did
-  absl::Status error;                                // when kError
+  absl::Status error;                                // when kError; with the engine's code
   Usage usage;                                       // in the last event
 };
 

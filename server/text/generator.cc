@@ -8,6 +8,7 @@
 #include <shared_mutex>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "server/request_error.h"
 #include "server/text/answer_stream.h"
@@ -16,6 +17,8 @@ namespace cachalot {
 namespace {
 
 constexpr int kMaxLogprobs = 20;
+constexpr size_t kMaxLogitBias = 1024;
+constexpr float kMaxBias = 100;
 constexpr size_t kMaxStopStrings = 16;
 constexpr size_t kMaxStopBytes = 1024;  // of one string: bounds the search per token
 
@@ -25,7 +28,29 @@ absl::Status CheckRange(std::string_view field, float value, float low, float hi
       field, absl::StrCat(absl::string_view(field.data(), field.size()), " must be between ", low, " and ", high));
 }
 
-absl::Status CheckSampling(const SamplingParams& sampling, bool echo, int vocab_size) {
+absl::Status CheckBias(const std::vector<std::pair<int32_t, float>>& logit_bias, int vocab_size) {
+  if (logit_bias.size() > kMaxLogitBias) {
+    return FieldError("logit_bias", absl::StrCat("logit_bias may hold at most ", kMaxLogitBias, " tokens"));
+  }
+  absl::flat_hash_set<int32_t> tokens;
+  for (const auto& [token, bias] : logit_bias) {
+    if (token < 0 || token >= vocab_size) {
+      return FieldError("logit_bias",
+                        absl::StrCat("logit_bias holds token id ", token, "; token ids are 0 to ", vocab_size - 1));
+    }
+    if (!tokens.insert(token).second) {
+      return FieldError("logit_bias", absl::StrCat("logit_bias holds token id ", token, " twice"));
+    }
+    if (!(bias >= -kMaxBias && bias <= kMaxBias)) {  // NaN is refused, too
+      return FieldError("logit_bias",
+                        absl::StrCat("the values of logit_bias must be between ", -kMaxBias, " and ", kMaxBias));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// What does not depend on the prompt.
+absl::Status CheckSampling(const SamplingParams& sampling, int vocab_size) {
   for (const absl::Status& status : {
            CheckRange("temperature", sampling.temperature, 0, 2),
            CheckRange("min_p", sampling.min_p, 0, 1),
@@ -41,9 +66,6 @@ absl::Status CheckSampling(const SamplingParams& sampling, bool echo, int vocab_
   if (!(sampling.repetition_penalty > 0) || !std::isfinite(sampling.repetition_penalty)) {
     return FieldError("repetition_penalty", "repetition_penalty must be greater than 0");
   }
-  if (sampling.max_tokens < (echo ? 0 : 1)) {
-    return FieldError("max_tokens", "max_tokens must be at least 1, or 0 together with echo");
-  }
   if (sampling.logprobs < -1 || sampling.logprobs > kMaxLogprobs) {
     return FieldError("logprobs", absl::StrCat("logprobs must be between 0 and ", kMaxLogprobs));
   }
@@ -52,7 +74,7 @@ absl::Status CheckSampling(const SamplingParams& sampling, bool echo, int vocab_
     return FieldError("stop_token_ids",
                       absl::StrCat("stop_token_ids holds ", token, "; token ids are 0 to ", vocab_size - 1));
   }
-  return absl::OkStatus();
+  return CheckBias(sampling.logit_bias, vocab_size);
 }
 
 absl::Status CheckStop(const std::vector<std::string>& stop) {
@@ -113,7 +135,8 @@ class Generator::LiveGeneration : public Generation {
     GenerateEvent event = stream_.Next(std::move(delta));
     const bool ended = stream_.ended();
     if (ended && !engine_ended) Cancel();
-    if (ended || !event.text.empty() || !event.tokens.empty() || !event.scores.empty()) sink_(std::move(event));
+    const bool is_empty = event.text.empty() && event.reasoning.empty() && event.tokens.empty() && event.scores.empty();
+    if (ended || !is_empty) sink_(std::move(event));
     if (ended) sink_ = nullptr;
   }
 
@@ -147,8 +170,8 @@ class Generator::LiveGeneration : public Generation {
   bool is_cancelled_ = false;    // guarded by mutex_
 };
 
-Generator::Generator(Engine* engine, const Tokenizer* tokenizer)
-    : gate_(std::make_shared<Gate>(engine)), model_(engine->model()), tokenizer_(tokenizer) {}
+Generator::Generator(Engine* engine, const Tokenizer* tokenizer, GeneratorOptions options)
+    : gate_(std::make_shared<Gate>(engine)), model_(engine->model()), tokenizer_(tokenizer), options_(options) {}
 
 Generator::~Generator() { Stop(); }
 
@@ -168,46 +191,92 @@ absl::StatusOr<std::vector<int32_t>> Generator::Tokenize(std::string_view text, 
   return ids;
 }
 
-absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateCall call) const {
-  if (absl::Status status = CheckSampling(call.sampling, call.echo, model_.vocab_size); !status.ok()) return status;
-  if (absl::Status status = CheckStop(call.stop); !status.ok()) return status;
-  auto plan = std::make_shared<GeneratePlan>();
-  if (const std::string* text = std::get_if<std::string>(&call.prompt)) {
-    absl::StatusOr<std::vector<int32_t>> ids = Tokenize(*text, call.add_special_tokens, call.match_special);
-    if (!ids.ok()) return ids.status();
-    plan->prompt = std::move(*ids);
-    plan->num_added = call.add_special_tokens && tokenizer_->add_bos_token() ? 1 : 0;
-  } else if (auto* ids = std::get_if<std::vector<int32_t>>(&call.prompt)) {
-    plan->prompt = std::move(*ids);
-  } else {
-    return absl::UnimplementedError("chats are not served yet");
+absl::StatusOr<std::vector<int32_t>> Generator::Tokenize(const ChatPrompt& chat) const {
+  ReasoningStart reasoning;
+  return TokenizeChat(chat, &reasoning);
+}
+
+absl::StatusOr<std::vector<int32_t>> Generator::TokenizeChat(const ChatPrompt& chat, ReasoningStart* reasoning) const {
+  if (tokenizer_ == nullptr) {
+    return FieldError("messages", "this model is served without a tokenizer: send a prompt of token ids");
   }
+  if (!options_.chat_template.has_value()) {
+    return FieldError("messages", absl::StrCat("no chat template is known for this model: start the server with "
+                                               "--chat-template and one of ",
+                                               ChatTemplate::Names()));
+  }
+  const std::optional<int32_t> bos = tokenizer_->bos_id();
+  const absl::StatusOr<RenderedChat> rendered =
+      options_.chat_template->Render(chat, bos.has_value() ? tokenizer_->TokenBytes(*bos) : "");
+  if (!rendered.ok()) return rendered.status();
+  *reasoning = rendered->reasoning;
+  EncodeOptions options;
+  if (!options_.allow_special_tokens) options.trusted = &rendered->trusted;
+  absl::StatusOr<std::vector<int32_t>> ids = tokenizer_->Encode(rendered->text, options);
+  if (!ids.ok()) return WithField(ids.status(), "messages");
+  return ids;
+}
+
+absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateCall call) const {
+  if (absl::Status status = CheckSampling(call.sampling, model_.vocab_size); !status.ok()) return status;
+  if (absl::Status status = CheckStop(call.stop); !status.ok()) return status;
+  if (!call.fill_context && call.sampling.max_tokens < (call.echo ? 0 : 1)) {
+    return FieldError("max_tokens", "max_tokens must be at least 1, or 0 together with echo");
+  }
+  auto plan = std::make_shared<GeneratePlan>();
+  if (absl::Status status = MakePrompt(&call, plan.get()); !status.ok()) return status;
   plan->sampling = std::move(call.sampling);
+  if (call.fill_context) plan->sampling.max_tokens = model_.max_model_len - static_cast<int>(plan->prompt.size());
+  if (plan->sampling.min_tokens < 0 || plan->sampling.min_tokens > plan->sampling.max_tokens) {
+    return FieldError("min_tokens", absl::StrCat("min_tokens must be between 0 and max_tokens, which is ",
+                                                 plan->sampling.max_tokens));
+  }
   plan->sampling.prompt_logprobs = call.echo ? plan->sampling.logprobs : -1;
   plan->stop = std::move(call.stop);
   plan->echo = call.echo;
-  if (absl::Status status = CheckPrompt(*plan); !status.ok()) return status;
+  plan->priority = call.priority;
+  plan->deadline = call.deadline;
   return plan;
 }
 
-absl::Status Generator::CheckPrompt(const GeneratePlan& plan) const {
-  if (plan.prompt.empty()) return FieldError("prompt", "the prompt must hold at least one token");
-  for (const int32_t token : plan.prompt) {
+absl::Status Generator::MakePrompt(GenerateCall* call, GeneratePlan* plan) const {
+  const bool needs_room = call->fill_context || call->sampling.max_tokens > 0;
+  if (const auto* chat = std::get_if<ChatPrompt>(&call->prompt)) {
+    absl::StatusOr<std::vector<int32_t>> ids = TokenizeChat(*chat, &plan->reasoning);
+    if (!ids.ok()) return ids.status();
+    plan->prompt = std::move(*ids);
+    return CheckPrompt(plan->prompt, needs_room, "messages");
+  }
+  if (const auto* text = std::get_if<std::string>(&call->prompt)) {
+    absl::StatusOr<std::vector<int32_t>> ids = Tokenize(*text, call->add_special_tokens, call->match_special);
+    if (!ids.ok()) return ids.status();
+    plan->prompt = std::move(*ids);
+    plan->num_added = call->add_special_tokens && tokenizer_->add_bos_token() ? 1 : 0;
+  } else {
+    plan->prompt = std::move(std::get<std::vector<int32_t>>(call->prompt));
+  }
+  return CheckPrompt(plan->prompt, needs_room, "prompt");
+}
+
+absl::Status Generator::CheckPrompt(const std::vector<int32_t>& prompt, bool needs_room, std::string_view field) const {
+  if (prompt.empty()) return FieldError(field, "the prompt must hold at least one token");
+  for (const int32_t token : prompt) {
     if (token >= 0 && token < model_.vocab_size) continue;
     return FieldError(
-        "prompt", absl::StrCat("the prompt holds token id ", token, "; token ids are 0 to ", model_.vocab_size - 1));
+        field, absl::StrCat("the prompt holds token id ", token, "; token ids are 0 to ", model_.vocab_size - 1));
   }
-  const size_t needed = plan.prompt.size() + (plan.sampling.max_tokens > 0 ? 1 : 0);
+  const size_t needed = prompt.size() + (needs_room ? 1 : 0);
   if (needed <= static_cast<size_t>(model_.max_model_len)) return absl::OkStatus();
-  return FieldError("prompt",
+  return FieldError(field,
                     absl::StrCat("This model's maximum context length is ", model_.max_model_len,
-                                 " tokens, but the prompt has ", plan.prompt.size(), " and needs room for an answer"),
+                                 " tokens, but the prompt has ", prompt.size(), " and needs room for an answer"),
                     "context_length_exceeded");
 }
 
 absl::StatusOr<std::shared_ptr<Generation>> Generator::Start(std::shared_ptr<const GeneratePlan> plan, uint32_t choice,
                                                              EventSink sink) {
-  Request request{.prompt = plan->prompt, .sampling = plan->sampling};
+  Request request{
+      .prompt = plan->prompt, .sampling = plan->sampling, .priority = plan->priority, .deadline = plan->deadline};
   request.sampling.choice = choice;
   auto generation = std::make_shared<LiveGeneration>(gate_, std::move(plan), tokenizer_, std::move(sink));
   absl::StatusOr<RequestId> id =

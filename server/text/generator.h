@@ -4,12 +4,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
+#include "server/text/chat_template.h"
 #include "server/text/generate.h"
 #include "server/text/tokenizer.h"
 
@@ -23,16 +25,24 @@ class Generation {
   virtual void Cancel() = 0;
 };
 
+struct GeneratorOptions {
+  std::optional<ChatTemplate> chat_template;  // without one, chats are refused
+  // What the messages of a chat say may spell the template's markers (and any other added token) and so become them.
+  // For trusted clients only: theirs is then the power to end a turn and to speak as somebody else.
+  bool allow_special_tokens = false;
+};
+
 // All methods may be called from any thread. `engine` must live until Stop() has returned, `tokenizer` and this object
 // until the last sink has been called.
 class Generator {
  public:
   // Without a tokenizer (nullptr) prompts are token ids and answers have no text.
-  Generator(Engine* engine, const Tokenizer* tokenizer);
+  Generator(Engine* engine, const Tokenizer* tokenizer, GeneratorOptions options = {});
   ~Generator();
 
   // Checks a call and makes its token ids. InvalidArgument naming the field (see request_error.h) for values out of
-  // range, a prompt that is empty, too long ("context_length_exceeded") or text without a tokenizer.
+  // range, a prompt that is empty, too long ("context_length_exceeded") or text without a tokenizer, a chat that cannot
+  // be written (see ChatTemplate::Render) or without a template ("messages").
   absl::StatusOr<std::shared_ptr<const GeneratePlan>> Prepare(GenerateCall call) const;
 
   // Submits answer `choice` of a plan; answers with the same seed and different choices differ. The sink may be called
@@ -44,11 +54,14 @@ class Generator {
   // Token ids of text, as a prompt would have them. InvalidArgument ("prompt") for ill-formed UTF-8 or no tokenizer.
   absl::StatusOr<std::vector<int32_t>> Tokenize(std::string_view text, bool add_special_tokens,
                                                 bool match_special = true) const;
+  // Token ids of a chat, as its prompt would have them; fails as Prepare does.
+  absl::StatusOr<std::vector<int32_t>> Tokenize(const ChatPrompt& chat) const;
 
   // The engine's health; Unavailable after Stop().
   absl::Status health() const;
   const ModelInfo& model() const { return model_; }
   const Tokenizer* tokenizer() const { return tokenizer_; }
+  const GeneratorOptions& options() const { return options_; }
 
   // From now on nothing is started and the engine is not touched any more: it may be destroyed, which ends what is in
   // flight.
@@ -58,11 +71,14 @@ class Generator {
   class Gate;
   class LiveGeneration;
 
-  absl::Status CheckPrompt(const GeneratePlan& plan) const;
+  absl::Status MakePrompt(GenerateCall* call, GeneratePlan* plan) const;
+  absl::StatusOr<std::vector<int32_t>> TokenizeChat(const ChatPrompt& chat, ReasoningStart* reasoning) const;
+  absl::Status CheckPrompt(const std::vector<int32_t>& prompt, bool needs_room, std::string_view field) const;
 
   const std::shared_ptr<Gate> gate_;  // shared with generations, which may outlive everything else
   const ModelInfo model_;
   const Tokenizer* const tokenizer_;
+  const GeneratorOptions options_;
 };
 
 // A seed for requests that bring none.

@@ -18,8 +18,9 @@ class StopStrings {
   explicit StopStrings(std::vector<std::string> stops) : stops_(std::move(stops)) {}
 
   // The text that is certain not to belong to a stop string; what could be the beginning of one is held back. After a
-  // hit the text before the stop string has been returned and nothing follows.
-  std::string Push(std::string_view piece);
+  // hit the text before the stop string has been returned and nothing follows. A stop string that is complete at the
+  // end of a piece without `may_stop`, or before, is ordinary text; one that later text completes counts.
+  std::string Push(std::string_view piece, bool may_stop = true);
 
   // No more text comes: what was held back.
   std::string Flush();
@@ -31,8 +32,9 @@ class StopStrings {
   size_t HeldBytes() const;
 
   std::vector<std::string> stops_;
-  std::string pending_;  // a proper beginning of a stop string
-  int hit_idx_ = -1;     // in stops_
+  std::string pending_;     // a proper beginning of a stop string
+  size_t num_ignored_ = 0;  // bytes of pending_ in which no stop string may end
+  int hit_idx_ = -1;        // in stops_
 };
 
 }  // namespace cachalot

@@ -3,15 +3,12 @@
 
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
-#include <mutex>
 #include <random>
 
 #include "server/request_error.h"
 #include "server/text/stop_strings.h"
-#include "tests/server/fake_engine.h"
+#include "tests/server/generator_testing.h"
 
 namespace cachalot {
 namespace {
@@ -58,6 +55,18 @@ TEST(StopStringsTest, TheOneThatIsCompleteFirstWins) {
   EXPECT_EQ(*shorter.hit(), "ab");
 }
 
+TEST(StopStringsTest, OneThatIsCompleteTooEarlyIsText) {
+  StopStrings stops({"ab", "xabz"});
+  EXPECT_EQ(stops.Push("ab", /*may_stop=*/false), "ab");
+  EXPECT_EQ(stops.Push("xab", /*may_stop=*/false), "");  // could begin "xabz"
+  EXPECT_EQ(stops.Push("q"), "xabq");
+  EXPECT_EQ(stops.Push("a", /*may_stop=*/false), "");
+  EXPECT_EQ(stops.hit(), nullptr);
+  EXPECT_EQ(stops.Push("b"), "");  // begun early, complete in time
+  ASSERT_NE(stops.hit(), nullptr);
+  EXPECT_EQ(*stops.hit(), "ab");
+}
+
 // Character by character is the definition: however the text is cut, the outcome is the same.
 TEST(StopStringsTest, CutsDoNotMatter) {
   std::mt19937 random(1);
@@ -88,85 +97,6 @@ TEST(StopStringsTest, CutsDoNotMatter) {
 }
 
 // --- Generator ---
-
-// Everything one generation said.
-struct Answer {
-  std::string text;
-  std::vector<std::string> pieces;
-  std::vector<int32_t> tokens;
-  std::vector<TokenScore> scores;
-  GenerateEvent last;
-};
-
-class Collector {
- public:
-  EventSink sink() {
-    return [this](GenerateEvent event) {
-      std::lock_guard lock(mutex_);
-      EXPECT_FALSE(is_done_) << "an event after the last";
-      answer_.text += event.text;
-      answer_.pieces.push_back(event.text);
-      answer_.tokens.insert(answer_.tokens.end(), event.tokens.begin(), event.tokens.end());
-      answer_.scores.insert(answer_.scores.end(), event.scores.begin(), event.scores.end());
-      is_done_ = event.finish_reason != FinishReason::kNone;
-      answer_.last = std::move(event);
-      done_.notify_all();
-    };
-  }
-  Answer Wait() {
-    std::unique_lock lock(mutex_);
-    EXPECT_TRUE(done_.wait_for(lock, std::chrono::seconds(10), [this] { return is_done_; }));
-    return answer_;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable done_;
-  bool is_done_ = false;
-  Answer answer_;
-};
-
-class GeneratorTest : public testing::Test {
- protected:
-  void SetUp() override {
-    auto tokenizer = Tokenizer::Load(CACHALOT_TEST_DATA_DIR "/golden/data/v3_like");
-    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
-    tokenizer_ = std::move(*tokenizer);
-  }
-
-  std::vector<int32_t> Ids(std::string_view text) { return *tokenizer_->Encode(text); }
-  int32_t Byte(uint8_t byte) { return *tokenizer_->TokenToId(std::string(1, static_cast<char>(byte))); }
-
-  Answer Run(FakeEngineOptions options, GenerateCall call, const Tokenizer* tokenizer) {
-    FakeEngine engine(std::move(options));
-    Generator generator(&engine, tokenizer);
-    auto plan = generator.Prepare(std::move(call));
-    EXPECT_TRUE(plan.ok()) << plan.status();
-    if (!plan.ok()) return {};
-    plan_ = *plan;
-    Collector collector;
-    auto generation = generator.Start(*plan, 0, collector.sink());
-    EXPECT_TRUE(generation.ok()) << generation.status();
-    Answer answer = collector.Wait();
-    EXPECT_TRUE(engine.AwaitIdle());
-    num_cancels_ = engine.num_cancels();
-    return answer;
-  }
-  Answer Run(FakeEngineOptions options, GenerateCall call) {
-    return Run(std::move(options), std::move(call), tokenizer_.get());
-  }
-
-  std::unique_ptr<Tokenizer> tokenizer_;
-  std::shared_ptr<const GeneratePlan> plan_;
-  int num_cancels_ = 0;
-};
-
-GenerateCall Call(std::string prompt, int max_tokens = 16) {
-  GenerateCall call;
-  call.prompt = std::move(prompt);
-  call.sampling.max_tokens = max_tokens;
-  return call;
-}
 
 TEST_F(GeneratorTest, TextTokensAndUsage) {
   const std::vector<int32_t> script = Ids("Hello world, the end");
@@ -364,13 +294,70 @@ TEST_F(GeneratorTest, AfterStopTheEngineMayGo) {
   EXPECT_EQ(generator.health().code(), absl::StatusCode::kUnavailable);
 }
 
-TEST_F(GeneratorTest, RefusesWhatIsOutOfRange) {
+TEST_F(GeneratorTest, MinTokensPutsStopStringsOff) {
+  GenerateCall call = Call("x", 12);
+  call.stop = {"o wor"};
+  const std::vector<int32_t> script = Ids("Hello world ");
+  ASSERT_EQ(script.size(), 3u);
+  for (const auto& [min_tokens, text] :
+       {std::make_pair(0, "Hell"), std::make_pair(1, "Hell"), std::make_pair(2, "Hello world Hell"),
+        std::make_pair(4, "Hello world Hell"), std::make_pair(5, "Hello world Hello world Hell")}) {
+    call.sampling.min_tokens = min_tokens;
+    for (const int tokens_per_delta : {1, 7}) {
+      const Answer answer = Run({.script = script, .tokens_per_delta = tokens_per_delta}, call);
+      EXPECT_EQ(answer.text, text) << min_tokens;
+      EXPECT_EQ(answer.last.stop_string, "o wor");
+      EXPECT_EQ(request_.sampling.min_tokens, min_tokens);
+    }
+  }
+}
+
+TEST_F(GeneratorTest, PriorityAndDeadlineReachTheEngine) {
+  GenerateCall call = Call("x", 1);
+  Run({}, call);
+  EXPECT_EQ(request_.priority, 0);
+  EXPECT_EQ(request_.deadline, absl::InfiniteFuture());
+  call.priority = -3;
+  call.deadline = absl::FromUnixSeconds(4'000'000'000);
+  call.sampling.logit_bias = {{5, -100.f}, {6, 100.f}};
+  Run({}, call);
+  EXPECT_EQ(request_.priority, -3);
+  EXPECT_EQ(request_.deadline, call.deadline);
+  EXPECT_EQ(request_.sampling.logit_bias, call.sampling.logit_bias);
+}
+
+TEST_F(GeneratorTest, AnAnswerMayFillTheContext) {
+  GenerateCall call = Call("Hello", 0);
+  call.fill_context = true;
+  const Answer answer = Run({.max_model_len = 32}, call);
+  EXPECT_EQ(answer.tokens.size(), 30u);  // BOS, "Hello"
+  EXPECT_EQ(request_.sampling.max_tokens, 30);
+  call.prompt = std::vector<int32_t>(32, 5);
   FakeEngine engine({.max_model_len = 32});
   Generator generator(&engine, tokenizer_.get());
-  const struct {
-    const char* field;
-    std::function<void(GenerateCall*)> spoil;
-  } kCases[] = {
+  EXPECT_EQ(ErrorCode(generator.Prepare(call).status()), "context_length_exceeded");
+}
+
+// A way to make a call wrong, and the field that is to be blamed.
+struct Refusal {
+  const char* field;
+  std::function<void(GenerateCall*)> spoil;
+};
+
+void ExpectRefused(const Tokenizer* tokenizer, const std::vector<Refusal>& refusals) {
+  FakeEngine engine({.max_model_len = 32});
+  Generator generator(&engine, tokenizer);
+  for (const Refusal& refusal : refusals) {
+    GenerateCall call = Call("Hello");
+    refusal.spoil(&call);
+    const auto plan = generator.Prepare(call);
+    EXPECT_EQ(plan.status().code(), absl::StatusCode::kInvalidArgument) << refusal.field;
+    EXPECT_EQ(ErrorField(plan.status()), refusal.field) << plan.status();
+  }
+}
+
+TEST_F(GeneratorTest, RefusesSamplingOutOfRange) {
+  const std::vector<Refusal> refusals = {
       {"temperature", [](GenerateCall* call) { call->sampling.temperature = -0.1f; }},
       {"temperature", [](GenerateCall* call) { call->sampling.temperature = 2.1f; }},
       {"temperature", [](GenerateCall* call) { call->sampling.temperature = std::nanf(""); }},
@@ -382,8 +369,39 @@ TEST_F(GeneratorTest, RefusesWhatIsOutOfRange) {
       {"frequency_penalty", [](GenerateCall* call) { call->sampling.frequency_penalty = -2.5f; }},
       {"repetition_penalty", [](GenerateCall* call) { call->sampling.repetition_penalty = 0; }},
       {"max_tokens", [](GenerateCall* call) { call->sampling.max_tokens = 0; }},
+      {"max_tokens", [](GenerateCall* call) { call->sampling.max_tokens = -1; }},
+      {"min_tokens", [](GenerateCall* call) { call->sampling.min_tokens = -1; }},
+      {"min_tokens", [](GenerateCall* call) { call->sampling.min_tokens = 17; }},
+      {"min_tokens", [](GenerateCall* call) { call->fill_context = true, call->sampling.min_tokens = 31; }},
+      {"logit_bias",
+       [](GenerateCall* call) {
+         call->sampling.logit_bias = {{320, 1.f}};
+       }},
+      {"logit_bias",
+       [](GenerateCall* call) {
+         call->sampling.logit_bias = {{-1, 1.f}};
+       }},
+      {"logit_bias",
+       [](GenerateCall* call) {
+         call->sampling.logit_bias = {{1, 100.5f}};
+       }},
+      {"logit_bias",
+       [](GenerateCall* call) {
+         call->sampling.logit_bias = {{1, std::nanf("")}};
+       }},
+      {"logit_bias",
+       [](GenerateCall* call) {
+         call->sampling.logit_bias = {{1, 1.f}, {1, 2.f}};
+       }},
+      {"logit_bias", [](GenerateCall* call) { call->sampling.logit_bias.resize(1025); }},
       {"logprobs", [](GenerateCall* call) { call->sampling.logprobs = 21; }},
       {"stop_token_ids", [](GenerateCall* call) { call->sampling.stop_token_ids = {320}; }},
+  };
+  ExpectRefused(tokenizer_.get(), refusals);
+}
+
+TEST_F(GeneratorTest, RefusesWrongPromptsAndStops) {
+  const std::vector<Refusal> refusals = {
       {"stop", [](GenerateCall* call) { call->stop = {""}; }},
       {"stop", [](GenerateCall* call) { call->stop = std::vector<std::string>(17, "x"); }},
       {"stop", [](GenerateCall* call) { call->stop = {std::string(1025, 'x')}; }},
@@ -393,13 +411,9 @@ TEST_F(GeneratorTest, RefusesWhatIsOutOfRange) {
       {"prompt", [](GenerateCall* call) { call->prompt = std::vector<int32_t>(32, 5); }},
       {"prompt", [](GenerateCall* call) { call->prompt = std::string("\xFF"); }},
   };
-  for (const auto& test : kCases) {
-    GenerateCall call = Call("Hello");
-    test.spoil(&call);
-    const auto plan = generator.Prepare(call);
-    EXPECT_EQ(plan.status().code(), absl::StatusCode::kInvalidArgument) << test.field;
-    EXPECT_EQ(ErrorField(plan.status()), test.field) << plan.status();
-  }
+  ExpectRefused(tokenizer_.get(), refusals);
+  FakeEngine engine({.max_model_len = 32});
+  Generator generator(&engine, tokenizer_.get());
   GenerateCall fits = Call("");
   fits.prompt = std::vector<int32_t>(31, 5);
   EXPECT_TRUE(generator.Prepare(fits).ok());
