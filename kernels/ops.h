@@ -37,6 +37,8 @@ class Ops {
   // ---- A step's begin. Block table entries first, in a submission of their own: (slot, index, block), slot -1
   // padding.
   virtual void UpdateBlockTables(const SlotState& state, const Tensor& updates) = 0;  // [n,3] i32
+  // Likewise the tokens that sequences which enter their slots ban or bias: (slot, index, token, bits of the f32 bias).
+  virtual void UpdateTokenBiases(const SlotState& state, const Tensor& updates) = 0;  // [n,4] i32
   // Takes new parameters, then writes every row's token, position and slot, counts the tokens that enter the cache
   // (penalties), and moves each slot's `length` past them.
   virtual void BeginStep(const StepRows& rows, const SlotState& state, const StepInput& input) = 0;
@@ -96,10 +98,12 @@ class Ops {
   virtual void GatherRows(const Activation& out, const Activation& x, const Tensor& row_token) = 0;  // [L,D] <- [T,D]
 
   // ---- A step's end: sampled tokens, drafts verified, log-probabilities; each slot's state moves on.
-  // Penalties (repetition, then frequency and presence), temperature, top_k, top_p of what that leaves, min_p; then the
-  // arg-max of logit + noise, ties to the lower id; temperature 0 takes the arg-max of penalised logits. The noise of a
-  // token is -log(-log(u)), u = ((r >> 9) + 0.5) / 2^23, where r is word id % 4 of Philox4x32-10 with counter
-  // {id / 4, position, choice, 0} and key {seed's low half, high half}; position is that of the token being drawn.
+  // Biases, penalties (repetition, then frequency and presence), mask and bans, temperature, top_k, top_p of what that
+  // leaves, min_p; then the arg-max of logit + noise, ties to the lower id; temperature 0 takes the arg-max before
+  // top_k. Bans hold while the drawn token's position is below prompt_tokens + min_tokens; where they leave no token
+  // that the mask allows they do not hold, and where the mask allows none the token is 0. The noise of a token is
+  // -log(-log(u)), u = ((r >> 9) + 0.5) / 2^23, where r is word id % 4 of Philox4x32-10 with counter {id / 4, position,
+  // choice, 0} and key {seed's low half, high half}; position is that of the token being drawn.
   virtual void Sample(const SampleOutput& out, const SlotState& state,
                       const Tensor& logits,  // [L,W] f32
                       const Tensor& mask,    // [L,ceil(W/32)] u32, bit set = allowed; or empty

@@ -12,6 +12,7 @@ namespace cachalot {
 inline constexpr int kBlockTokens = 64;  // P: tokens a KV block
 inline constexpr int kQuantGroup = 128;  // FP8 scale group along a row; weights are scaled by 128x128
 inline constexpr int kMaxTopLogprobs = 20;
+inline constexpr int kMaxTokenBiases = 1024;  // token ids that a sequence bans or biases
 
 // The maxima a backend makes its workspace for, and the model's dimensions.
 struct OpLimits {
@@ -73,6 +74,12 @@ struct RouterOptions {
   float routed_scaling_factor = 1.0f;
 };
 
+// What is added to a token's logit; of a banned token only the id counts. Plain bytes, like SlotParams.
+struct TokenBias {
+  int32_t token = 0;
+  float bias = 0.0f;
+};
+
 // How a sequence's tokens are drawn. Plain bytes: uploaded as they are, one per sequence of a step.
 struct SlotParams {
   int32_t apply = 0;          // 1: the sequence enters its slot in this step: take these, forget the slot's past
@@ -83,19 +90,24 @@ struct SlotParams {
   float min_p = 0.0f;         // 0: off
   float presence_penalty = 0.0f, frequency_penalty = 0.0f;
   float repetition_penalty = 1.0f;
+  int32_t min_tokens = 0;  // the slot's banned tokens are not drawn while fewer have been generated
+  // Entries of the slot's token_biases: first those that are banned, then those that are biased. Ids differ within
+  // either; one that is in both is banned.
+  uint16_t num_banned = 0, num_biased = 0;
   uint32_t choice = 0;  // keys the noise apart between the n answers of one request
   uint64_t seed = 0;
 };
 
 // Per-slot state that lives on the device, so that a step can follow another before the host has seen its result.
 struct SlotState {
-  Tensor block_table;  // [U, ceil(max_context/P)] i32
-  Tensor length;       // [U] i32 tokens whose latents are in the cache
-  Tensor last_token;   // [U] i32 the token sampled last: the next decode row's input
-  Tensor drafts;       // [U, X] i32 tokens proposed to follow it; empty when X = 0
-  Tensor params;       // [U, sizeof(SlotParams)] u8
-  Tensor counts;       // [U, W] u16: bit 15 = occurs in the prompt, bits 0..14 = times generated; empty until a
-                       // penalty is used by any configuration of the server
+  Tensor block_table;   // [U, ceil(max_context/P)] i32
+  Tensor length;        // [U] i32 tokens whose latents are in the cache
+  Tensor last_token;    // [U] i32 the token sampled last: the next decode row's input
+  Tensor drafts;        // [U, X] i32 tokens proposed to follow it; empty when X = 0
+  Tensor params;        // [U, sizeof(SlotParams)] u8
+  Tensor counts;        // [U, W] u16: bit 15 = occurs in the prompt, bits 0..14 = times generated; empty until a
+                        // penalty is used by any configuration of the server
+  Tensor token_biases;  // [U, kMaxTokenBiases, sizeof(TokenBias)] u8; empty where no sequence bans or biases
 };
 
 // What the host uploads for a step, one packed buffer. Sequence s has rows query_start[s] .. query_start[s+1]; rows

@@ -31,6 +31,7 @@ class CpuOps : public Ops {
   std::unique_ptr<Weight> MakeExperts(const std::vector<std::vector<WeightPart>>& row_stacked_per_slot) override;
 
   void UpdateBlockTables(const SlotState& state, const Tensor& updates) override;
+  void UpdateTokenBiases(const SlotState& state, const Tensor& updates) override;
   void BeginStep(const StepRows& rows, const SlotState& state, const StepInput& input) override;
 
   void Embed(const Tensor& h, const Weight& embed_tokens, const StepRows& rows) override;

@@ -1,10 +1,11 @@
-// Sampling: processed logits, filters, noise; log-probabilities of the raw logits; drafts verified.
+// Sampling: logits biased, penalised, masked and filtered, noise; log-probabilities of the raw logits; drafts verified.
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "absl/types/span.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/penalty_counts.h"
 #include "kernels/cpu/sampling_kernels.h"
@@ -128,45 +129,78 @@ struct CpuOps::SampleCall {
   int32_t target(int64_t l) const { return input.row_target.as<int32_t>()[l]; }
   int32_t slot(int64_t l) const { return token_row(l) < 0 ? -1 : input.seq_slot.as<int32_t>()[sequence(l)]; }
   int32_t last_row(int64_t s) const { return input.query_start.as<int32_t>()[s + 1]; }
-  void ApplyPenalties(int64_t l, const SlotParams& params, float* logits) const;
+  // The slot's entries: those that are banned, or those that are biased.
+  absl::Span<const TokenBias> BannedTokens(int64_t l, const SlotParams& params) const;
+  absl::Span<const TokenBias> BiasedTokens(int64_t l, const SlotParams& params) const;
+  float BiasedLogit(int64_t l, const SlotParams& params, int32_t token) const;
+  void ApplyPenalties(int64_t l, const SlotParams& params, float* processed) const;
+  void Process(int64_t l, const SlotParams& params, bool is_banning, float* processed) const;
   int32_t Draw(int64_t l, Arena arena) const;
 };
+
+absl::Span<const TokenBias> CpuOps::SampleCall::BannedTokens(int64_t l, const SlotParams& params) const {
+  if (params.num_banned + params.num_biased == 0) return {};
+  CHECK(!state.token_biases.empty() && params.num_banned + params.num_biased <= kMaxTokenBiases);
+  return {reinterpret_cast<const TokenBias*>(state.token_biases.row<uint8_t>(slot(l))), params.num_banned};
+}
+
+absl::Span<const TokenBias> CpuOps::SampleCall::BiasedTokens(int64_t l, const SlotParams& params) const {
+  return {BannedTokens(l, params).end(), params.num_biased};
+}
+
+float CpuOps::SampleCall::BiasedLogit(int64_t l, const SlotParams& params, int32_t token) const {
+  for (const TokenBias& entry : BiasedTokens(l, params)) {
+    if (entry.token == token) return logits.row<float>(l)[token] + entry.bias;
+  }
+  return logits.row<float>(l)[token];
+}
 
 // NOTE: BeginStep counted every row of the sequence; what follows this row (drafts) is not in its past.
 void CpuOps::SampleCall::ApplyPenalties(int64_t l, const SlotParams& params, float* processed) const {
   const uint16_t* counts = state.counts.row<uint16_t>(slot(l));
-  const float* raw = logits.row<float>(l);
   const int32_t* tokens = rows.tokens.as<int32_t>();
-  for (int64_t i = 0; i < num_valid_tokens; ++i) {
-    if (counts[i] != 0) processed[i] = Penalized(raw[i], counts[i], params);
-  }
+  for (int64_t i = 0; i < num_valid_tokens; ++i) processed[i] = Penalized(processed[i], counts[i], params);
   const int32_t begin = token_row(l) + 1, end = last_row(sequence(l));
   for (int32_t row = begin; row < end; ++row) {
     uint16_t count = counts[tokens[row]];
     for (int32_t other = begin; other < end; ++other) {
       if (tokens[other] == tokens[row]) UncountToken(&count);
     }
-    processed[tokens[row]] = Penalized(raw[tokens[row]], count, params);
+    processed[tokens[row]] = Penalized(BiasedLogit(l, params, tokens[row]), count, params);
   }
 }
 
-// The token of a row that samples.
-int32_t CpuOps::SampleCall::Draw(int64_t l, Arena arena) const {
-  SlotParams params;
-  std::memcpy(&params, state.params.row<uint8_t>(slot(l)), sizeof(params));
-  const int64_t n = PaddedLogits(num_tokens());
-  float* processed = arena.Take<float>(n);
-  std::copy_n(logits.row<float>(l), num_valid_tokens, processed);
+// The logits that the row draws from, before temperature; padded to a whole block.
+void CpuOps::SampleCall::Process(int64_t l, const SlotParams& params, bool is_banning, float* processed) const {
+  std::copy_n(logits.row<float>(l), num_tokens(), processed);
+  for (const TokenBias& entry : BiasedTokens(l, params)) processed[entry.token] += entry.bias;
   if (HasPenalties(params) && !state.counts.empty()) ApplyPenalties(l, params, processed);
-  std::fill(processed + num_valid_tokens, processed + n, -kInfinity);
+  std::fill(processed + num_valid_tokens, processed + PaddedLogits(num_tokens()), -kInfinity);
   if (!mask.empty()) {
     const uint32_t* allowed = mask.row<uint32_t>(l);
     for (int64_t i = 0; i < num_valid_tokens; ++i) {
       if ((allowed[i / 32] >> (i % 32) & 1) == 0) processed[i] = -kInfinity;
     }
   }
-  const int32_t greedy = ArgMax(processed, n);
-  if (params.temperature == 0) return greedy;
+  if (!is_banning) return;
+  for (const TokenBias& entry : BannedTokens(l, params)) processed[entry.token] = -kInfinity;
+}
+
+// The token of a row that samples.
+int32_t CpuOps::SampleCall::Draw(int64_t l, Arena arena) const {
+  SlotParams params;
+  std::memcpy(&params, state.params.row<uint8_t>(slot(l)), sizeof(params));
+  const int32_t position = rows.positions.as<int32_t>()[token_row(l)] + 1;
+  const int64_t n = PaddedLogits(num_tokens());
+  float* processed = arena.Take<float>(n);
+  const bool is_banning = params.num_banned > 0 && position - params.prompt_tokens < params.min_tokens;
+  Process(l, params, is_banning, processed);
+  int32_t greedy = ArgMax(processed, n);
+  if (is_banning && processed[greedy] == -kInfinity) {
+    Process(l, params, false, processed);
+    greedy = ArgMax(processed, n);
+  }
+  if (params.temperature == 0 || processed[greedy] == -kInfinity) return greedy;
 
   for (int64_t i = 0; i < num_valid_tokens; ++i) processed[i] /= params.temperature;
   const float max = processed[greedy];
@@ -176,7 +210,6 @@ int32_t CpuOps::SampleCall::Draw(int64_t l, Arena arena) const {
       if (RankKey(processed[i], i) > cut) processed[i] = -kInfinity;
     }
   }
-  const int32_t position = rows.positions.as<int32_t>()[token_row(l)] + 1;
   return GumbelArgMax(processed, n, max, {params.seed, params.choice, static_cast<uint32_t>(position)});
 }
 

@@ -1,4 +1,5 @@
-// A step's begin: block tables, parameters, and the token, position and slot of every row.
+// A step's begin: block tables, token biases, parameters, and the token, position and slot of every row.
+#include <bit>
 #include <cstring>
 
 #include "kernels/cpu/cpu_ops.h"
@@ -14,6 +15,7 @@ void CheckState(const SlotState& state) {
   CHECK_SHAPE(state.params, num_slots, sizeof(SlotParams));
   if (!state.drafts.empty()) CHECK_SHAPE(state.drafts, num_slots, -1);
   if (!state.counts.empty()) CHECK_SHAPE(state.counts, num_slots, -1);
+  if (!state.token_biases.empty()) CHECK_SHAPE(state.token_biases, num_slots, kMaxTokenBiases, sizeof(TokenBias));
 }
 
 // The sequence takes its slot: new parameters, nothing counted.
@@ -34,6 +36,18 @@ void CpuOps::UpdateBlockTables(const SlotState& state, const Tensor& updates) {
     CHECK(slot < state.block_table.dim(0) && index >= 0 && index < state.block_table.dim(1), "slot {} index {}", slot,
           index);
     state.block_table.row<int32_t>(slot)[index] = block;
+  }
+}
+
+void CpuOps::UpdateTokenBiases(const SlotState& state, const Tensor& updates) {
+  CHECK_SHAPE(updates, -1, 4);
+  for (int64_t i = 0; i < updates.dim(0); ++i) {
+    const int32_t* update = updates.row<int32_t>(i);
+    const int32_t slot = update[0], index = update[1];
+    if (slot < 0) continue;
+    CHECK(slot < state.token_biases.dim(0) && index >= 0 && index < kMaxTokenBiases, "slot {} index {}", slot, index);
+    const TokenBias entry = {update[2], std::bit_cast<float>(update[3])};
+    std::memcpy(state.token_biases.row<uint8_t>(slot) + index * sizeof(entry), &entry, sizeof(entry));
   }
 }
 

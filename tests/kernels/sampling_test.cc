@@ -84,18 +84,49 @@ std::pair<int, bool> Draw(std::vector<double> logits, const SlotParams& p, uint3
   return {best, logits[best] - second > 1e-4};
 }
 
+// Everything that shapes a draw but the model: what is biased, in the past, masked and banned.
+struct Shaping {
+  SlotParams params;
+  std::vector<TokenBias> biased;
+  Ints banned;
+  std::vector<bool> allowed;  // empty: all
+  std::map<int, int> prompt, generated;
+
+  std::vector<TokenBias> Entries() const {
+    std::vector<TokenBias> entries;
+    for (int32_t id : banned) entries.push_back({id, 0.0f});
+    entries.insert(entries.end(), biased.begin(), biased.end());
+    return entries;
+  }
+  // The logits to draw from, when `num_generated` tokens went before.
+  std::vector<double> Shape(std::vector<double> logits, int num_generated) const {
+    for (const TokenBias& entry : biased) logits[entry.token] += entry.bias;
+    logits = Penalised(logits, prompt, generated, params);
+    for (size_t id = 0; id < allowed.size(); ++id) {
+      if (!allowed[id]) logits[id] = -INFINITY;
+    }
+    std::vector<double> unbanned = logits;
+    if (num_generated >= params.min_tokens) return unbanned;
+    for (int32_t id : banned) logits[id] = -INFINITY;
+    const bool is_any_left = *std::max_element(logits.begin(), logits.end()) > -INFINITY;
+    return is_any_left ? logits : unbanned;
+  }
+};
+
 class SamplingTest : public ::testing::Test {
  protected:
   void TearDown() override { ForceSimdTarget(""); }
   Ops& ops() { return backend_->ops(); }
 
   // One token for each of `params`, all with the same row of logits, at position 4 of a prompt of 4 (tokens 1 2 3 2).
+  // `entries` are everybody's banned and biased tokens.
   Ints Tokens(const std::vector<double>& logits, const std::vector<SlotParams>& params, const Tensor& mask = Tensor(),
-              int num_valid = -1) {
+              int num_valid = -1, const std::vector<TokenBias>& entries = {}) {
     const int64_t vocab = static_cast<int64_t>(logits.size()), n = static_cast<int64_t>(params.size());
     StepWorld world(n, 0, vocab, true);
     std::vector<StepSequence> sequences;
     for (int64_t s = 0; s < n; ++s) sequences.push_back({static_cast<int32_t>(s), 0, {1, 2, 3, 2}, 0, params[s]});
+    for (int32_t s = 0; s < n; ++s) ops().UpdateTokenBiases(world.state, testing::BiasUpdates(s, entries));
     step_ = std::make_unique<Step>(sequences);
     ops().BeginStep(step_->step_rows, world.state, step_->input);
     Owned rows(DType::kF32, {n, vocab});
@@ -306,6 +337,148 @@ TEST_F(SamplingTest, PenaltiesSeeNoLaterDraft) {
     const auto [want, is_clear] = Draw(Penalised(logits, {{1, 1}, {2, 1}}, generated, p), p, 3 + i);
     EXPECT_TRUE(is_clear);
     EXPECT_EQ(step.out_tokens.data<int32_t>()[i], want) << "row " << i;
+  }
+}
+
+Shaping RandomShaping(Random& random, int vocab) {
+  Shaping s;
+  s.params = Entering(2, random.Below(4) == 0 ? 0.0f : static_cast<float>(0.2 + 1.8 * random.Uniform()));
+  s.params.seed = random.Next();
+  s.params.top_k = random.Below(2) == 0 ? 0 : 1 + random.Below(50);
+  s.params.top_p = random.Below(2) == 0 ? 1.0f : static_cast<float>(0.3 + 0.69 * random.Uniform());
+  s.params.min_p = random.Below(2) == 0 ? 0.0f : static_cast<float>(0.3 * random.Uniform());
+  s.params.repetition_penalty = 1.7f;
+  s.params.frequency_penalty = 0.5f;
+  s.params.presence_penalty = -0.25f;
+  s.params.min_tokens = random.Below(5);
+  std::set<int> ids;
+  while (static_cast<int>(ids.size()) < std::min(vocab / 2, 40)) ids.insert(random.Below(vocab));
+  for (int id : ids) {
+    // NOTE: some ids are both banned and biased; some biased ones are in the past (2 and 3) too.
+    if (random.Below(3) != 0) s.biased.push_back({id, static_cast<float>(3 * random.Normal())});
+    if (random.Below(3) == 0) s.banned.push_back(id);
+  }
+  s.params.num_biased = static_cast<uint16_t>(s.biased.size());
+  s.params.num_banned = static_cast<uint16_t>(s.banned.size());
+  for (int id = 0; id < vocab; ++id) s.allowed.push_back(random.Below(4) != 0);
+  s.prompt = {{1, 1}, {2, 1}};
+  s.generated = {{3, 1}, {2, 1}};
+  return s;
+}
+
+// Mask, bans, biases, penalties and every filter together, and each of them shown to matter.
+TEST_F(SamplingTest, EverythingTogetherAgreesWithTheNaiveSampler) {
+  Random random(99);
+  int compared = 0, by_mask = 0, by_bans = 0, by_biases = 0, by_penalties = 0;
+  for (const std::string& target : SupportedSimdTargets()) {
+    ForceSimdTarget(target);
+    for (int vocab : {7, 64, 1000, 5003}) {
+      for (int round = 0; round < 40; ++round) {
+        const std::vector<double> logits = Logits(vocab, random.Next(), 0.3 + 3 * random.Uniform());
+        const Shaping s = RandomShaping(random, vocab);
+        const auto draw = [&](auto change) {
+          Shaping changed = s;
+          change(changed);
+          return Draw(changed.Shape(logits, 2), changed.params, 4);
+        };
+        const auto [want, is_clear] = draw([](Shaping&) {});
+        if (!is_clear) continue;
+        ++compared;
+        by_mask += draw([](Shaping& c) { c.allowed.clear(); }).first != want;
+        by_bans += draw([](Shaping& c) { c.banned.clear(); }).first != want;
+        by_biases += draw([](Shaping& c) { c.biased.clear(); }).first != want;
+        by_penalties += draw([](Shaping& c) { c.prompt = c.generated = {}; }).first != want;
+        Owned mask = StepWorld::Zeroed(DType::kU32, {1, (vocab + 31) / 32});
+        for (int id = 0; id < vocab; ++id) mask.data<uint32_t>()[id / 32] |= uint32_t{s.allowed[id]} << id % 32;
+        EXPECT_EQ(Tokens(logits, {s.params}, mask, -1, s.Entries()), Ints{want}) << target << vocab << " " << round;
+        double sum = 0;
+        for (double x : logits) sum += std::exp(x);
+        EXPECT_NEAR(step_->logprobs.data<float>()[0], logits[want] - std::log(sum), 2e-5) << "of raw logits";
+      }
+    }
+  }
+  std::printf("[ measured ] %d draws compared; changed by the mask %d, bans %d, biases %d, penalties %d\n", compared,
+              by_mask, by_bans, by_biases, by_penalties);
+  EXPECT_GT(compared, 150);
+  for (int changed : {by_mask, by_bans, by_biases, by_penalties}) EXPECT_GT(changed, 10);
+}
+
+TEST_F(SamplingTest, BiasesAndBansWhenGreedy) {
+  const std::vector<double> logits = {0, 1, 2, 3, 4, 0.5};
+  SlotParams p = Entering(4);
+  p.num_biased = 1;
+  EXPECT_EQ(Tokens(logits, {p}, Tensor(), -1, {{0, 4.5f}}), Ints{0});
+  p.num_banned = 1;  // of the entries below the first is banned, the second biased
+  p.min_tokens = 1;
+  EXPECT_EQ(Tokens(logits, {p}, Tensor(), -1, {{4, 100.0f}, {0, -5.0f}}), Ints{3});
+  p.min_tokens = 0;
+  EXPECT_EQ(Tokens(logits, {p}, Tensor(), -1, {{4, 100.0f}, {0, -5.0f}}), Ints{4}) << "a ban is no bias";
+  // An id beyond the tokens that exist may be named, and is never drawn.
+  p.num_banned = 0;
+  EXPECT_EQ(Tokens(logits, {p}, Tensor(), 5, {{5, 100.0f}}), Ints{4});
+}
+
+// Where nothing but banned tokens is left, they are allowed after all; the mask never gives way.
+TEST_F(SamplingTest, BansThatLeaveNothingDoNotHold) {
+  const std::vector<double> logits = {0, 1, 5, 3};
+  for (float temperature : {0.0f, 0.01f}) {
+    SlotParams p = Entering(4, temperature);
+    p.num_banned = 4;
+    p.min_tokens = 10;
+    p.top_p = 0.9f;
+    const std::vector<TokenBias> all = {{0, 0}, {1, 0}, {2, 0}, {3, 0}};
+    EXPECT_EQ(Tokens(logits, {p}, Tensor(), -1, all), Ints{2});
+    Owned mask = StepWorld::Zeroed(DType::kU32, {1, 1});
+    mask.data<uint32_t>()[0] = 0b1010;
+    EXPECT_EQ(Tokens(logits, {p}, mask, -1, all), Ints{3});
+    p.num_banned = 3;
+    EXPECT_EQ(Tokens(logits, {p}, mask, -1, all), Ints{3}) << "3 is not banned";
+    mask.data<uint32_t>()[0] = 0b0110;
+    EXPECT_EQ(Tokens(logits, {p}, mask, -1, all), Ints{2}) << "what is allowed is banned: the mask wins";
+    mask.data<uint32_t>()[0] = 0;
+    EXPECT_EQ(Tokens(logits, {p}, mask, -1, all), Ints{0}) << "nothing is allowed";
+  }
+}
+
+// With drafts, row i is shaped as if the drafts before it were right: the ban ends in the middle of the step. A prompt
+// that was recomputed with its generated tokens counts those as generated.
+TEST_F(SamplingTest, BansEndAtTheTokenNotAtTheStep) {
+  const int64_t vocab = 40;
+  Shaping s;
+  s.params = Entering(2, 0.7f);
+  s.params.seed = 5;
+  s.params.frequency_penalty = 1.5f;
+  s.params.min_tokens = 4;
+  s.params.num_banned = 2;
+  s.params.num_biased = 2;
+  s.banned = {6, 9};
+  s.biased = {{9, 2.5f}, {8, 6.0f}};
+  std::vector<double> logits = Logits(vocab, 11, 0.5);
+  logits[6] = 12;
+  const int last = 8;
+  const Ints drafts = {8, 30, 8};
+  StepWorld world(1, 3, vocab, true);
+  ops().UpdateTokenBiases(world.state, testing::BiasUpdates(0, s.Entries()));
+  Step prefill({{0, 0, {1, 2, 17}, 0, s.params, false}});  // 17 was generated before a preemption
+  ops().BeginStep(prefill.step_rows, world.state, prefill.input);
+  world.last_token.Set({last});
+  world.drafts.Set(drafts);
+  Step step({{0, -1, {}, 4, {}}});
+  ops().BeginStep(step.step_rows, world.state, step.input);
+  Owned rows(DType::kF32, {4, vocab});
+  std::vector<double> repeated;
+  for (int i = 0; i < 4; ++i) repeated.insert(repeated.end(), logits.begin(), logits.end());
+  ops().Sample(step.out, world.state, rows.Fill(repeated), Tensor(), step.input, step.step_rows, vocab);
+
+  s.prompt = {{1, 1}, {2, 1}};
+  s.generated = {{17, 1}};
+  std::vector<int> past = {last, drafts[0], drafts[1], drafts[2]};
+  for (int i = 0; i < 4; ++i) {
+    ++s.generated[past[i]];
+    const auto [want, is_clear] = Draw(s.Shape(logits, 2 + i), s.params, 4 + i);
+    EXPECT_TRUE(is_clear);
+    EXPECT_EQ(step.out_tokens.data<int32_t>()[i], want) << "row " << i;
+    EXPECT_EQ(want == 6, i >= 2) << "banned while 2 and 3 have been generated";
   }
 }
 

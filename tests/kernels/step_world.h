@@ -2,6 +2,7 @@
 #ifndef CACHALOT_TESTS_KERNELS_STEP_WORLD_H_
 #define CACHALOT_TESTS_KERNELS_STEP_WORLD_H_
 
+#include <bit>
 #include <cstring>
 #include <vector>
 
@@ -18,7 +19,8 @@ struct StepWorld {
     params = Zeroed(DType::kU8, {num_slots, sizeof(SlotParams)});
     if (num_drafts > 0) drafts = Zeroed(DType::kI32, {num_slots, num_drafts});
     if (has_counts) counts = Zeroed(DType::kU16, {num_slots, vocab});
-    state = {block_table, length, last_token, drafts, params, counts};
+    token_biases = Zeroed(DType::kU8, {num_slots, kMaxTokenBiases, sizeof(TokenBias)});
+    state = {block_table, length, last_token, drafts, params, counts, token_biases};
   }
   static Owned Zeroed(DType dtype, std::initializer_list<int64_t> dims) {
     Owned owned(dtype, dims);
@@ -28,8 +30,13 @@ struct StepWorld {
   int32_t Length(int slot) const { return length.data<int32_t>()[slot]; }
   int32_t Last(int slot) const { return last_token.data<int32_t>()[slot]; }
   uint16_t Count(int slot, int token) const { return counts->row<uint16_t>(slot)[token]; }
+  TokenBias Entry(int slot, int index) const {
+    TokenBias entry;
+    std::memcpy(&entry, token_biases->row<uint8_t>(slot) + index * sizeof(entry), sizeof(entry));
+    return entry;
+  }
 
-  Owned block_table, length, last_token, drafts, params, counts;
+  Owned block_table, length, last_token, drafts, params, counts, token_biases;
   SlotState state;
 };
 
@@ -101,6 +108,17 @@ struct Step {
   StepRows step_rows;
   SampleOutput out;
 };
+
+// A slot's banned and biased tokens as UpdateTokenBiases takes them, with a row of padding.
+inline Owned BiasUpdates(int32_t slot, const std::vector<TokenBias>& entries) {
+  std::vector<int32_t> updates;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const int32_t row[] = {slot, static_cast<int32_t>(i), entries[i].token, std::bit_cast<int32_t>(entries[i].bias)};
+    updates.insert(updates.end(), std::begin(row), std::end(row));
+  }
+  updates.insert(updates.end(), {-1, 5, 5, 5});
+  return Owned(DType::kI32, {static_cast<int64_t>(entries.size()) + 1, 4}).Set(updates);
+}
 
 // Parameters of a sequence that enters its slot.
 inline SlotParams Entering(int32_t prompt_tokens, float temperature = 0) {

@@ -35,6 +35,20 @@ TEST_F(StepsTest, UpdateBlockTables) {
   ops().UpdateBlockTables(world.state, Owned(DType::kI32, {0, 3}));
 }
 
+TEST_F(StepsTest, UpdateTokenBiases) {
+  StepWorld world(3, 0, 10, false);
+  ops().UpdateTokenBiases(world.state, testing::BiasUpdates(2, {{7, 0.0f}, {3, -1.5f}}));
+  ops().UpdateTokenBiases(world.state, testing::BiasUpdates(1, {{9, 100.0f}}));
+  EXPECT_EQ(world.Entry(2, 0).token, 7);
+  EXPECT_EQ(world.Entry(2, 1).token, 3);
+  EXPECT_EQ(world.Entry(2, 1).bias, -1.5f);
+  EXPECT_EQ(world.Entry(1, 0).token, 9);
+  EXPECT_EQ(world.Entry(1, 0).bias, 100.0f);
+  for (const auto& [slot, index] : {std::pair{0, 0}, {1, 1}, {2, 2}, {2, 5}})
+    EXPECT_EQ(world.Entry(slot, index).token, 0);
+  ops().UpdateTokenBiases(world.state, Owned(DType::kI32, {0, 4}));
+}
+
 TEST_F(StepsTest, ChunksDecodesAndPadding) {
   StepWorld world(4, 2, 50, true);
   world.length.Set({0, 30, 0, 9});
