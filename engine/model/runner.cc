@@ -7,7 +7,13 @@
 namespace cachalot {
 namespace {
 
-enum SubmitKind { kStep = 0, kBlockUpdates = 1 };
+enum SubmitKind { kStep = 0, kBlockUpdates = 1, kBiasUpdates = 2 };
+
+// A row of Ops::UpdateTokenBiases.
+struct BiasUpdate {
+  int32_t slot, index;
+  TokenBias entry;
+};
 
 // Lays arrays out one behind the other, 16-byte aligned; the same calls give the same layout on host and device.
 class Packer {
@@ -117,7 +123,9 @@ absl::Status Runner::MakeState() {
   state_.params = make(DType::kU8, {U, static_cast<int64_t>(sizeof(SlotParams))});
   state_.counts = make(DType::kU16, {U, limits.vocab_size});
   rows_ = {make(DType::kI32, {T}), make(DType::kI32, {T}), make(DType::kI32, {T})};
+  state_.token_biases = make(DType::kU8, {U, kMaxTokenBiases, static_cast<int64_t>(sizeof(TokenBias))});
   block_updates_ = make(DType::kI32, {options_.num_blocks, 3});
+  bias_updates_ = make(DType::kI32, {U * kMaxTokenBiases, 4});
   return status;
 }
 
@@ -135,7 +143,8 @@ absl::Status Runner::MakeStaging() {
   output_ = *device_output;
   for (StagingSet& set : staging_) {
     for (auto [pointer, bytes] : {std::pair{&set.input, input.bytes()}, std::pair{&set.output, output.bytes()},
-                                  std::pair{&set.block_updates, block_updates_.num_bytes()}}) {
+                                  std::pair{&set.block_updates, block_updates_.num_bytes()},
+                                  std::pair{&set.bias_updates, bias_updates_.num_bytes()}}) {
       auto buffer = device_.Allocate(bytes, Device::Memory::kPinnedHost);
       if (!buffer.ok()) return buffer.status();
       *pointer = buffer->data();
@@ -202,6 +211,22 @@ void Runner::UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set
   device_.Submit({padded, 0, 0, kBlockUpdates}, [this, target] { backend_.ops().UpdateBlockTables(state_, target); });
 }
 
+void Runner::UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set) {
+  auto* staged = static_cast<BiasUpdate*>(staging_[set].bias_updates);
+  int count = 0;
+  for (const SequenceStep& sequence : sequences) {
+    CHECK(sequence.token_biases.size() <= kMaxTokenBiases);
+    int32_t index = 0;
+    for (const TokenBias& entry : sequence.token_biases) staged[count++] = {sequence.slot, index++, entry};
+  }
+  if (count == 0) return;
+  const int padded = std::min(device_.Bucket(count), static_cast<int>(bias_updates_.dim(0)));
+  std::fill(staged + count, staged + padded, BiasUpdate{-1, 0, {}});
+  const Tensor target = bias_updates_.Rows(0, padded);
+  device_.Upload(target, staged);
+  device_.Submit({padded, 0, 0, kBiasUpdates}, [this, target] { backend_.ops().UpdateTokenBiases(state_, target); });
+}
+
 void Runner::Launch(const StepPlan& plan) {
   CHECK(pending_.size() < kMaxStepsInFlight, "{} steps in flight", pending_.size());
   const OpLimits& limits = options_.limits;
@@ -215,6 +240,7 @@ void Runner::Launch(const StepPlan& plan) {
   next_set_ = (next_set_ + 1) % kMaxStepsInFlight;
 
   UploadBlockUpdates(plan.block_updates, set);
+  UploadTokenBiases(plan.sequences, set);
   FillInput(plan, shape, InputAt(staging_[set].input, shape));
   device_.Upload(PackedInput(shape), staging_[set].input);
   device_.Submit({shape.T, shape.S, shape.L, kStep}, [this, shape] {

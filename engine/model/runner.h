@@ -59,6 +59,7 @@ class Runner {
   Tensor PackedOutput(Shape shape) const;
   void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;
   void UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set);
+  void UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set);
 
   const RunnerOptions options_;
   Backend& backend_;
@@ -68,9 +69,10 @@ class Runner {
   SlotState state_;
   StepRows rows_;          // at the maxima
   Tensor block_updates_;   // [max,3]
+  Tensor bias_updates_;    // [max,4]
   Tensor input_, output_;  // device, bytes
   struct StagingSet {
-    void *input, *output, *block_updates;  // pinned
+    void *input, *output, *block_updates, *bias_updates;  // pinned
   };
   std::array<StagingSet, kMaxStepsInFlight> staging_;
   int next_set_ = 0;

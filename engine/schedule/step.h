@@ -47,6 +47,8 @@ struct SequenceStep {
   int num_rows = 0;                  // chunk length, or 1 + drafts
   absl::Span<const int32_t> tokens;  // of a prefill chunk; must live until Launch returns
   SlotParams params;                 // params.apply = 1 when the sequence enters its slot in this step
+  // When it does: the tokens it bans, then those it biases, as many as params says. Must live until Launch returns.
+  absl::Span<const TokenBias> token_biases;
 };
 
 struct BlockUpdate {
