@@ -4,7 +4,6 @@
 #include <spdlog/spdlog.h>
 
 #include <atomic>
-#include <cmath>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -13,12 +12,15 @@
 #include "absl/strings/str_format.h"
 #include "engine/model/runner.h"
 #include "engine/schedule/scheduler.h"
+#include "engine/validation.h"
 
 namespace cachalot {
 namespace {
 
 // A step that takes longer than this means a dead device.
 constexpr absl::Duration kStepTimeout = absl::Minutes(10);
+// While a step takes longer than this, arrivals, cancels and deadlines are seen to in between.
+constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -84,24 +86,6 @@ absl::StatusOr<CachePlan> PlanCache(const ModelConfig& config, const EngineOptio
   return CachePlan{static_cast<int>(max_len), static_cast<int>(num_blocks)};
 }
 
-absl::Status ValidateOptions(const EngineOptions& options) {
-  const auto at_least = [](const char* name, int64_t value, int64_t low) {
-    if (value >= low) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrFormat("%s: found %d, expected at least %d", name, value, low));
-  };
-  absl::Status status = at_least("max-model-len", options.max_model_len, 0);
-  status.Update(at_least("max-sequences", options.max_sequences, 1));
-  status.Update(at_least("max-batch-tokens", options.max_batch_tokens, 1));
-  status.Update(at_least("max-waiting", options.max_waiting, 1));
-  status.Update(at_least("kv-cache-memory", options.kv_cache_bytes, 0));
-  status.Update(at_least("threads", options.num_threads, 0));
-  if (options.activation != "auto" && options.activation != "f32" && options.activation != "fp8") {
-    status.Update(absl::InvalidArgumentError(
-        absl::StrFormat("activation: found \"%s\", expected auto, f32 or fp8", options.activation)));
-  }
-  return status;
-}
-
 class EngineImpl : public Engine {
  public:
   explicit EngineImpl(const EngineOptions& options) : options_(options) {}
@@ -117,10 +101,10 @@ class EngineImpl : public Engine {
  private:
   absl::Status Load(int valid_tokens);
   absl::Status WarmUp();
-  absl::Status Validate(const Request& request) const;
   void RunSteps();
   bool TakeInbox(bool may_sleep, Scheduler::Deltas* deltas);
-  void Publish(Scheduler::Deltas deltas);
+  absl::StatusOr<StepResult> WaitForStep(Scheduler::Deltas* deltas);
+  void Publish(Scheduler::Deltas* deltas);
   void RunOutput();
 
   const EngineOptions options_;
@@ -216,15 +200,16 @@ absl::Status EngineImpl::WarmUp() {
   sequence->num_prompt_tokens = 1;
   sequence->sampling.max_tokens = std::min(2, model_info_.max_model_len - 1);
   sequence->sampling.ignore_eos = true;
-  scheduler_->Add(std::move(sequence));
+  Scheduler scheduler(scheduler_->limits(), pool_.get());  // its own, lest these steps be counted
+  scheduler.Add(std::move(sequence));
   while (true) {
-    const StepPlan plan = scheduler_->Plan();
+    const StepPlan plan = scheduler.Plan(absl::Now());
     if (plan.empty()) return absl::OkStatus();
     runner_->Launch(plan);
     auto result = runner_->Wait(kStepTimeout);
     if (!result.ok()) return result.status();
     Scheduler::Deltas deltas;
-    scheduler_->Commit(*result, &deltas);
+    scheduler.Commit(*result, absl::Now(), &deltas);
   }
 }
 
@@ -233,7 +218,7 @@ absl::Status EngineImpl::Start(int valid_tokens) {
   if (status.ok()) status = Load(valid_tokens);
   if (status.ok()) status = WarmUp();
   if (!status.ok()) return status;
-  stats_.blocks_total = pool_->num_blocks();
+  stats_ = scheduler_->stats();
   output_thread_ = std::thread([this] { RunOutput(); });
   step_thread_ = std::thread([this] { RunSteps(); });
   return absl::OkStatus();
@@ -254,45 +239,14 @@ EngineImpl::~EngineImpl() {
   if (output_thread_.joinable()) output_thread_.join();
 }
 
-absl::Status EngineImpl::Validate(const Request& request) const {
-  const SamplingParams& s = request.sampling;
-  const auto bad = [](auto&&... parts) { return absl::InvalidArgumentError(absl::StrFormat(parts...)); };
-  if (request.prompt.empty()) return bad("prompt: it has no tokens");
-  for (int32_t token : request.prompt) {
-    if (token < 0 || token >= model_info_.vocab_size) {
-      return bad("prompt: token id %d is outside the vocabulary of %d", token, model_info_.vocab_size);
-    }
-  }
-  const int64_t num_tokens = static_cast<int64_t>(request.prompt.size());
-  if (num_tokens + (s.max_tokens > 0 ? 1 : 0) > model_info_.max_model_len) {
-    return bad("prompt: it has %d tokens, and the context of %d must hold prompt and answer", num_tokens,
-               model_info_.max_model_len);
-  }
-  if (!std::isfinite(s.temperature) || s.temperature < 0)
-    return bad("temperature: found %g, expected 0 or more", s.temperature);
-  if (!(s.top_p > 0 && s.top_p <= 1)) return bad("top_p: found %g, expected more than 0 and at most 1", s.top_p);
-  if (!(s.min_p >= 0 && s.min_p <= 1)) return bad("min_p: found %g, expected 0 to 1", s.min_p);
-  if (s.top_k < 0) return bad("top_k: found %d, expected 0 or more", s.top_k);
-  if (!(std::abs(s.presence_penalty) <= 2))
-    return bad("presence_penalty: found %g, expected -2 to 2", s.presence_penalty);
-  if (!(std::abs(s.frequency_penalty) <= 2))
-    return bad("frequency_penalty: found %g, expected -2 to 2", s.frequency_penalty);
-  if (!(std::isfinite(s.repetition_penalty) && s.repetition_penalty > 0)) {
-    return bad("repetition_penalty: found %g, expected more than 0", s.repetition_penalty);
-  }
-  if (s.max_tokens < 0) return bad("max_tokens: found %d, expected 0 or more", s.max_tokens);
-  if (s.logprobs > kMaxTopLogprobs || s.prompt_logprobs > kMaxTopLogprobs) {
-    return bad("logprobs: found %d, expected at most %d", std::max(s.logprobs, s.prompt_logprobs), kMaxTopLogprobs);
-  }
-  return absl::OkStatus();
-}
-
 absl::StatusOr<RequestId> EngineImpl::Submit(Request request, DeltaSink sink) {
-  const absl::Status status = Validate(request);
+  const absl::Status status = ValidateRequest(request, model_info_, scheduler_->limits().eos_token_ids);
   if (!status.ok()) return status;
   auto sequence = std::make_unique<Sequence>();
   sequence->sampling = std::move(request.sampling);
   sequence->priority = request.priority;
+  sequence->submitted = absl::Now();
+  sequence->deadline = request.deadline;
   sequence->num_prompt_tokens = static_cast<int>(request.prompt.size());
   sequence->tokens = std::move(request.prompt);
   std::lock_guard lock(inbox_mutex_);
@@ -330,7 +284,7 @@ absl::Status EngineImpl::health() const {
   return health_;
 }
 
-// Moves what has arrived into the scheduler; false when it is time to stop.
+// Moves what has arrived into the scheduler and ends what is past its deadline; false when it is time to stop.
 bool EngineImpl::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
   std::vector<std::unique_ptr<Sequence>> arrived;
   std::vector<RequestId> cancelled;
@@ -344,9 +298,21 @@ bool EngineImpl::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
     cancelled.swap(cancelled_);
     stats_.waiting += static_cast<int>(arrived.size());
   }
+  const absl::Time now = absl::Now();
   for (auto& sequence : arrived) scheduler_->Add(std::move(sequence));
-  for (RequestId id : cancelled) scheduler_->Cancel(id, deltas);
+  for (RequestId id : cancelled) scheduler_->Cancel(id, now, deltas);
+  scheduler_->Expire(now, deltas);
   return true;
+}
+
+// The result of the oldest step in flight.
+absl::StatusOr<StepResult> EngineImpl::WaitForStep(Scheduler::Deltas* deltas) {
+  for (absl::Duration waited; true; waited += kWaitSlice) {
+    if (!deltas->empty()) Publish(deltas);
+    auto result = runner_->Wait(kWaitSlice);
+    if (result.ok() || !absl::IsDeadlineExceeded(result.status()) || waited >= kStepTimeout) return result;
+    TakeInbox(false, deltas);
+  }
 }
 
 // The loop of engine/schedule/step.h: plan and launch while a step runs, at most two in flight.
@@ -355,20 +321,20 @@ void EngineImpl::RunSteps() {
   absl::Status status;
   Scheduler::Deltas deltas;
   while (TakeInbox(is_idle, &deltas)) {
-    const StepPlan plan = scheduler_->Plan();
+    const StepPlan plan = scheduler_->Plan(absl::Now());
     if (!plan.empty()) runner_->Launch(plan);
-    // NOTE: a commit frees blocks and slots, so only a turn that neither planned nor committed has nothing to do.
+    // NOTE: a commit frees blocks and slots, so only a turn that neither planned nor committed has nothing to do: then
+    // nothing waits either, and no deadline need wake us.
     is_idle = plan.empty() && scheduler_->num_in_flight() == 0;
     if (scheduler_->num_in_flight() == kMaxStepsInFlight || (plan.empty() && !is_idle)) {
-      auto result = runner_->Wait(kStepTimeout);
+      auto result = WaitForStep(&deltas);
       if (!result.ok()) {
         status = result.status();
         break;
       }
-      scheduler_->Commit(*result, &deltas);
+      scheduler_->Commit(*result, absl::Now(), &deltas);
     }
-    Publish(std::move(deltas));
-    deltas.clear();
+    Publish(&deltas);
   }
 
   // The end: nothing may be left without its last delta.
@@ -383,26 +349,23 @@ void EngineImpl::RunSteps() {
   while (status.ok() && scheduler_->num_in_flight() > 0) {
     auto result = runner_->Wait(kStepTimeout);
     if (!result.ok()) break;
-    scheduler_->Commit(*result, &deltas);
+    scheduler_->Commit(*result, absl::Now(), &deltas);
   }
-  scheduler_->Fail(absl::UnavailableError(status.ok() ? "the server is stopping" : status.message()), &deltas);
-  Publish(std::move(deltas));
+  scheduler_->Fail(absl::UnavailableError(status.ok() ? "the server is stopping" : status.message()), absl::Now(),
+                   &deltas);
+  Publish(&deltas);
 }
 
-void EngineImpl::Publish(Scheduler::Deltas deltas) {
+// The statistics first: who has seen a request's end finds it counted.
+void EngineImpl::Publish(Scheduler::Deltas* deltas) {
   {
     std::lock_guard lock(inbox_mutex_);
-    stats_.running = scheduler_->num_running();
-    stats_.waiting = scheduler_->num_waiting();
-    stats_.blocks_used = pool_->num_used();
-    stats_.preemptions = scheduler_->num_preemptions();
-    stats_.steps = scheduler_->num_steps();
-    stats_.prompt_tokens = scheduler_->num_prompt_tokens();
-    for (const auto& [id, delta] : deltas) stats_.generated_tokens += delta.tokens.size();
+    stats_ = scheduler_->stats();
   }
-  if (deltas.empty()) return;
+  if (deltas->empty()) return;
   std::lock_guard lock(output_mutex_);
-  for (auto& delta : deltas) output_.push_back(std::move(delta));
+  for (auto& delta : *deltas) output_.push_back(std::move(delta));
+  deltas->clear();
   output_filled_.notify_one();
 }
 

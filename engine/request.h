@@ -26,7 +26,7 @@ struct SamplingParams {
   uint64_t seed = 0;
   uint32_t choice = 0;  // index among the request's n answers
   int max_tokens = 16;  // 0: score the prompt only
-  int min_tokens = 0;   // until so many are generated, no token that would end the answer is drawn
+  int min_tokens = 0;   // until so many are generated, no token that would end the answer is drawn, if any other can be
   bool ignore_eos = false;
   std::vector<int32_t> stop_token_ids;                // besides the model's end-of-sequence ids
   std::vector<std::pair<int32_t, float>> logit_bias;  // (token id, added to its logit before penalties); ids differ

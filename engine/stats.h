@@ -2,15 +2,42 @@
 #ifndef CACHALOT_ENGINE_STATS_H_
 #define CACHALOT_ENGINE_STATS_H_
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
 namespace cachalot {
 
+// How many rows steps had, as a Prometheus histogram wants it.
+struct StepRowsHistogram {
+  static constexpr std::array<int, 13> kBounds = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
+  std::array<uint64_t, kBounds.size()> at_most = {};  // steps of at most kBounds[i] rows
+  uint64_t sum = 0, count = 0;
+
+  void Add(int num_rows) {
+    for (size_t i = 0; i < kBounds.size(); ++i) at_most[i] += num_rows <= kBounds[i] ? 1 : 0;
+    sum += static_cast<uint64_t>(num_rows);
+    ++count;
+  }
+};
+
+// As of the last step; when the engine idles, as of now.
 struct EngineStats {
+  // Gauges.
   int running = 0, waiting = 0;           // sequences
   int blocks_total = 0, blocks_used = 0;  // KV blocks of 64 tokens
-  uint64_t steps = 0, prompt_tokens = 0, generated_tokens = 0, preemptions = 0;
+  // Of `waiting`: all wait for what the first in the queue lacks. A slot: max_sequences run, or as many as a step has
+  // rows; blocks for the prompt.
+  int waiting_for_slots = 0, waiting_for_blocks = 0;
+
+  // Counters.
+  uint64_t steps = 0;
+  uint64_t prompt_tokens = 0;      // prefilled, each once
+  uint64_t recomputed_tokens = 0;  // fed again after a preemption, prompt and generated alike
+  uint64_t generated_tokens = 0;
+  uint64_t preemptions = 0;
+  StepRowsHistogram step_rows;
 };
 
 // What a front end must know of the loaded model.

@@ -6,6 +6,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "engine/schedule/block_pool.h"
 #include "engine/schedule/sequence.h"
 #include "engine/schedule/step.h"
+#include "engine/stats.h"
 
 namespace cachalot {
 
@@ -25,9 +27,22 @@ struct SchedulerLimits {
   std::vector<int> eos_token_ids;
 };
 
-// One thread: the step thread. Decode rows come first, then chunks of prompts under way, then new sequences, all in
-// the order of (priority, arrival). When blocks run out the last of that order is preempted and recomputed later; the
-// first is never, so somebody always advances.
+// One thread: the step thread. Time is what the caller says it is.
+//
+// Rows go to sequences priority by priority, lower numbers first; within a priority each decoding sequence has its row
+// first, and what they leave goes to prompts: half to the one that arrived first, so that it cannot starve, half to
+// those with the fewest tokens left, so that a long prompt holds up no short one; what either half leaves goes to the
+// other. Where a priority has more sequences than rows are left, the least recently served have a row each.
+//
+// Sequences are admitted in the order of (priority, arrival), when a slot and the prompt's blocks are free, and no more
+// than a step has rows. For want of a slot or blocks a waiting sequence preempts running ones of strictly lower
+// priority, last first; when a decoding sequence finds no block, the last of all is preempted. Preempted sequences
+// queue where they stood and are recomputed.
+//
+// No livelock: whoever is preempted comes after all that stay, and nobody is admitted before a sequence that waits in
+// front of him; so a running sequence that comes after a waiting one has strictly lower priority. Hence the first of
+// all sequences is admitted once it waits: everything that runs may be preempted for it. Once it runs it is never
+// preempted, every step has a row for it, and others are preempted for its blocks: it ends, and another is the first.
 class Scheduler {
  public:
   using Deltas = std::vector<std::pair<RequestId, Delta>>;
@@ -38,52 +53,75 @@ class Scheduler {
   void Add(std::unique_ptr<Sequence> sequence);
 
   // Ends the sequence with kCancelled if it has not ended. Its slot and blocks return once no step in flight names it.
-  void Cancel(RequestId id, Deltas* deltas);
+  void Cancel(RequestId id, absl::Time now, Deltas* deltas);
 
-  // The next step, empty when nothing can run now. Whatever it returns, unless empty, must be launched.
-  StepPlan Plan();
+  // Likewise ends those whose deadline has passed, with kError (DeadlineExceeded).
+  void Expire(absl::Time now, Deltas* deltas);
+
+  // The next step, empty when nothing can run now: then, unless steps are in flight, no sequence is left. Whatever it
+  // returns, unless empty, must be launched before the next call.
+  StepPlan Plan(absl::Time now);
 
   // Takes the result of the oldest planned step that has not been committed.
-  void Commit(const StepResult& result, Deltas* deltas);
+  void Commit(const StepResult& result, absl::Time now, Deltas* deltas);
 
   // Ends everything with kError.
-  void Fail(const absl::Status& status, Deltas* deltas);
+  void Fail(const absl::Status& status, absl::Time now, Deltas* deltas);
 
-  int num_running() const { return static_cast<int>(running_.size()); }
-  int num_waiting() const { return static_cast<int>(waiting_.size()); }
+  const SchedulerLimits& limits() const { return limits_; }
   int num_in_flight() const { return static_cast<int>(in_flight_.size()); }
-  uint64_t num_steps() const { return next_step_ - 1; }
-  uint64_t num_prompt_tokens() const { return num_prompt_tokens_; }  // prefilled, recomputed ones included
-  uint64_t num_preemptions() const { return num_preemptions_; }
+  EngineStats stats() const;
 
  private:
   using Order = std::pair<int, RequestId>;  // (priority, arrival): first is served first, last is preempted first
+  // Why the first that waits is not admitted; kTurn: one in front of it is preempted and about to queue again.
+  enum class Lack { kNothing, kTurn, kRows, kSlot, kBlocks };
   struct InFlight {
     std::vector<Sequence*> sequences;  // parallel to the plan's
     std::vector<LogitsRow> rows;
-    uint64_t step;
+    uint64_t step = 0;
+  };
+  // A step in the making.
+  struct NewStep {
+    StepPlan plan;
+    InFlight record;
+    absl::Time now;
+    int num_scored = 0;  // rows of logits that score prompts
   };
 
-  void PlanDecode(StepPlan* plan, InFlight* record);
-  void PlanPrefill(StepPlan* plan, InFlight* record);
-  void Admit(StepPlan* plan, InFlight* record);
-  bool AddChunk(Sequence* sequence, StepPlan* plan, InFlight* record);
-  void AddRows(Sequence* sequence, SequenceStep step, StepPlan* plan, InFlight* record);
-  bool ReserveBlocks(Sequence* sequence, int num_tokens, StepPlan* plan);
+  void Admit();
+  Lack LackOf(const Sequence& waiting) const;
+  void MakeRoom(const Sequence& waiting);
+  void PlanRows(NewStep* next);
+  void PlanPriority(std::vector<Sequence*>* sequences, NewStep* next);
+  void PlanDecode(Sequence* sequence, NewStep* next);
+  void PlanPrompts(std::vector<Sequence*>* prompts, NewStep* next);
+  void PlanChunk(Sequence* sequence, int max_rows, NewStep* next);
+  void AddRows(Sequence* sequence, SequenceStep step, NewStep* next);
+  bool WantsRows(const Sequence& sequence) const;
+  int RowsLeft(const NewStep& next) const { return limits_.max_batch_tokens - next.plan.num_rows; }
+  bool ReserveBlocks(Sequence* sequence, int num_tokens);
+
+  void Preempt(Sequence* sequence);
   void PreemptLast();
   bool ReleaseEnded();
   void CommitRows(const StepResult& result, const InFlight& record, size_t row, size_t end, int num_accepted,
-                  Sequence* sequence, Delta* delta);
-  void AppendToken(Sequence* sequence, int32_t token, Delta* delta) const;
+                  absl::Time now, Sequence* sequence, Delta* delta);
+  FinishReason AppendToken(Sequence* sequence, int32_t token, Delta* delta);
+  void End(Sequence* sequence, FinishReason reason, absl::Time now, Delta* delta);
+  void EndEarly(Sequence* sequence, FinishReason reason, const absl::Status& error, absl::Time now, Deltas* deltas);
   static Order OrderOf(const Sequence& s) { return {s.priority, s.id}; }
 
   const SchedulerLimits limits_;
   BlockPool* const pool_;
   std::map<Order, std::unique_ptr<Sequence>> waiting_, running_;
   absl::flat_hash_map<RequestId, Sequence*> by_id_;
+  std::set<std::pair<absl::Time, RequestId>> deadlines_;  // of those not over, where finite
   std::deque<InFlight> in_flight_;
   std::vector<int> free_slots_;
-  uint64_t next_step_ = 1, num_prompt_tokens_ = 0, num_preemptions_ = 0;
+  uint64_t next_step_ = 1, num_served_ = 0;
+  Lack lack_ = Lack::kNothing;  // of the first that waits
+  EngineStats counters_;        // its gauges are not kept
 };
 
 }  // namespace cachalot

@@ -2,10 +2,12 @@
 #ifndef CACHALOT_ENGINE_SCHEDULE_SEQUENCE_H_
 #define CACHALOT_ENGINE_SCHEDULE_SEQUENCE_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "engine/request.h"
+#include "kernels/ops_types.h"
 
 namespace cachalot {
 
@@ -13,8 +15,15 @@ struct Sequence {
   RequestId id = 0;
   SamplingParams sampling;
   int priority = 0;
+  absl::Time submitted = absl::InfinitePast();
+  absl::Time deadline = absl::InfiniteFuture();
   int num_prompt_tokens = 0;
   std::vector<int32_t> tokens;  // prompt, then what has been generated and committed
+
+  // Made when it is queued.
+  std::vector<int32_t> end_tokens;      // EndTokens
+  std::vector<TokenBias> token_biases;  // banned tokens, then biased ones
+  int num_banned = 0;
 
   // Owned while running.
   int slot = -1;
@@ -25,14 +34,39 @@ struct Sequence {
   int num_sampling = 0;       // sampled tokens under way: launched, not committed
   int num_in_flight = 0;      // launched steps that name this sequence
   int num_prompt_scored = 0;  // prompt log-probabilities asked of launched steps
+  int num_blocks_told = 0;    // blocks whose ids launched steps have brought to the slot
   bool is_in_slot = false;    // a launched step has brought the slot's parameters
   bool is_decoding = false;   // a launched step samples: the slot holds the next row's token
   bool is_ended = false;      // finished, cancelled or preempted: holds slot and blocks until num_in_flight is 0
   bool is_preempted = false;  // goes back to the queue then
+  uint64_t last_served = 0;   // rises with every row or chunk that anybody is given
+
+  // Its life so far, preemptions included.
+  int num_ever_fed = 0;
+  int num_preemptions = 0;
+  absl::Time first_step = absl::InfiniteFuture();   // when a step first named it
+  absl::Time first_token = absl::InfiniteFuture();  // when its first token was committed
 
   int num_generated() const { return static_cast<int>(tokens.size()) - num_prompt_tokens; }
+  int num_unfed() const { return static_cast<int>(tokens.size()) - num_fed; }
   bool scores_prompt() const { return sampling.prompt_logprobs >= 0; }
+  bool is_over() const { return is_ended && !is_preempted; }  // its last delta has been made
 };
+
+// The token ids that end an answer, each once.
+inline std::vector<int32_t> EndTokens(const SamplingParams& sampling, const std::vector<int>& eos_token_ids) {
+  std::vector<int32_t> ids = sampling.stop_token_ids;
+  if (!sampling.ignore_eos) ids.insert(ids.end(), eos_token_ids.begin(), eos_token_ids.end());
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  return ids;
+}
+
+// How many token ids the sampling of a sequence bans and biases; at most kMaxTokenBiases may run.
+inline size_t NumTokenBiases(const SamplingParams& sampling, const std::vector<int>& eos_token_ids) {
+  const size_t num_banned = sampling.min_tokens > 0 ? EndTokens(sampling, eos_token_ids).size() : 0;
+  return num_banned + sampling.logit_bias.size();
+}
 
 }  // namespace cachalot
 

@@ -1,286 +1,359 @@
-// Scheduler and block pool against invariants, with results made up by the test instead of a model.
+// Scheduler and block pool, rule by rule; the invariants of every step are SchedulerDriver's.
 #include "engine/schedule/scheduler.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <map>
-#include <random>
-#include <set>
+#include <utility>
+
+#include "tests/engine/scheduler_driver.h"
 
 namespace cachalot {
 namespace {
 
-constexpr int kVocab = 1000;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::Pair;
+using Driver = SchedulerDriver;
 
-// Stands where the device stands: keeps per-slot state, checks every plan, makes deterministic tokens.
-class FakeDevice {
- public:
-  explicit FakeDevice(int num_slots) : slots_(num_slots) {}
+// Limits: rows of a step, slots, rows of logits, tokens of a sequence, end of sequence.
+constexpr int kNoEos = 1;  // the fake model's tokens begin at 3
 
-  // The token that follows `tokens`: a function of what is in the cache, like a model's.
-  static int32_t Next(const std::vector<int32_t>& tokens) {
-    uint64_t hash = 1469598103934665603u;
-    for (int32_t t : tokens) hash = (hash ^ static_cast<uint64_t>(t)) * 1099511628211u;
-    return static_cast<int32_t>(3 + hash % (kVocab - 3));
-  }
+SchedulerLimits Limits(int max_batch_tokens, int max_sequences, int max_model_len = 512) {
+  return {max_batch_tokens, max_sequences, max_sequences + 8, max_model_len, {kNoEos}};
+}
 
-  StepResult Run(const StepPlan& plan) {
-    StepResult result;
-    result.step = plan.step;
-    for (const BlockUpdate& u : plan.block_updates) {
-      auto& table = slots_[u.slot].blocks;
-      if (static_cast<int>(table.size()) <= u.index) table.resize(u.index + 1, -1);
-      table[u.index] = u.block;
-    }
-    std::vector<std::vector<int32_t>> after;  // cache contents after each row
-    for (const SequenceStep& s : plan.sequences) {
-      Slot& slot = slots_[s.slot];
-      if (s.params.apply) slot.tokens.clear();
-      for (int i = 0; i < s.num_rows; ++i) {
-        EXPECT_TRUE(s.start < 0 || static_cast<int>(slot.tokens.size()) == s.start + i) << "rows out of order";
-        slot.tokens.push_back(s.start >= 0 ? s.tokens[i] : slot.last);
-        const int block = static_cast<int>(slot.tokens.size() - 1) / kBlockTokens;
-        EXPECT_LT(block, static_cast<int>(slot.blocks.size())) << "no block for the position";
-        after.push_back(slot.tokens);
-      }
-    }
-    result.num_accepted.assign(plan.sequences.size(), 0);
-    for (const LogitsRow& row : plan.logits_rows) {
-      const int32_t token = row.target >= 0 ? row.target : Next(after[row.row]);
-      result.tokens.push_back(token);
-      result.logprobs.push_back(-1.0f);
-      if (row.target >= 0) continue;
-      slots_[plan.sequences[row.sequence].slot].last = token;
-      result.num_accepted[row.sequence] = 1;
-    }
-    result.top_tokens.assign(result.tokens.size() * kMaxTopLogprobs, 0);
-    result.top_logprobs.assign(result.tokens.size() * kMaxTopLogprobs, 0);
-    return result;
-  }
-
- private:
-  struct Slot {
-    std::vector<int32_t> tokens, blocks;
-    int32_t last = -1;
-  };
-  std::vector<Slot> slots_;
-};
-
-struct Expected {
-  std::vector<int32_t> prompt, tokens;
-  int max_tokens = 0, num_scored = 0;
-  bool scores = false, is_cancelled = false, is_ended = false;
-};
-
-class Driver {
- public:
-  Driver(SchedulerLimits limits, int num_blocks)
-      : limits_(limits), pool_(num_blocks), scheduler_(limits, &pool_), device_(limits.max_sequences) {}
-
-  RequestId Add(std::vector<int32_t> prompt, int max_tokens, bool scores = false, int priority = 0) {
-    auto sequence = std::make_unique<Sequence>();
-    sequence->id = next_id_++;
-    sequence->priority = priority;
-    sequence->num_prompt_tokens = static_cast<int>(prompt.size());
-    sequence->tokens = prompt;
-    sequence->sampling.max_tokens = max_tokens;
-    if (scores) sequence->sampling.prompt_logprobs = 0;
-    expected_[sequence->id] = {prompt, {}, max_tokens, 0, scores, false, false};
-    const RequestId id = sequence->id;
-    scheduler_.Add(std::move(sequence));
-    return id;
-  }
-
-  void Cancel(RequestId id) {
-    if (!expected_[id].is_ended) expected_[id].is_cancelled = true;
-    Scheduler::Deltas deltas;
-    scheduler_.Cancel(id, &deltas);
-    Take(deltas);
-  }
-
-  // One turn of the engine's loop; false when there was nothing to do.
-  bool Turn() {
-    const StepPlan plan = scheduler_.Plan();
-    if (!plan.empty()) {
-      CheckPlan(plan);
-      results_.push_back(device_.Run(plan));
-    }
-    if (results_.size() < kMaxStepsInFlight && !plan.empty()) return true;
-    if (results_.empty()) return false;
-    Scheduler::Deltas deltas;
-    scheduler_.Commit(results_.front(), &deltas);
-    results_.pop_front();
-    Take(deltas);
-    return true;
-  }
-
-  void Drain(int max_turns) {
-    while (Turn()) ASSERT_GT(max_turns--, 0) << "no end in sight: livelock";
-    for (const auto& [id, e] : expected_) EXPECT_TRUE(e.is_ended) << "request " << id << " starved";
-    EXPECT_EQ(pool_.num_used(), 0) << "leaked blocks";
-    EXPECT_EQ(scheduler_.num_running() + scheduler_.num_waiting(), 0);
-  }
-
-  Scheduler& scheduler() { return scheduler_; }
-  BlockPool& pool() { return pool_; }
-  const Expected& expected(RequestId id) { return expected_[id]; }
-
- private:
-  void CheckPlan(const StepPlan& plan) {
-    EXPECT_LE(plan.num_rows, limits_.max_batch_tokens);
-    EXPECT_LE(static_cast<int>(plan.logits_rows.size()), limits_.max_logits_rows);
-    std::set<int> slots;
-    int rows = 0;
-    for (const SequenceStep& s : plan.sequences) {
-      EXPECT_TRUE(slots.insert(s.slot).second) << "slot twice in one step";
-      EXPECT_GT(s.num_rows, 0);
-      rows += s.num_rows;
-    }
-    EXPECT_EQ(rows, plan.num_rows);
-  }
-
-  void Take(const Scheduler::Deltas& deltas) {
-    for (const auto& [id, delta] : deltas) {
-      Expected& e = expected_[id];
-      EXPECT_FALSE(e.is_ended) << "news of request " << id << " after its end";
-      for (const TokenLogprob& l : delta.prompt_logprobs) EXPECT_EQ(l.token, e.prompt[++e.num_scored]);
-      for (int32_t token : delta.tokens) {
-        std::vector<int32_t> context = e.prompt;
-        context.insert(context.end(), e.tokens.begin(), e.tokens.end());
-        EXPECT_EQ(token, FakeDevice::Next(context)) << "request " << id;
-        e.tokens.push_back(token);
-      }
-      if (delta.finish_reason == FinishReason::kNone) continue;
-      e.is_ended = true;
-      if (delta.finish_reason == FinishReason::kCancelled) {
-        EXPECT_TRUE(e.is_cancelled);
-        continue;
-      }
-      EXPECT_TRUE(!e.scores || e.num_scored + 1 == static_cast<int>(e.prompt.size()));
-      const int room = limits_.max_model_len - static_cast<int>(e.prompt.size());
-      if (delta.finish_reason == FinishReason::kLength) {
-        EXPECT_EQ(static_cast<int>(e.tokens.size()), std::min(e.max_tokens, room));
-      } else {
-        EXPECT_EQ(delta.finish_reason, FinishReason::kStop);
-        EXPECT_EQ(delta.stop_token, limits_.eos_token_ids[0]);
-      }
-    }
-  }
-
-  const SchedulerLimits limits_;
-  BlockPool pool_;
-  Scheduler scheduler_;
-  FakeDevice device_;
-  std::deque<StepResult> results_;
-  std::map<RequestId, Expected> expected_;
-  RequestId next_id_ = 1;
-};
-
-std::vector<int32_t> Prompt(int length, int seed) {
-  std::mt19937 random(seed);
-  std::vector<int32_t> prompt(length);
-  for (int32_t& t : prompt) t = static_cast<int32_t>(3 + random() % (kVocab - 3));
-  return prompt;
+void TurnsUntilEnd(Driver& driver, RequestId id, int max_turns = 2000) {
+  while (driver.record(id).reason == FinishReason::kNone && max_turns-- > 0) driver.Turn();
+  EXPECT_NE(driver.record(id).reason, FinishReason::kNone);
 }
 
 TEST(Scheduler, ChunksAPromptAndKeepsTwoStepsInFlight) {
-  Driver driver({64, 4, 8, 512, {1}}, 32);
-  driver.Add(Prompt(150, 1), 5);
-  StepPlan plan = driver.scheduler().Plan();
+  Driver driver(Limits(64, 4), 32);
+  driver.Add(150, {.max_tokens = 5});
+  driver.Turn();
+  StepPlan plan = driver.last_plan();
   EXPECT_EQ(plan.num_rows, 64);
   EXPECT_EQ(plan.sequences[0].params.apply, 1);
   EXPECT_TRUE(plan.logits_rows.empty());
   EXPECT_EQ(plan.block_updates.size(), 3u) << "the whole prompt's blocks are taken at its start";
-  plan = driver.scheduler().Plan();
+  EXPECT_EQ(driver.scheduler().num_in_flight(), 1);
+  plan = driver.scheduler().Plan(absl::UnixEpoch());
   EXPECT_EQ(plan.sequences[0].start, 64);
   EXPECT_EQ(plan.sequences[0].params.apply, 0);
+  EXPECT_TRUE(plan.block_updates.empty());
   EXPECT_EQ(driver.scheduler().num_in_flight(), 2);
 }
 
 TEST(Scheduler, DecodesWithoutKnowingTheTokenYet) {
-  Driver driver({64, 4, 8, 512, {1}}, 32);
-  driver.Add(Prompt(10, 1), 3);
-  StepPlan plan = driver.scheduler().Plan();
-  EXPECT_EQ(plan.logits_rows.size(), 1u);
-  plan = driver.scheduler().Plan();
-  ASSERT_EQ(plan.sequences.size(), 1u);
-  EXPECT_EQ(plan.sequences[0].start, -1);
+  Driver driver(Limits(64, 4), 32);
+  driver.Add(10, {.max_tokens = 3});
+  driver.Turn();
+  EXPECT_EQ(driver.last_plan().logits_rows.size(), 1u);
+  driver.Turn();
+  ASSERT_EQ(driver.last_plan().sequences.size(), 1u);
+  EXPECT_EQ(driver.last_plan().sequences[0].start, -1);
 }
 
 TEST(Scheduler, ScoresAPromptWithoutSampling) {
-  Driver driver({64, 4, 8, 512, {1}}, 32);
-  const RequestId id = driver.Add(Prompt(100, 1), 0, true);
+  Driver driver(Limits(64, 4), 32);
+  const RequestId id = driver.Add(100, {.max_tokens = 0, .scores = true});
   driver.Drain(100);
-  EXPECT_EQ(driver.expected(id).num_scored, 99);
-  EXPECT_TRUE(driver.expected(id).tokens.empty());
+  EXPECT_EQ(driver.record(id).num_scored, 99);
+  EXPECT_TRUE(driver.record(id).tokens.empty());
 }
+
+// ---- Ends ----
 
 TEST(Scheduler, CancelsAtEveryStageWithoutALeak) {
   for (int turns = 0; turns < 12; ++turns) {
-    Driver driver({16, 2, 4, 256, {1}}, 8);
-    const RequestId id = driver.Add(Prompt(50, 1), 20);
-    driver.Add(Prompt(5, 2), 3);
-    driver.Add(Prompt(5, 3), 3);
+    Driver driver(Limits(16, 2, 256), 8);
+    const RequestId id = driver.Add(50, {.max_tokens = 20});
+    driver.Add(5, {.max_tokens = 3});
+    driver.Add(5, {.max_tokens = 3});
     for (int i = 0; i < turns; ++i) driver.Turn();
     driver.Cancel(id);
     driver.Cancel(id);
+    EXPECT_EQ(driver.record(id).reason, FinishReason::kCancelled);
     Scheduler::Deltas none;
-    driver.scheduler().Cancel(12345, &none);
+    driver.scheduler().Cancel(12345, absl::UnixEpoch(), &none);
     EXPECT_TRUE(none.empty());
     driver.Drain(1000);
   }
 }
 
-TEST(Scheduler, PreemptsTheLastAndLosesNoToken) {
-  Driver driver({64, 4, 8, 256, {1}}, 6);
-  for (int i = 0; i < 4; ++i) driver.Add(Prompt(60, i), 100);
-  driver.Drain(10000);
-  EXPECT_GT(driver.scheduler().num_preemptions(), 0u);
+TEST(Scheduler, ADeadlineEndsARequestAtEveryStage) {
+  bool was_waiting = false, was_prefilling = false, was_decoding = false;
+  for (int turns = 1; turns < 14; ++turns) {
+    Driver driver(Limits(16, 1, 256), 4);
+    if (turns == 1) driver.Add(100, {.max_tokens = 50});  // takes the only slot
+    const RequestId id = driver.Add(64, {.max_tokens = 50, .deadline_turns = turns + 1});
+    for (int i = 0; i < turns; ++i) driver.Turn();
+    EXPECT_EQ(driver.record(id).reason, FinishReason::kNone);
+    was_waiting |= driver.record(id).live->slot < 0;
+    was_decoding |= driver.record(id).live->is_decoding;
+    was_prefilling |= driver.record(id).live->num_fed > 0 && !driver.record(id).live->is_decoding;
+    driver.Turn();
+    EXPECT_EQ(driver.record(id).reason, FinishReason::kError);
+    EXPECT_EQ(driver.record(id).error.code(), absl::StatusCode::kDeadlineExceeded);
+    EXPECT_THAT(std::string(driver.record(id).error.message()), HasSubstr("deadline"));
+    driver.Drain(1000);
+  }
+  EXPECT_TRUE(was_waiting && was_prefilling && was_decoding);
 }
 
-TEST(Scheduler, LowerPriorityWaitsAndIsPreemptedFirst) {
-  Driver driver({64, 2, 8, 192, {1}}, 3);  // each ends with two blocks
-  const RequestId low = driver.Add(Prompt(60, 1), 60, false, 5);
-  driver.Turn();
-  const RequestId high = driver.Add(Prompt(60, 2), 60, false, 0);
-  for (int i = 0; i < 1000 && !driver.expected(high).is_ended; ++i) driver.Turn();
-  EXPECT_TRUE(driver.expected(high).is_ended);
-  EXPECT_FALSE(driver.expected(low).is_ended);
+TEST(Scheduler, ADeadlineEndsAPreemptedRequest) {
+  Driver driver(Limits(64, 1, 256), 4);
+  const RequestId low = driver.Add(60, {.max_tokens = 100, .priority = 1, .deadline_turns = 12});
+  for (int i = 0; i < 4; ++i) driver.Turn();
+  driver.Add(60, {.max_tokens = 100});
+  for (int i = 0; i < 4; ++i) driver.Turn();
+  EXPECT_LT(driver.record(low).live->slot, 0) << "waits again";
+  for (int i = 0; i < 4; ++i) driver.Turn();
+  EXPECT_EQ(driver.record(low).error.code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(driver.record(low).times.num_preemptions, 1);
+  EXPECT_GT(driver.record(low).times.decode, absl::ZeroDuration());
   driver.Drain(1000);
 }
 
-// Random arrivals, lengths, cancels and pools against the invariants that Driver and FakeDevice check.
-TEST(Scheduler, PropertyTest) {
-  uint64_t steps = 0, preemptions = 0;
-  for (int seed = 0; steps < 100000; ++seed) {
-    std::mt19937 random(seed);
-    const int max_sequences = 1 + random() % 8;
-    const int num_blocks = 2 + random() % 20;
-    const int max_model_len = std::min<int>(num_blocks * kBlockTokens, 64 + random() % 400);
-    const SchedulerLimits limits = {1 + static_cast<int>(random() % 100),
-                                    max_sequences,
-                                    max_sequences + 1 + static_cast<int>(random() % 16),
-                                    max_model_len,
-                                    {77}};
-    Driver driver(limits, num_blocks);
-    std::vector<RequestId> ids;
-    for (int turn = 0; turn < 400; ++turn) {
-      if (random() % 3 == 0) {
-        const int length = 1 + random() % (random() % 2 == 0 ? 30 : max_model_len - 1);
-        const bool scores = random() % 4 == 0;
-        ids.push_back(driver.Add(Prompt(length, random()), random() % 400 + (scores ? 0 : 1), scores, random() % 3));
-      }
-      if (!ids.empty() && random() % 40 == 0) driver.Cancel(ids[random() % ids.size()]);
-      driver.Turn();
-    }
-    driver.Drain(1000000);
-    if (testing::Test::HasFailure()) FAIL() << "seed " << seed;
-    steps += driver.scheduler().num_steps();
-    preemptions += driver.scheduler().num_preemptions();
+TEST(Scheduler, TellsWhereTheTimeWent) {
+  Driver driver(Limits(16, 1), 32);  // a turn takes a second, a step is committed the turn after it was planned
+  const RequestId first = driver.Add(40, {.max_tokens = 5});
+  const RequestId second = driver.Add(10, {.max_tokens = 1});
+  const RequestId cancelled = driver.Add(10, {.max_tokens = 1});
+  TurnsUntilEnd(driver, first);
+  driver.Cancel(cancelled);
+  driver.Drain(100);
+  const RequestTimes& times = driver.record(first).times;
+  EXPECT_EQ(times.queued, absl::Seconds(1));
+  EXPECT_EQ(times.prefill, absl::Seconds(3)) << "three chunks and a turn";
+  EXPECT_EQ(times.decode, absl::Seconds(4));
+  EXPECT_EQ(times.num_preemptions, 0);
+  EXPECT_GT(driver.record(second).times.queued, absl::Seconds(7));
+  EXPECT_EQ(driver.record(second).times.decode, absl::ZeroDuration());
+  EXPECT_EQ(driver.record(cancelled).times.queued, absl::Seconds(8));
+  EXPECT_EQ(driver.record(cancelled).times.prefill, absl::ZeroDuration());
+}
+
+TEST(Scheduler, FailingTellsEverybodyWithTimes) {
+  BlockPool pool(8);
+  Scheduler scheduler(Limits(16, 1), &pool);
+  for (RequestId id : {1, 2}) {
+    auto sequence = std::make_unique<Sequence>();
+    sequence->id = id;
+    sequence->tokens = {5, 6};
+    sequence->num_prompt_tokens = 2;
+    sequence->submitted = absl::UnixEpoch();
+    scheduler.Add(std::move(sequence));
   }
-  std::printf("[ measured ] %llu steps, %llu preemptions\n", static_cast<unsigned long long>(steps),
-              static_cast<unsigned long long>(preemptions));
-  EXPECT_GT(preemptions, 20u);
+  scheduler.Plan(absl::UnixEpoch() + absl::Seconds(2));
+  Scheduler::Deltas deltas;
+  scheduler.Fail(absl::UnavailableError("gone"), absl::UnixEpoch() + absl::Seconds(5), &deltas);
+  ASSERT_EQ(deltas.size(), 2u);
+  for (const auto& [id, delta] : deltas) {
+    EXPECT_EQ(delta.finish_reason, FinishReason::kError);
+    EXPECT_EQ(delta.times.queued, absl::Seconds(id == 1 ? 2 : 5));
+    EXPECT_EQ(delta.times.prefill, absl::Seconds(id == 1 ? 3 : 0));
+  }
+}
+
+// ---- Rows ----
+
+TEST(Scheduler, HalfOfTheRowsToTheEarliestPromptHalfToTheShortest) {
+  Driver driver(Limits(64, 8), 64);
+  const RequestId decoding = driver.Add(1, {.max_tokens = 100});
+  driver.Turn();
+  const RequestId longest = driver.Add(300, {}), longer = driver.Add(200, {});
+  const RequestId small = driver.Add(20, {}), smaller = driver.Add(8, {});
+  driver.Turn();
+  EXPECT_THAT(driver.LastRows(),
+              ElementsAre(Pair(decoding, 1), Pair(longest, 32), Pair(longer, 3), Pair(small, 20), Pair(smaller, 8)));
+  driver.Turn();
+  EXPECT_THAT(driver.LastRows(),
+              ElementsAre(Pair(decoding, 1), Pair(longest, 31), Pair(longer, 30), Pair(small, 1), Pair(smaller, 1)));
+  driver.Drain(1000);
+}
+
+TEST(Scheduler, WhatOneHalfLeavesGoesToTheOther) {
+  Driver driver(Limits(64, 8), 64);
+  const RequestId longest = driver.Add(300, {}), small = driver.Add(10, {});
+  driver.Turn();
+  EXPECT_THAT(driver.LastRows(), ElementsAre(Pair(longest, 54), Pair(small, 10)));
+  driver.Drain(1000);
+  const RequestId early = driver.Add(5, {}), late = driver.Add(300, {});
+  driver.Turn();
+  EXPECT_THAT(driver.LastRows(), ElementsAre(Pair(early, 5), Pair(late, 59)));
+  driver.Drain(1000);
+}
+
+// Short prompts that never cease to arrive do not starve a long one, nor it them.
+TEST(Scheduler, ALongPromptAndShortOnesBothAdvance) {
+  Driver driver(Limits(32, 8, 2048), 64);
+  const RequestId longest = driver.Add(1600, {.max_tokens = 1});
+  int turns = 0;
+  absl::Duration slowest;
+  std::vector<RequestId> ids;
+  for (; driver.record(longest).reason == FinishReason::kNone; ++turns) {
+    ids.push_back(driver.Add(12, {.max_tokens = 1}));
+    driver.Turn();
+    ASSERT_LT(turns, 1000);
+  }
+  EXPECT_LE(turns, 1600 / 16 + 4) << "it has half of the rows";
+  driver.Drain(1000);
+  for (RequestId id : ids) slowest = std::max(slowest, driver.record(id).times.queued);
+  EXPECT_LE(slowest, absl::Seconds(2));
+}
+
+TEST(Scheduler, MoreSequencesThanRowsTakeTurns) {
+  Driver driver(Limits(4, 8), 64);
+  std::map<RequestId, int> served;
+  for (int i = 0; i < 4; ++i) driver.Add(1, {.max_tokens = 100, .priority = 1});
+  driver.Turn();
+  EXPECT_EQ(driver.LastRows().size(), 4u);
+  const RequestId high = driver.Add(1, {.max_tokens = 100});
+  for (int turn = 0; turn < 40; ++turn) {
+    driver.Turn();
+    for (const auto& [id, rows] : driver.LastRows()) served[id] += rows;
+  }
+  EXPECT_THAT(served, ElementsAre(Pair(1, 30), Pair(2, 30), Pair(3, 30), Pair(4, 30), Pair(high, 40)));
+  EXPECT_GT(driver.counts().rotations, 20u);
+  driver.Drain(1000);
+}
+
+TEST(Scheduler, APromptOfHigherPriorityComesBeforeDecodingOfLower) {
+  Driver driver(Limits(8, 8), 64);
+  for (int i = 0; i < 6; ++i) driver.Add(1, {.max_tokens = 100, .priority = 1});
+  driver.Turn();
+  const RequestId high = driver.Add(12, {.max_tokens = 1});
+  driver.Turn();
+  EXPECT_THAT(driver.LastRows(), ElementsAre(Pair(high, 8)));
+  driver.Turn();
+  EXPECT_EQ(driver.LastRows().at(high), 4);
+  EXPECT_EQ(driver.LastRows().size(), 5u);
+  driver.Drain(1000);
+}
+
+// ---- Pressure ----
+
+TEST(Scheduler, PreemptsTheLastAndLosesNoToken) {
+  Driver driver(Limits(64, 4, 256), 6);
+  for (int i = 0; i < 4; ++i) driver.Add(60, {.max_tokens = 100});
+  driver.Drain(10000);
+  EXPECT_EQ(driver.record(1).times.num_preemptions, 0);
+  EXPECT_GT(driver.record(3).times.num_preemptions, 0) << "the last for which there was room at first";
+  const EngineStats stats = driver.stats();
+  EXPECT_GT(stats.preemptions, 0u);
+  EXPECT_EQ(stats.prompt_tokens, 240u) << "each prompt counts once";
+  EXPECT_GE(stats.recomputed_tokens, 60u);
+  EXPECT_EQ(stats.generated_tokens, 400u);
+}
+
+TEST(Scheduler, PreemptsLowerPriorityForASlot) {
+  Driver driver(Limits(64, 2), 64);
+  const RequestId low = driver.Add(10, {.max_tokens = 50, .priority = 5});
+  const RequestId lower = driver.Add(10, {.max_tokens = 50, .priority = 6});
+  for (int i = 0; i < 5; ++i) driver.Turn();
+  const RequestId high = driver.Add(10, {.max_tokens = 20});
+  TurnsUntilEnd(driver, high, 26);
+  EXPECT_EQ(driver.record(lower).live->num_preemptions, 1);
+  EXPECT_EQ(driver.record(low).live->num_preemptions, 0);
+  driver.Drain(1000);
+  EXPECT_EQ(driver.stats().preemptions, 1u);
+}
+
+TEST(Scheduler, PreemptsLowerPriorityForBlocksLatestFirst) {
+  Driver driver(Limits(256, 8, 512), 8);
+  const RequestId early = driver.Add(100, {.max_tokens = 10, .priority = 1});
+  const RequestId late = driver.Add(100, {.max_tokens = 10, .priority = 1});
+  for (int i = 0; i < 3; ++i) driver.Turn();
+  const RequestId high = driver.Add(300, {.max_tokens = 2});  // five blocks and one to spare; four are free
+  TurnsUntilEnd(driver, high, 8);
+  EXPECT_EQ(driver.record(early).live != nullptr ? driver.record(early).live->num_preemptions : 0, 0);
+  EXPECT_EQ(driver.record(late).live->num_preemptions, 1);
+  driver.Drain(1000);
+}
+
+TEST(Scheduler, NeverPreemptsForEqualPriority) {
+  Driver driver(Limits(64, 1), 64);
+  driver.Add(10, {.max_tokens = 100});
+  const RequestId second = driver.Add(10, {.max_tokens = 5});
+  for (int i = 0; i < 50; ++i) driver.Turn();
+  EXPECT_LT(driver.record(second).live->slot, 0);
+  EXPECT_EQ(driver.stats().waiting_for_slots, 1);
+  EXPECT_EQ(driver.stats().waiting_for_blocks, 0);
+  driver.Drain(1000);
+  EXPECT_EQ(driver.stats().preemptions, 0u);
+}
+
+TEST(Scheduler, PreemptsNobodyInVain) {
+  Driver driver(Limits(512, 4, 512), 8);
+  driver.Add(300, {.max_tokens = 60});                // five blocks of eight
+  driver.Add(30, {.max_tokens = 30, .priority = 1});  // one block
+  for (int i = 0; i < 3; ++i) driver.Turn();
+  driver.Add(200, {.max_tokens = 5});  // four blocks: not to be had while the first runs, whoever goes
+  for (int i = 0; i < 20; ++i) driver.Turn();
+  EXPECT_EQ(driver.stats().preemptions, 0u);
+  EXPECT_EQ(driver.stats().waiting_for_blocks, 1);
+  driver.Drain(1000);
+  EXPECT_EQ(driver.stats().preemptions, 0u);
+}
+
+// A step's rows cap what runs, but not what runs for those of higher priority.
+TEST(Scheduler, AdmitsNoMoreThanAStepHasRows) {
+  Driver driver(Limits(2, 8), 64);
+  for (int i = 0; i < 4; ++i) driver.Add(1, {.max_tokens = 20, .priority = 1});
+  driver.Turn();
+  EXPECT_EQ(driver.stats().running, 2);
+  EXPECT_EQ(driver.stats().waiting_for_slots, 2);
+  driver.Add(1, {.max_tokens = 20});
+  driver.Turn();
+  EXPECT_EQ(driver.stats().running, 3);
+  driver.Drain(1000);
+}
+
+// ---- What a step carries ----
+
+TEST(Scheduler, BringsBannedAndBiasedTokensToTheSlotEachTimeItIsEntered) {
+  Driver driver(Limits(64, 1), 64);
+  auto sequence = std::make_unique<Sequence>();
+  sequence->tokens = {5, 6, 7};
+  sequence->num_prompt_tokens = 3;
+  sequence->priority = 1;
+  sequence->sampling.max_tokens = 50;
+  sequence->sampling.min_tokens = 2;
+  sequence->sampling.stop_token_ids = {900, kNoEos, 900};
+  sequence->sampling.logit_bias = {{12, -3.0f}, {13, 0.5f}};
+  driver.Add(std::move(sequence));
+  const auto expect_entered = [&] {
+    ASSERT_EQ(driver.last_plan().sequences.size(), 1u);
+    const SequenceStep& step = driver.last_plan().sequences[0];
+    EXPECT_EQ(step.params.apply, 1);
+    EXPECT_EQ(step.params.min_tokens, 2);
+    EXPECT_EQ(step.params.num_banned, 2);
+    EXPECT_EQ(step.params.num_biased, 2);
+    std::vector<std::pair<int32_t, float>> entries;
+    for (const TokenBias& entry : step.token_biases) entries.emplace_back(entry.token, entry.bias);
+    EXPECT_THAT(entries, ElementsAre(Pair(kNoEos, 0), Pair(900, 0), Pair(12, -3.0f), Pair(13, 0.5f)));
+  };
+  driver.Turn();
+  expect_entered();
+  driver.Turn();
+  EXPECT_TRUE(driver.last_plan().sequences[0].token_biases.empty());
+  const RequestId high = driver.Add(3, {.max_tokens = 3});
+  TurnsUntilEnd(driver, high);
+  while (driver.last_plan().empty() || driver.last_plan().sequences[0].params.apply == 0) driver.Turn();
+  expect_entered();
+  EXPECT_EQ(driver.last_plan().sequences[0].params.prompt_tokens, 3) << "generated tokens are no prompt";
+  EXPECT_GT(driver.last_plan().sequences[0].num_rows, 3);
+}
+
+TEST(Scheduler, CountsTheRowsOfSteps) {
+  StepRowsHistogram rows;
+  for (int n : {1, 2, 8, 9, 600, 20000}) rows.Add(n);
+  EXPECT_THAT(rows.at_most, ElementsAre(1, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5));
+  EXPECT_EQ(rows.count, 6u);
+  EXPECT_EQ(rows.sum, 20620u);
 }
 
 TEST(BlockPool, GivesAllOrNothing) {

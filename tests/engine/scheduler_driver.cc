@@ -1,0 +1,345 @@
+// SchedulerDriver: the made-up device, and the invariants of every step.
+#include "tests/engine/scheduler_driver.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+
+namespace cachalot {
+
+// ---- The device ----
+
+StepResult FakeDevice::Run(const StepPlan& plan) {
+  StepResult result;
+  result.step = plan.step;
+  std::set<int> named;
+  for (const SequenceStep& s : plan.sequences) named.insert(s.slot);
+  for (const BlockUpdate& u : plan.block_updates) {
+    EXPECT_TRUE(named.count(u.slot)) << "blocks of a slot that the step does not name";
+    auto& table = slots_[u.slot].blocks;
+    if (static_cast<int>(table.size()) <= u.index) table.resize(u.index + 1, -1);
+    table[u.index] = u.block;
+  }
+  std::vector<int32_t> next;  // the fake model's token after each row
+  for (const SequenceStep& s : plan.sequences) {
+    Slot& slot = slots_[s.slot];
+    if (s.params.apply != 0) {
+      slot.owner = s.params.seed;
+      slot.tokens.clear();
+      slot.context = Context();
+    }
+    for (int i = 0; i < s.num_rows; ++i) {
+      EXPECT_TRUE(s.start < 0 || static_cast<int>(slot.tokens.size()) == s.start + i) << "rows out of order";
+      Feed(s.start >= 0 ? s.tokens[i] : slot.last, &slot);
+      next.push_back(slot.context.Next());
+    }
+    CheckCache(slot);
+  }
+  result.num_accepted.assign(plan.sequences.size(), 0);
+  for (const LogitsRow& row : plan.logits_rows) {
+    const int32_t token = row.target >= 0 ? row.target : next[row.row];
+    result.tokens.push_back(token);
+    result.logprobs.push_back(-1.0f);
+    if (row.target >= 0) continue;
+    slots_[plan.sequences[row.sequence].slot].last = token;
+    result.num_accepted[row.sequence] = 1;
+  }
+  result.top_tokens.assign(result.tokens.size() * kMaxTopLogprobs, 0);
+  result.top_logprobs.assign(result.tokens.size() * kMaxTopLogprobs, 0);
+  return result;
+}
+
+void FakeDevice::Feed(int32_t token, Slot* slot) {
+  const int position = static_cast<int>(slot->tokens.size()), index = position / kBlockTokens;
+  ASSERT_LT(index, static_cast<int>(slot->blocks.size())) << "no block for the position";
+  auto& block = cache_[slot->blocks[index]];
+  block.resize(kBlockTokens);
+  block[position % kBlockTokens] = {slot->owner, position, token};
+  slot->tokens.push_back(token);
+  slot->context.Append(token);
+}
+
+void FakeDevice::CheckCache(const Slot& slot) {
+  for (int p = 0; p < static_cast<int>(slot.tokens.size()); ++p) {
+    const Written& written = cache_[slot.blocks[p / kBlockTokens]][p % kBlockTokens];
+    ASSERT_TRUE((written == Written{slot.owner, p, slot.tokens[p]}))
+        << "request " << written.owner << " wrote over request " << slot.owner;
+  }
+}
+
+// ---- Requests ----
+
+RequestId SchedulerDriver::Add(int prompt_length, Options options) {
+  std::mt19937 random(static_cast<uint32_t>(next_id_));
+  auto sequence = std::make_unique<Sequence>();
+  for (int i = 0; i < prompt_length; ++i) sequence->tokens.push_back(3 + static_cast<int>(random() % (kFakeVocab - 3)));
+  sequence->num_prompt_tokens = prompt_length;
+  sequence->priority = options.priority;
+  sequence->sampling.max_tokens = options.max_tokens;
+  if (options.scores) sequence->sampling.prompt_logprobs = 0;
+  if (options.deadline_turns > 0) sequence->deadline = now_ + absl::Seconds(options.deadline_turns);
+  const RequestId id = Add(std::move(sequence));
+  records_[id].options = options;
+  return id;
+}
+
+RequestId SchedulerDriver::Add(std::unique_ptr<Sequence> sequence) {
+  const RequestId id = sequence->id = sequence->sampling.seed = next_id_++;
+  sequence->submitted = now_;
+  Record& r = records_[id];
+  r.prompt = sequence->tokens;
+  r.options.max_tokens = sequence->sampling.max_tokens;
+  r.options.priority = sequence->priority;
+  r.submitted = now_;
+  r.deadline = sequence->deadline;
+  for (int32_t token : r.prompt) r.context.Append(token);
+  r.live = sequence.get();
+  live_.emplace(sequence->priority, id);
+  counts_.prompt_tokens += r.prompt.size();
+  scheduler_.Add(std::move(sequence));
+  return id;
+}
+
+void SchedulerDriver::Cancel(RequestId id) {
+  Record& r = records_.at(id);
+  if (r.live != nullptr) r.is_cancelled = true;
+  Scheduler::Deltas deltas;
+  scheduler_.Cancel(id, now_, &deltas);
+  EXPECT_EQ(deltas.size(), r.live != nullptr ? 1u : 0u);
+  Take(deltas);
+}
+
+void SchedulerDriver::Take(const Scheduler::Deltas& deltas) {
+  for (const auto& [id, delta] : deltas) {
+    Record& r = records_.at(id);
+    ASSERT_NE(r.live, nullptr) << "news of request " << id << " after its end";
+    for (const TokenLogprob& l : delta.prompt_logprobs) EXPECT_EQ(l.token, r.prompt[++r.num_scored]);
+    for (int32_t token : delta.tokens) {
+      EXPECT_EQ(token, r.context.Next()) << "request " << id;
+      r.tokens.push_back(token);
+      r.context.Append(token);
+    }
+    if (delta.finish_reason != FinishReason::kNone) TakeEnd(id, delta);
+  }
+}
+
+void SchedulerDriver::TakeEnd(RequestId id, const Delta& delta) {
+  Record& r = records_.at(id);
+  EXPECT_EQ(delta.times.queued + delta.times.prefill + delta.times.decode, now_ - r.submitted);
+  for (absl::Duration d : {delta.times.queued, delta.times.prefill, delta.times.decode}) EXPECT_GE(d, absl::Seconds(0));
+  // NOTE: a sequence that waited was freed with its end.
+  r.live = nullptr;
+  live_.erase({r.options.priority, id});
+  r.reason = delta.finish_reason;
+  r.error = delta.error;
+  r.times = delta.times;
+  if (r.reason == FinishReason::kCancelled) {
+    EXPECT_TRUE(r.is_cancelled);
+    ++counts_.cancelled;
+    return;
+  }
+  if (r.reason == FinishReason::kError) {
+    EXPECT_EQ(r.error.code(), absl::StatusCode::kDeadlineExceeded);
+    EXPECT_LE(r.deadline, now_);
+    ++counts_.expired;
+    return;
+  }
+  EXPECT_FALSE(r.is_cancelled);
+  counts_.prompt_tokens_ended += r.prompt.size();
+  EXPECT_TRUE(!r.options.scores || r.num_scored + 1 == static_cast<int>(r.prompt.size()));
+  if (r.reason == FinishReason::kStop) {
+    EXPECT_EQ(delta.stop_token, limits_.eos_token_ids[0]);
+    EXPECT_EQ(r.tokens.back(), delta.stop_token);
+    return;
+  }
+  EXPECT_EQ(r.reason, FinishReason::kLength);
+  const int room = limits_.max_model_len - static_cast<int>(r.prompt.size());
+  EXPECT_EQ(static_cast<int>(r.tokens.size()), std::min(r.options.max_tokens, room));
+}
+
+// ---- Turns ----
+
+bool SchedulerDriver::Turn(bool waits_early) {
+  now_ += absl::Seconds(1);
+  Scheduler::Deltas deltas;
+  scheduler_.Expire(now_, &deltas);
+  Take(deltas);
+  for (const auto& [priority, id] : live_) EXPECT_GT(records_[id].deadline, now_) << "lives past its deadline";
+
+  Before before;
+  for (const auto& [priority, id] : live_) {
+    const Sequence& s = *records_[id].live;
+    before[id] = {s.slot >= 0 && WantsRows(s), s.is_preempted};
+  }
+  const uint64_t preemptions = stats().preemptions;
+  const StepPlan plan = last_plan_ = scheduler_.Plan(now_);
+  CheckPreemptions(before);
+  if (!plan.empty()) {
+    CheckShape(plan);
+    CheckOwnership(plan);
+    in_flight_.back().result = device_.Run(plan);
+    Serve(plan);
+    CheckFairness(before, pool_.num_free() > 0 && stats().preemptions == preemptions);
+    CheckWaits(before);
+  }
+  if (in_flight_.size() < (waits_early ? 1 : kMaxStepsInFlight) && !plan.empty()) return true;
+  if (in_flight_.empty()) return false;
+  deltas.clear();
+  scheduler_.Commit(in_flight_.front().result, now_, &deltas);
+  in_flight_.pop_front();
+  Take(deltas);
+  return true;
+}
+
+void SchedulerDriver::Drain(int max_turns) {
+  while (Turn()) ASSERT_GT(max_turns--, 0) << "no end in sight: livelock";
+  for (const auto& [id, r] : records_) EXPECT_NE(r.reason, FinishReason::kNone) << "request " << id << " starved";
+  const EngineStats stats = scheduler_.stats();
+  EXPECT_EQ(stats.blocks_used, 0) << "leaked blocks";
+  EXPECT_EQ(stats.running + stats.waiting, 0);
+  EXPECT_EQ(stats.waiting_for_blocks + stats.waiting_for_slots, 0);
+  EXPECT_EQ(stats.steps, stats.step_rows.count);
+  EXPECT_LE(stats.prompt_tokens, counts_.prompt_tokens) << "a prompt was counted twice";
+  EXPECT_GE(stats.prompt_tokens, counts_.prompt_tokens_ended);
+  size_t generated = 0;
+  for (const auto& [id, r] : records_) generated += r.tokens.size();
+  EXPECT_EQ(stats.generated_tokens, generated);
+}
+
+std::map<RequestId, int> SchedulerDriver::LastRows() const {
+  std::map<RequestId, int> rows;
+  for (const auto& [id, r] : records_) {
+    if (r.rows > 0) rows[id] = r.rows;
+  }
+  return rows;
+}
+
+void SchedulerDriver::Serve(const StepPlan& plan) {
+  std::map<int, int> rows;  // by slot
+  for (const SequenceStep& s : plan.sequences) rows[s.slot] = s.num_rows;
+  for (auto& [id, r] : records_) r.rows = 0;
+  for (const auto& [priority, id] : live_) {
+    Record& r = records_[id];
+    auto it = rows.find(r.live->slot);
+    if (it == rows.end()) continue;
+    r.rows = it->second;
+    rows.erase(it);
+  }
+  EXPECT_TRUE(rows.empty()) << "rows for a sequence that has ended";
+}
+
+// ---- Invariants ----
+
+bool SchedulerDriver::WantsRows(const Sequence& s) const {
+  if (s.is_ended) return false;
+  if (!s.is_decoding) return s.num_unfed() > 0;
+  const int num_coming = s.num_generated() + s.num_sampling;
+  return num_coming < std::min(s.sampling.max_tokens, limits_.max_model_len - s.num_prompt_tokens);
+}
+
+void SchedulerDriver::CheckShape(const StepPlan& plan) const {
+  EXPECT_LE(plan.num_rows, limits_.max_batch_tokens);
+  EXPECT_LE(static_cast<int>(plan.logits_rows.size()), limits_.max_logits_rows);
+  std::set<int> slots;
+  int rows = 0;
+  for (const SequenceStep& s : plan.sequences) {
+    EXPECT_TRUE(slots.insert(s.slot).second) << "slot twice in one step";
+    EXPECT_GT(s.num_rows, 0);
+    EXPECT_EQ(s.token_biases.size(), s.params.num_banned + s.params.num_biased);
+    rows += s.num_rows;
+  }
+  EXPECT_EQ(rows, plan.num_rows);
+}
+
+// Blocks belong to one sequence each; slots and blocks that a step in flight names are nobody else's.
+void SchedulerDriver::CheckOwnership(const StepPlan& plan) {
+  std::map<int, const Sequence*> by_slot;
+  std::set<int32_t> blocks;
+  for (const auto& [priority, id] : live_) {
+    const Sequence& s = *records_[id].live;
+    EXPECT_TRUE(s.slot < 0 || by_slot.emplace(s.slot, &s).second) << "a slot of two sequences";
+    for (int32_t block : s.blocks) EXPECT_TRUE(blocks.insert(block).second) << "a block of two sequences";
+  }
+  EXPECT_LE(static_cast<int>(blocks.size()), pool_.num_used()) << "a block that is in use is free";
+  InFlight step;
+  for (const SequenceStep& s : plan.sequences) {
+    const auto it = by_slot.find(s.slot);
+    EXPECT_NE(it, by_slot.end()) << "a row of nobody";
+    if (it == by_slot.end()) continue;
+    step.slots.insert(s.slot);
+    step.blocks.insert(it->second->blocks.begin(), it->second->blocks.end());
+    for (const InFlight& earlier : in_flight_) {
+      EXPECT_FALSE(s.params.apply != 0 && earlier.slots.count(s.slot)) << "a slot was freed too early";
+    }
+  }
+  for (const BlockUpdate& u : plan.block_updates) {
+    for (const InFlight& earlier : in_flight_) EXPECT_FALSE(earlier.blocks.count(u.block)) << "freed too early";
+  }
+  in_flight_.push_back(std::move(step));
+}
+
+void SchedulerDriver::CheckPreemptions(const Before& before) {
+  bool is_first = true;
+  int waiting_priority = INT32_MAX;  // of the first that waits, in order
+  bool has_victim = false;
+  for (const auto& [priority, id] : live_) {
+    const Sequence& s = *records_[id].live;
+    const bool is_new_victim = s.is_preempted && !before.at(id).second;
+    EXPECT_FALSE(is_first && is_new_victim) << "the first was preempted";
+    EXPECT_FALSE(has_victim && s.slot >= 0 && !s.is_ended) << "preempted, though one behind it runs";
+    EXPECT_FALSE(s.slot >= 0 && !s.is_ended && priority == waiting_priority) << "runs, though one in front of it waits";
+    if (s.slot < 0 || s.is_preempted) waiting_priority = priority;
+    has_victim |= is_new_victim;
+    is_first = false;
+  }
+}
+
+// Rows by priority; within a priority by who waited longest. `had_blocks`: no sequence was left out for want of one.
+void SchedulerDriver::CheckFairness(const Before& before, bool had_blocks) {
+  int last_served = INT32_MIN;   // the lowest priority that was served
+  int first_scored = INT32_MAX;  // NOTE: a prompt that scores may leave rows, for want of rows of logits
+  for (const auto& [priority, id] : live_) {
+    if (records_[id].rows > 0) last_served = std::max(last_served, priority);
+    if (records_[id].options.scores && before.at(id).first) first_scored = std::min(first_scored, priority);
+  }
+  for (auto x = live_.begin(); had_blocks && x != live_.end(); ++x) {
+    const Record& unserved = records_[x->second];
+    if (!before.at(x->second).first || unserved.rows > 0) continue;
+    EXPECT_TRUE(x->first >= std::min(last_served, first_scored)) << "lower priority was served first";
+    if (!unserved.live->is_decoding) continue;
+    bool is_passed = false;
+    for (auto y = live_.begin(); y != live_.end(); ++y) {
+      const Record& served = records_[y->second];
+      if (y->first != x->first || served.rows == 0 || !before.at(y->second).first) continue;
+      EXPECT_LE(served.last_step, unserved.last_step) << "served again before one that waited longer";
+      is_passed |= y->second > x->second;
+    }
+    counts_.rotations += is_passed ? 1 : 0;
+  }
+  for (auto& [id, r] : records_) {
+    if (r.rows > 0) r.last_step = last_plan_.step;
+  }
+}
+
+// Steps without a row, of sequences of the highest priority present.
+void SchedulerDriver::CheckWaits(const Before& before) {
+  for (auto it = live_.begin(); it != live_.end(); ++it) {
+    Record& r = records_[it->second];
+    const bool is_highest = it->first == live_.begin()->first, is_first = it == live_.begin();
+    const bool wants = before.at(it->second).first || (is_first && r.live->slot < 0);
+    r.num_unserved = is_highest && wants && r.rows == 0 ? r.num_unserved + 1 : 0;
+    if (!is_highest) continue;
+    const bool is_decoding = r.live->is_decoding;
+    int& longest = is_first      ? counts_.longest_first_wait
+                   : is_decoding ? counts_.longest_decode_wait
+                                 : counts_.longest_prompt_wait;
+    longest = std::max(longest, r.num_unserved);
+    const int bound = is_first      ? 2 * kMaxStepsInFlight
+                      : is_decoding ? 4 * limits_.max_sequences
+                                    : 2 * limits_.max_sequences * limits_.max_model_len;
+    EXPECT_LE(r.num_unserved, bound) << (is_first ? "the first starves" : "a sequence starves");
+  }
+}
+
+}  // namespace cachalot

@@ -1,0 +1,132 @@
+// SchedulerDriver: runs a Scheduler against a made-up device and clock, and holds every step to its invariants.
+#ifndef CACHALOT_TESTS_ENGINE_SCHEDULER_DRIVER_H_
+#define CACHALOT_TESTS_ENGINE_SCHEDULER_DRIVER_H_
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "engine/schedule/scheduler.h"
+
+namespace cachalot {
+
+inline constexpr int kFakeVocab = 1000;
+
+// Tokens folded into a number; the fake model's next token is a function of it.
+struct Context {
+  uint64_t hash = 1469598103934665603u;
+  void Append(int32_t token) { hash = (hash ^ static_cast<uint64_t>(token)) * 1099511628211u; }
+  int32_t Next() const { return static_cast<int32_t>(3 + (hash >> 20) % (kFakeVocab - 3)); }
+};
+
+// Stands where the device stands: slots, block tables and a cache that remembers who wrote what. Expects rows in
+// order, a block for every position, and that nobody else wrote to a sequence's blocks.
+class FakeDevice {
+ public:
+  explicit FakeDevice(int num_slots) : slots_(num_slots) {}
+  StepResult Run(const StepPlan& plan);
+
+ private:
+  struct Slot {
+    uint64_t owner = 0;  // SlotParams.seed: the request's id
+    std::vector<int32_t> tokens, blocks;
+    Context context;
+    int32_t last = -1;
+  };
+  struct Written {
+    uint64_t owner;
+    int position;
+    int32_t token;
+    friend bool operator==(const Written&, const Written&) = default;
+  };
+  void Feed(int32_t token, Slot* slot);
+  void CheckCache(const Slot& slot);
+
+  std::vector<Slot> slots_;
+  std::map<int32_t, std::vector<Written>> cache_;  // by block
+};
+
+class SchedulerDriver {
+ public:
+  struct Options {
+    int max_tokens = 16, priority = 0;
+    bool scores = false;
+    int deadline_turns = 0;  // from now; 0: none
+  };
+  struct Record {
+    std::vector<int32_t> prompt, tokens;
+    Options options;
+    absl::Time submitted, deadline;
+    Context context;                 // of prompt and tokens
+    const Sequence* live = nullptr;  // until its end
+    int num_scored = 0;
+    bool is_cancelled = false;
+    FinishReason reason = FinishReason::kNone;
+    absl::Status error;
+    RequestTimes times;
+    int rows = 0;            // in the last step
+    int num_unserved = 0;    // steps since it was served, while of the highest present priority
+    uint64_t last_step = 0;  // that served it
+  };
+  struct Counts {
+    uint64_t cancelled = 0, expired = 0, rotations = 0, prompt_tokens_ended = 0, prompt_tokens = 0;
+    int longest_decode_wait = 0, longest_prompt_wait = 0, longest_first_wait = 0;  // steps
+  };
+
+  SchedulerDriver(SchedulerLimits limits, int num_blocks)
+      : limits_(limits), pool_(num_blocks), scheduler_(limits, &pool_), device_(limits.max_sequences) {}
+
+  RequestId Add(int prompt_length, Options options);
+  RequestId Add(std::unique_ptr<Sequence> sequence);  // id, submitted and seed are the driver's
+  void Cancel(RequestId id);
+
+  // One turn of the engine's loop, a second long; false when there was nothing to do. It waits for a step when two are
+  // in flight; `waits_early`: also when one is.
+  bool Turn(bool waits_early = false);
+  void Drain(int max_turns);
+
+  // The rows of every request in the step that the last turn launched.
+  std::map<RequestId, int> LastRows() const;
+
+  Scheduler& scheduler() { return scheduler_; }
+  EngineStats stats() const { return scheduler_.stats(); }
+  const BlockPool& pool() const { return pool_; }
+  const Record& record(RequestId id) { return records_.at(id); }
+  const Counts& counts() const { return counts_; }
+  const StepPlan& last_plan() const { return last_plan_; }
+
+ private:
+  using Before = std::map<RequestId, std::pair<bool, bool>>;  // wants rows, was preempted
+  bool WantsRows(const Sequence& s) const;
+  void CheckShape(const StepPlan& plan) const;
+  void CheckOwnership(const StepPlan& plan);
+  void CheckPreemptions(const Before& before);
+  void CheckFairness(const Before& before, bool had_blocks);
+  void CheckWaits(const Before& before);
+  void Serve(const StepPlan& plan);
+  void Take(const Scheduler::Deltas& deltas);
+  void TakeEnd(RequestId id, const Delta& delta);
+
+  const SchedulerLimits limits_;
+  BlockPool pool_;
+  Scheduler scheduler_;
+  FakeDevice device_;
+  struct InFlight {
+    StepResult result;
+    std::set<int> slots;
+    std::set<int32_t> blocks;
+  };
+  std::deque<InFlight> in_flight_;
+  std::map<RequestId, Record> records_;
+  std::set<std::pair<int, RequestId>> live_;  // by (priority, arrival)
+  StepPlan last_plan_;
+  Counts counts_;
+  absl::Time now_ = absl::UnixEpoch();
+  RequestId next_id_ = 1;
+};
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_TESTS_ENGINE_SCHEDULER_DRIVER_H_

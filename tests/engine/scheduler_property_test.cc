@@ -1,0 +1,95 @@
+// Scheduler under random load: arrivals, lengths, priorities, cancels, deadlines, tiny pools, few slots, few rows.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <random>
+
+#include "tests/engine/scheduler_driver.h"
+
+namespace cachalot {
+namespace {
+
+struct Totals {
+  uint64_t loads = 0, steps = 0, preemptions = 0, recomputed = 0;
+  SchedulerDriver::Counts counts;
+
+  void Add(SchedulerDriver& driver) {
+    const EngineStats stats = driver.stats();
+    steps += stats.steps;
+    preemptions += stats.preemptions;
+    recomputed += stats.recomputed_tokens;
+    const SchedulerDriver::Counts& c = driver.counts();
+    counts.cancelled += c.cancelled;
+    counts.expired += c.expired;
+    counts.rotations += c.rotations;
+    counts.longest_first_wait = std::max(counts.longest_first_wait, c.longest_first_wait);
+    counts.longest_decode_wait = std::max(counts.longest_decode_wait, c.longest_decode_wait);
+    counts.longest_prompt_wait = std::max(counts.longest_prompt_wait, c.longest_prompt_wait);
+  }
+};
+
+// Half of the time arrivals bring about what the steps can carry, a quarter of the time less, or too much.
+void RunRandomLoad(uint32_t seed, Totals* totals) {
+  std::mt19937 random(seed);
+  const auto below = [&random](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
+  const int max_sequences = 1 + below(8);
+  const int num_blocks = 2 + below(below(2) == 0 ? 6 : 30);
+  const int max_model_len = std::min(num_blocks * kBlockTokens, 64 + below(400));
+  const int max_batch_tokens = 1 + below(below(2) == 0 ? max_sequences : 100);
+  const SchedulerLimits limits = {max_batch_tokens, max_sequences, max_sequences + 1 + below(16), max_model_len, {77}};
+  const int num_priorities = 1 + below(4), usual_length = 1 + below(60), usual_tokens = 1 + below(80);
+  const double rows = 0.5 * (usual_length + usual_tokens) + 0.1 * max_model_len;  // of a request, about
+  const double arrivals = std::array{0.5, 1.0, 1.0, 2.0}[below(4)] * std::min(max_batch_tokens, max_sequences) / rows;
+
+  SchedulerDriver driver(limits, num_blocks);
+  std::poisson_distribution<int> num_arrivals(arrivals);
+  RequestId last = 0;
+  for (int turn = 0; turn < 600; ++turn) {
+    for (int i = num_arrivals(random); i > 0; --i) {
+      SchedulerDriver::Options options;
+      const int length = 1 + below(below(5) > 0 ? usual_length : max_model_len - 1);
+      options.scores = below(4) == 0;
+      options.max_tokens = below(below(5) > 0 ? usual_tokens : 300) + (options.scores ? 0 : 1);
+      options.priority = below(num_priorities);
+      if (below(8) == 0) options.deadline_turns = 1 + below(200);
+      last = driver.Add(std::min(length, max_model_len - 1), options);
+    }
+    if (last > 0 && below(20) == 0) driver.Cancel(last - std::min<RequestId>(last - 1, below(10)));
+    driver.Turn(below(4) == 0);
+    if (testing::Test::HasFailure()) return;
+  }
+  driver.Drain(1000000);
+  totals->Add(driver);
+  ++totals->loads;
+}
+
+// 100,000 steps in all, each held to the invariants of SchedulerDriver and FakeDevice.
+TEST(SchedulerProperty, RandomLoad) {
+  Totals totals;
+  for (uint32_t seed = 0; totals.steps < 100000; ++seed) {
+    RunRandomLoad(seed, &totals);
+    if (HasFailure()) FAIL() << "seed " << seed;
+  }
+  const SchedulerDriver::Counts& counts = totals.counts;
+  std::printf(
+      "[ measured ] %llu steps of %llu loads: %llu preemptions (%llu tokens recomputed), %llu cancellations, %llu "
+      "expiries, %llu "
+      "rotations\n",
+      static_cast<unsigned long long>(totals.steps), static_cast<unsigned long long>(totals.loads),
+      static_cast<unsigned long long>(totals.preemptions), static_cast<unsigned long long>(totals.recomputed),
+      static_cast<unsigned long long>(counts.cancelled), static_cast<unsigned long long>(counts.expired),
+      static_cast<unsigned long long>(counts.rotations));
+  std::printf(
+      "[ measured ] longest wait for a row at the highest priority: the first %d steps, decoding %d, prompts %d\n",
+      counts.longest_first_wait, counts.longest_decode_wait, counts.longest_prompt_wait);
+  EXPECT_GT(totals.preemptions, 0u);
+  EXPECT_GT(totals.recomputed, 0u);
+  EXPECT_GT(counts.cancelled, 0u);
+  EXPECT_GT(counts.expired, 0u);
+  EXPECT_GT(counts.rotations, 0u);
+}
+
+}  // namespace
+}  // namespace cachalot
