@@ -1,20 +1,18 @@
 // The cachalot program: picks the command.
-#include <spdlog/sinks/stdout_color_sinks.h>
-#include <spdlog/spdlog.h>
-
 #include <cstdio>
 #include <string>
 #include <variant>
 #include <vector>
 
+#include "server/cli/chat.h"
 #include "server/cli/inspect.h"
 #include "server/cli/serve.h"
 #include "server/options.h"
 
 int main(int argc, char** argv) {
-  spdlog::set_default_logger(spdlog::stderr_color_mt("cachalot"));
   const cachalot::Command command = cachalot::ParseCommandLine(std::vector<std::string>(argv + 1, argv + argc));
   if (const auto* serve = std::get_if<cachalot::ServeOptions>(&command)) return cachalot::Serve(*serve);
+  if (const auto* chat = std::get_if<cachalot::ChatOptions>(&command)) return cachalot::Chat(*chat);
   if (const auto* inspect = std::get_if<cachalot::InspectOptions>(&command)) return cachalot::InspectModel(*inspect);
   const auto& exit = std::get<cachalot::ExitNow>(command);
   std::fputs(exit.text.c_str(), exit.code == 0 ? stdout : stderr);

@@ -7,6 +7,8 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <map>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -23,6 +25,7 @@ constexpr char kUsage[] =
     "\n"
     "Commands:\n"
     "  serve      load a checkpoint and serve it:  cachalot serve --model DIR\n"
+    "  chat       talk to a model, here or on a server:  cachalot chat --model DIR\n"
     "  inspect    report what a checkpoint holds and what is wrong with it:  cachalot inspect --model DIR\n"
     "\n"
     "Options:\n"
@@ -54,44 +57,141 @@ std::string DirectoryName(const std::string& directory) {
   return path.filename().empty() ? "model" : path.filename().string();
 }
 
+constexpr char kServeFooter[] =
+    "\nExamples:\n"
+    "  cachalot serve --model /models/DeepSeek-V3                      everything by default, on 127.0.0.1:8000\n"
+    "  cachalot serve --model DIR --host 0.0.0.0 --max-sequences 256   more at once, for other machines too\n"
+    "  cachalot serve --config serve.toml                              options from a file: max-sequences = 256\n"
+    "\n"
+    "Then:\n"
+    "  curl localhost:8000/v1/chat/completions -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'\n"
+    "  curl localhost:8000/metrics\n";
+
+constexpr char kChatFooter[] =
+    "\nReads a line a turn from the terminal (or from a pipe); /reset forgets the conversation, /exit or Ctrl-D "
+    "leaves,\n"
+    "Ctrl-C stops an answer.\n"
+    "\nExamples:\n"
+    "  cachalot chat --model DIR                  loads the model itself\n"
+    "  cachalot chat --url http://host:8000       talks to a server\n";
+
+// Options of the engine, which several commands have.
+void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::App* app) {
+  app->add_option("--device", engine->device, "where the model runs")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  app->add_option("--max-model-len", engine->max_model_len, "tokens of one request, prompt and answer; 0: the model's")
+      ->check(CLI::Range(0, kMaxInt));
+  app->add_option("--max-sequences", engine->max_sequences, "requests that run at once; others wait")
+      ->check(CLI::Range(1, kMaxInt));
+  app->add_option("--max-batch-tokens", engine->max_batch_tokens,
+                  "tokens of one step; less: steadier streams, more: faster prompts")
+      ->check(CLI::Range(1, kMaxInt));
+  app->add_option("--max-waiting", engine->max_waiting, "requests that wait; one more is refused with 429")
+      ->check(CLI::Range(1, kMaxInt));
+  app->add_option("--kv-cache-memory", *kv_cache_memory, "8GiB, or 80% of the host's available memory [what is needed]")
+      ->type_name("SIZE");
+  app->add_option("--kv-cache-dtype", engine->kv_cache_dtype, "type of the KV cache [f32 on the CPU, bf16 on the GPU]")
+      ->check(CLI::IsMember({"f32", "bf16", "fp8"}));
+  app->add_option("--activation", engine->activation, "type of activations")
+      ->check(CLI::IsMember({"auto", "f32", "fp8"}));
+  app->add_option("--threads", engine->num_threads, "CPU threads of the model; 0: one per core")
+      ->check(CLI::Range(0, 4096));
+}
+
+void AddLogOptions(ServeOptions* options, CLI::App* app) {
+  app->add_option("--log-format", options->log_format, "text, or json: an object a line")
+      ->transform(CLI::CheckedTransformer(
+          std::map<std::string, LogFormat>{{"text", LogFormat::kText}, {"json", LogFormat::kJson}}))
+      ->type_name("text|json")
+      ->default_str("text");
+  app->add_option("--log-level", options->log_level, "least important messages to log")
+      ->check(CLI::IsMember({"debug", "info", "warning", "error"}));
+  app->add_option("--log-requests", options->log_requests,
+                  "a line a request: counts and times, or prompts and answers too")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, RequestLog>{
+          {"none", RequestLog::kNone}, {"summary", RequestLog::kSummary}, {"prompts", RequestLog::kPrompts}}))
+      ->type_name("none|summary|prompts")
+      ->default_str("none");
+}
+
+// Sizes and names that need more than CLI11's checks; an error's text is for stderr.
+std::optional<ExitNow> FinishServe(const char* command, const std::string& kv_cache_memory, ServeOptions* options) {
+  if (!kv_cache_memory.empty()) {
+    const absl::StatusOr<int64_t> bytes = ParseMemory(kv_cache_memory, AvailableMemoryBytes());
+    if (!bytes.ok()) {
+      return ExitNow{1, absl::StrCat("cachalot ", command, ": --kv-cache-memory: ", bytes.status().message(), "\n")};
+    }
+    options->engine.kv_cache_bytes = *bytes;
+  }
+  if (options->served_model_name.empty()) options->served_model_name = DirectoryName(options->engine.model_dir);
+  return std::nullopt;
+}
+
 Command ParseServe(std::vector<std::string> arguments) {
   ServeOptions options;
   std::string kv_cache_memory;
-  EngineOptions& engine = options.engine;
-  CLI::App app("Loads a checkpoint and serves it until SIGTERM or SIGINT.", "cachalot serve");
+  double drain_seconds = absl::ToDoubleSeconds(options.drain_timeout);
+  CLI::App app("Loads a checkpoint and serves it over HTTP (OpenAI's API) and gRPC until SIGTERM or SIGINT.",
+               "cachalot serve");
+  app.footer(kServeFooter);
   app.option_defaults()->always_capture_default()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-  app.add_option("--model", engine.model_dir, "checkpoint directory")->required()->type_name("DIR");
-  app.add_option("--device", engine.device, "where the model runs")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  app.option_defaults()->group("Model");
+  app.add_option("--model", options.engine.model_dir, "checkpoint directory")->required()->type_name("DIR");
+  app.add_option("--served-model-name", options.served_model_name, "name clients use [the directory's name]");
+  app.add_option("--chat-template", options.chat_template, "how chats are written [as the checkpoint's own template]")
+      ->check(CLI::IsMember({"v3", "v3_0324", "r1", "r1_0528", "v3_1"}));
+  app.add_flag("--allow-special-tokens", options.allow_special_tokens,
+               "texts of messages may hold special tokens, and so forge turns");
+  app.option_defaults()->group("Network");
   app.add_option("--host", options.host, "name or address to listen on");
   app.add_option("--port", options.port, "HTTP port; 0: any free one")->check(CLI::Range(0, 65535));
   app.add_option("--grpc-port", options.grpc_port, "gRPC port; 0: any free one; -1: no gRPC")
       ->check(CLI::Range(-1, 65535));
-  app.add_option("--served-model-name", options.served_model_name, "name clients use [the directory's name]");
-  app.add_option("--max-model-len", engine.max_model_len, "tokens of one request, prompt and answer; 0: the model's")
-      ->check(CLI::Range(0, kMaxInt));
-  app.add_option("--max-sequences", engine.max_sequences, "requests that run at once")->check(CLI::Range(1, kMaxInt));
-  app.add_option("--max-batch-tokens", engine.max_batch_tokens, "tokens of one step; bounds a part of a prompt")
-      ->check(CLI::Range(1, kMaxInt));
-  app.add_option("--kv-cache-memory", kv_cache_memory, "8GiB, or 80% of the host's available memory [what is needed]")
-      ->type_name("SIZE");
-  app.add_option("--kv-cache-dtype", engine.kv_cache_dtype, "type of the KV cache [f32 on the CPU, bf16 on the GPU]")
-      ->check(CLI::IsMember({"f32", "bf16", "fp8"}));
-  app.add_option("--activation", engine.activation, "type of activations")
-      ->check(CLI::IsMember({"auto", "f32", "fp8"}));
-  app.add_option("--threads", engine.num_threads, "CPU threads of the model; 0: one per core")
-      ->check(CLI::Range(0, 4096));
+  app.add_option("--drain-timeout", drain_seconds, "seconds that requests in flight have after SIGTERM")
+      ->check(CLI::Range(0.0, 86400.0));
+  app.option_defaults()->group("Engine");
+  AddEngineOptions(&options.engine, &kv_cache_memory, &app);
+  app.option_defaults()->group("Logs");
+  AddLogOptions(&options, &app);
+  app.option_defaults()->group("Options");
   app.set_config("--config", "", "file of options in TOML, e.g. max-sequences = 128")->type_name("FILE");
   app.allow_config_extras(CLI::config_extras_mode::error);
 
   ExitNow exit;
   if (!Parse(&app, std::move(arguments), &exit)) return exit;
-  if (!kv_cache_memory.empty()) {
-    const absl::StatusOr<int64_t> bytes = ParseMemory(kv_cache_memory, AvailableMemoryBytes());
-    if (!bytes.ok())
-      return ExitNow{1, absl::StrCat("cachalot serve: --kv-cache-memory: ", bytes.status().message(), "\n")};
-    engine.kv_cache_bytes = *bytes;
+  if (const auto error = FinishServe("serve", kv_cache_memory, &options)) return *error;
+  options.drain_timeout = absl::Seconds(drain_seconds);
+  return options;
+}
+
+Command ParseChat(std::vector<std::string> arguments) {
+  ChatOptions options;
+  std::string kv_cache_memory;
+  CLI::App app("Talks to a model: one on a server, or one that it loads itself.", "cachalot chat");
+  app.footer(kChatFooter);
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  auto* url = app.add_option("--url", options.url, "a server's address, http://HOST:PORT");
+  auto* model =
+      app.add_option("--model", options.serve.engine.model_dir, "checkpoint directory to load")->type_name("DIR");
+  url->excludes(model);
+  app.add_option("--served-model-name", options.model, "model to ask the server for [its first]");
+  app.add_option("--system", options.system, "system message");
+  app.add_option("--max-tokens", options.max_tokens, "tokens of an answer at most [what the context holds]")
+      ->check(CLI::Range(1, kMaxInt));
+  app.add_option("--temperature", options.temperature, "0: the likeliest token always [the server's default]")
+      ->check(CLI::Range(0.0, 2.0));
+  app.add_flag("--thinking", options.thinking, "let the model think first, where its template knows both ways");
+  app.option_defaults()->group("With --model")->always_capture_default();
+  app.add_option("--chat-template", options.serve.chat_template, "how chats are written [as the checkpoint's own]")
+      ->check(CLI::IsMember({"v3", "v3_0324", "r1", "r1_0528", "v3_1"}));
+  options.serve.engine.max_sequences = 1;
+  AddEngineOptions(&options.serve.engine, &kv_cache_memory, &app);
+
+  ExitNow exit;
+  if (!Parse(&app, std::move(arguments), &exit)) return exit;
+  if (options.url.empty() && options.serve.engine.model_dir.empty()) {
+    return ExitNow{1, "cachalot chat: --model or --url is required (--help lists the options)\n"};
   }
-  if (options.served_model_name.empty()) options.served_model_name = DirectoryName(engine.model_dir);
+  if (const auto error = FinishServe("chat", kv_cache_memory, &options.serve)) return *error;
   return options;
 }
 
@@ -120,6 +220,7 @@ Command ParseCommandLine(std::vector<std::string> arguments) {
   const std::string command = std::move(arguments.front());
   arguments.erase(arguments.begin());
   if (command == "serve") return ParseServe(std::move(arguments));
+  if (command == "chat") return ParseChat(std::move(arguments));
   if (command == "inspect") return ParseInspect(std::move(arguments));
   if (command == "-h" || command == "--help") return ExitNow{0, kUsage};
   if (command == "--version") return ExitNow{0, std::string("cachalot ").append(Version()).append("\n")};

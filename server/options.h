@@ -3,13 +3,17 @@
 #define CACHALOT_SERVER_OPTIONS_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "engine/options.h"
+#include "server/logging.h"
+#include "server/text/generation_record.h"
 
 namespace cachalot {
 
@@ -20,6 +24,23 @@ struct ServeOptions {
   int port = 8000;                // 0: any free one
   int grpc_port = 50051;          // 0: any free one; -1: no gRPC
   std::string served_model_name;  // by default the model directory's name
+  std::string chat_template;      // a renderer's name; empty: the one that the checkpoint's template is recognised as
+  bool allow_special_tokens = false;                 // texts of messages may hold special tokens
+  absl::Duration drain_timeout = absl::Seconds(30);  // after SIGTERM, for requests in flight
+  RequestLog log_requests = RequestLog::kNone;
+  LogFormat log_format = LogFormat::kText;
+  std::string log_level = "info";
+};
+
+// cachalot chat: with a server, or with one of its own that it starts.
+struct ChatOptions {
+  std::string url;     // http://host:port; empty: `serve` says what to load
+  std::string model;   // the name to ask for; empty: the server's first
+  std::string system;  // system message; empty: none
+  int max_tokens = 0;  // 0: as many as the context holds
+  std::optional<float> temperature;
+  bool thinking = false;
+  ServeOptions serve;
 };
 
 // cachalot inspect
@@ -34,7 +55,7 @@ struct ExitNow {
   std::string text;
 };
 
-using Command = std::variant<ServeOptions, InspectOptions, ExitNow>;
+using Command = std::variant<ServeOptions, ChatOptions, InspectOptions, ExitNow>;
 
 // `arguments` are those after the program's name. Values on the command line go before the config file's.
 Command ParseCommandLine(std::vector<std::string> arguments);

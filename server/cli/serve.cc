@@ -1,4 +1,4 @@
-// The order of things: ports, tokenizer, engine, servers, ready; and backwards.
+// Serving until a signal, then the drain.
 #include "server/cli/serve.h"
 
 #include <signal.h>
@@ -7,25 +7,17 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <string>
 #include <thread>
 
-#include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
-#include "engine/engine.h"
-#include "server/grpc/grpc_server.h"
-#include "server/http/http_server.h"
-#include "server/http/openai.h"
-#include "server/http/openai_error.h"
-#include "server/text/generator.h"
-#include "server/text/tokenizer.h"
+#include "absl/time/clock.h"
+#include "server/cli/serving.h"
 
 namespace cachalot {
 namespace {
 
 constexpr absl::Duration kHealthPeriod = absl::Seconds(1);
-constexpr absl::Duration kStopGrace = absl::Seconds(2);
 
 // SIGTERM and SIGINT as something to wait for.
 class StopSignals {
@@ -74,62 +66,42 @@ int Fail(const absl::Status& status) {
   return 1;
 }
 
-std::string ReadyLine(const ServeOptions& options, const ModelInfo& model, int port, const GrpcServer* grpc) {
-  return absl::StrCat("ready: http://", options.host, ":", port,
-                      grpc == nullptr ? "" : absl::StrCat(", gRPC ", options.host, ":", grpc->port()), ", model ",
-                      options.served_model_name, " (", model.model_type, ") on ", model.backend, ", context ",
-                      model.max_model_len, " tokens, KV cache ", model.kv_cache_tokens, " tokens");
+// Waits for what is in flight, but not longer than `timeout`.
+void Drain(const Serving& serving, absl::Duration timeout) {
+  const absl::Time deadline = absl::Now() + timeout;
+  while (serving.num_running() > 0 && serving.health().ok() && absl::Now() < deadline) {
+    absl::SleepFor(absl::Milliseconds(20));
+  }
 }
 
 }  // namespace
 
 int Serve(const ServeOptions& options) {
+  SetUpLogging(options.log_format, options.log_level);
   const StopSignals signals;
-  HttpServer http({.host = options.host, .port = options.port}, HttpErrorResponse);
-  if (absl::Status status = http.Bind(); !status.ok()) return Fail(status);
-  if (options.grpc_port >= 0) {
-    if (absl::Status status = GrpcServer::CheckPort(options.host, options.grpc_port); !status.ok()) return Fail(status);
-  }
-
-  // Load. What is said about the tokenizer waits, so that a checkpoint that cannot be served gets one line.
-  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = absl::UnknownError("");
-  absl::StatusOr<std::unique_ptr<Engine>> engine = absl::UnknownError("");
+  Serving serving(options);
+  if (absl::Status status = serving.Bind(); !status.ok()) return Fail(status);
   {
     const ExitOnSignal exit_on_signal(signals);
-    tokenizer = Tokenizer::Load(options.engine.model_dir);
-    const bool can_do_without = absl::IsNotFound(tokenizer.status()) || absl::IsUnimplemented(tokenizer.status());
-    if (!tokenizer.ok() && !can_do_without) return Fail(tokenizer.status());
-    engine = Engine::Create(options.engine, tokenizer.ok() ? (*tokenizer)->vocab_size() : 0);
+    if (absl::Status status = serving.Load(); !status.ok()) return Fail(status);
   }
-  if (!engine.ok()) return Fail(engine.status());
-  if (!tokenizer.ok()) {
-    spdlog::warn("no text, only token ids: {}", std::string(tokenizer.status().message()));
-  }
-
-  // Serve.
-  Generator generator(engine->get(), tokenizer.ok() ? tokenizer->get() : nullptr);
-  OpenAiApi api(&generator, options.served_model_name, options.engine.model_dir, std::string(Version()));
-  api.Register(&http);
-  std::unique_ptr<GrpcServer> grpc;
-  if (options.grpc_port >= 0) {
-    auto started = GrpcServer::Start(options.host, options.grpc_port, &generator, options.served_model_name);
-    if (!started.ok()) return Fail(started.status());
-    grpc = std::move(*started);
-  }
-  if (absl::Status status = http.Start(); !status.ok()) return Fail(status);
-  spdlog::info("{}", ReadyLine(options, generator.model(), http.port(), grpc.get()));
+  if (absl::Status status = serving.Start(); !status.ok()) return Fail(status);
+  spdlog::info("{}", serving.ReadyLine());
   absl::Status health;
-  while (health.ok() && !signals.Wait(kHealthPeriod)) health = generator.health();
+  while (health.ok() && !signals.Wait(kHealthPeriod)) health = serving.health();
 
-  // Stop: no new requests, those in flight end with an error, which is still sent.
-  spdlog::info("stopping{}", health.ok() ? "" : ": the engine failed");
+  // Stop: a second signal ends the process at once.
   signals.Unblock();
-  http.StopAccepting();
-  if (grpc != nullptr) grpc->SetServing(false);
-  generator.Stop();
-  engine->reset();
-  http.Stop(kStopGrace);
-  if (grpc != nullptr) grpc->Stop(kStopGrace);
+  if (health.ok()) {
+    serving.BeginDrain();
+    spdlog::info("stopping: {} generations have {} to end\trunning={}", serving.num_running(),
+                 absl::FormatDuration(options.drain_timeout), serving.num_running());
+    Drain(serving, options.drain_timeout);
+    spdlog::info("stopped\taborted={}", serving.num_running());
+  } else {
+    spdlog::error("stopping: the engine failed");
+  }
+  serving.Stop();
   return health.ok() ? 0 : 1;
 }
 

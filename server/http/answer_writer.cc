@@ -8,8 +8,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "server/http/json_text.h"
 #include "server/http/openai_error.h"
+#include "server/text/json_text.h"
 #include "server/text/utf8.h"
 
 namespace cachalot {

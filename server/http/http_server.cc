@@ -7,6 +7,7 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
+#include <boost/asio/thread_pool.hpp>
 #include <condition_variable>
 #include <map>
 #include <mutex>
@@ -24,6 +25,8 @@ namespace asio = boost::asio;
 using asio::ip::tcp;
 using boost::system::error_code;
 
+// What is in a larger body takes milliseconds to read, which an I/O thread has not.
+constexpr size_t kLargeBodyBytes = 64 << 10;
 constexpr absl::Duration kAcceptRetry = absl::Milliseconds(100);  // out of file descriptors
 
 struct Route {
@@ -43,7 +46,7 @@ struct HttpServer::Impl {
   Impl(HttpOptions options, HttpErrorFormat error_format)
       : options(std::move(options)), error_format(std::move(error_format)) {}
 
-  void Dispatch(HttpRequest request, std::shared_ptr<HttpResponder> responder) const;
+  void Dispatch(HttpRequest request, std::shared_ptr<HttpResponder> responder);
   void Accept();
   void AddConnection(tcp::socket socket);
 
@@ -58,6 +61,7 @@ struct HttpServer::Impl {
   asio::steady_timer accept_timer{accept_strand};
   std::shared_ptr<HttpConnectionContext> context = std::make_shared<HttpConnectionContext>();
   std::vector<std::thread> threads;
+  asio::thread_pool large_bodies{1};
 
   std::mutex mutex;  // guards all below
   std::condition_variable all_closed;
@@ -66,12 +70,21 @@ struct HttpServer::Impl {
   bool is_draining = false;
 };
 
-void HttpServer::Impl::Dispatch(HttpRequest request, std::shared_ptr<HttpResponder> responder) const {
+void HttpServer::Impl::Dispatch(HttpRequest request, std::shared_ptr<HttpResponder> responder) {
   for (const Route& route : routes) {
     if (!route.Matches(request.path)) continue;
     auto handler = route.handlers.find(request.method);
     if (handler == route.handlers.end() && request.method == "HEAD") handler = route.handlers.find("GET");
-    if (handler != route.handlers.end()) return handler->second(std::move(request), std::move(responder));
+    if (handler != route.handlers.end() && request.body.size() <= kLargeBodyBytes) {
+      return handler->second(std::move(request), std::move(responder));
+    }
+    if (handler != route.handlers.end()) {
+      asio::post(large_bodies, [handler = &handler->second, request = std::move(request),
+                                responder = std::move(responder)]() mutable {
+        (*handler)(std::move(request), std::move(responder));
+      });
+      return;
+    }
     HttpResponse response = error_format(405, absl::StrCat(request.method, " is not allowed for ", request.path));
     std::vector<std::string> methods;
     for (const auto& [method, unused] : route.handlers) methods.push_back(method);
@@ -199,6 +212,7 @@ void HttpServer::Stop(absl::Duration grace) {
       if (const auto connection = weak.lock()) connection->Close();
     }
   }
+  impl_->large_bodies.join();
   impl_->work.reset();
   for (std::thread& thread : impl_->threads) thread.join();
   impl_->threads.clear();

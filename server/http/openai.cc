@@ -24,8 +24,10 @@ void RespondJson(const std::shared_ptr<HttpResponder>& responder, const ordered_
 
 }  // namespace
 
-OpenAiApi::OpenAiApi(Generator* generator, std::string model_name, std::string model_root, std::string version)
+OpenAiApi::OpenAiApi(Generator* generator, const Metrics* metrics, std::string model_name, std::string model_root,
+                     std::string version)
     : generator_(generator),
+      metrics_(metrics),
       model_name_(std::move(model_name)),
       model_root_(std::move(model_root)),
       version_(std::move(version)),
@@ -45,7 +47,8 @@ void OpenAiApi::Register(HttpServer* server) {
   handle("GET", "/v1/models", &OpenAiApi::Models);
   handle("GET", absl::StrCat(kModelsPath, "*").c_str(), &OpenAiApi::Model);
   handle("GET", "/readyz", &OpenAiApi::Ready);
-  handle("GET", "/health", &OpenAiApi::Ready);
+  handle("GET", "/health", &OpenAiApi::Health);
+  handle("GET", "/metrics", &OpenAiApi::MetricsPage);
   server->Handle("GET", "/livez", [](HttpRequest, Responder responder) {
     RespondJson(responder, {{"status", "alive"}});
   });
@@ -81,8 +84,10 @@ void OpenAiApi::Tokenize(HttpRequest request, Responder responder) const {
   const absl::StatusOr<TokenizeRequest> call = ParseTokenizeRequest(request.body);
   if (!call.ok()) return responder->Respond(ErrorResponse(call.status()));
   if (absl::Status status = CheckModel(call->model); !status.ok()) return responder->Respond(ErrorResponse(status));
+  const auto* chat = std::get_if<ChatPrompt>(&call->prompt);
   const absl::StatusOr<std::vector<int32_t>> tokens =
-      generator_->Tokenize(std::get<std::string>(call->prompt), call->add_special_tokens);
+      chat != nullptr ? generator_->Tokenize(*chat)
+                      : generator_->Tokenize(std::get<std::string>(call->prompt), call->add_special_tokens);
   if (!tokens.ok()) return responder->Respond(ErrorResponse(tokens.status()));
   RespondJson(responder,
               {{"count", tokens->size()}, {"max_model_len", generator_->model().max_model_len}, {"tokens", *tokens}});
@@ -130,6 +135,18 @@ void OpenAiApi::Ready(HttpRequest, Responder responder) const {
   const absl::Status health = generator_->health();
   if (health.ok()) return RespondJson(responder, {{"status", "ready"}});
   responder->Respond(HttpErrorResponse(503, std::string(health.message())));
+}
+
+void OpenAiApi::Health(HttpRequest, Responder responder) const {
+  const absl::Status health = generator_->engine_health();
+  if (health.ok()) return RespondJson(responder, {{"status", "healthy"}});
+  responder->Respond(HttpErrorResponse(503, std::string(health.message())));
+}
+
+void OpenAiApi::MetricsPage(HttpRequest, Responder responder) const {
+  responder->Respond({.content_type = "text/plain; version=0.0.4; charset=utf-8",
+                      .body = metrics_->Render(model_name_, generator_->stats(), generator_->model()),
+                      .headers = {}});
 }
 
 }  // namespace cachalot

@@ -9,17 +9,19 @@
 #include "absl/status/status.h"
 #include "server/http/http_server.h"
 #include "server/http/openai_request.h"
+#include "server/metrics.h"
 #include "server/text/generator.h"
 
 namespace cachalot {
 
-// POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /v1/models/{id}, /livez, /readyz,
-// /health, /version.
+// POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /v1/models/{id}, /metrics,
+// /version, /livez (the process answers), /health (the engine works), /readyz (and takes requests).
 class OpenAiApi {
  public:
-  // `model_name` is the name clients use, `model_root` where the model came from. `generator` and this object must
-  // outlive the server's last request.
-  OpenAiApi(Generator* generator, std::string model_name, std::string model_root, std::string version);
+  // `model_name` is the name clients use, `model_root` where the model came from. `generator`, `metrics` and this
+  // object must outlive the server's last request.
+  OpenAiApi(Generator* generator, const Metrics* metrics, std::string model_name, std::string model_root,
+            std::string version);
 
   void Register(HttpServer* server);
 
@@ -34,10 +36,13 @@ class OpenAiApi {
   void Models(HttpRequest request, Responder responder) const;
   void Model(HttpRequest request, Responder responder) const;
   void Ready(HttpRequest request, Responder responder) const;
+  void Health(HttpRequest request, Responder responder) const;
+  void MetricsPage(HttpRequest request, Responder responder) const;
   std::string ModelJson() const;
   absl::Status CheckModel(const std::string& name) const;
 
   Generator* const generator_;
+  const Metrics* const metrics_;
   const std::string model_name_, model_root_, version_;
   const int64_t created_;  // seconds since 1970
 };

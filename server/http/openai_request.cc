@@ -176,9 +176,8 @@ absl::StatusOr<CompletionRequest> ParseChatRequest(std::string_view body) {
   ReadChatPrompt(&fields, &std::get<ChatPrompt>(request.prompts.emplace_back(ChatPrompt())));
   ReadCommon(&fields, &request);
   SamplingParams& sampling = request.call.sampling;
-  sampling.max_tokens = kFillContext;
-  fields.Read("max_tokens", 1, kMaxInt, &sampling.max_tokens);
-  fields.Read("max_completion_tokens", 1, kMaxInt, &sampling.max_tokens);
+  const bool has_limit = fields.Read("max_tokens", 1, kMaxInt, &sampling.max_tokens);
+  request.call.fill_context = !fields.Read("max_completion_tokens", 1, kMaxInt, &sampling.max_tokens) && !has_limit;
   fields.Read("logprobs", &request.view.logprobs);
   if (request.view.logprobs) sampling.logprobs = 0;
   if (fields.Read("top_logprobs", 0, 20, &sampling.logprobs) && !request.view.logprobs) {

@@ -1,6 +1,7 @@
 // Generator: checks, token ids, submission; the engine's deltas become events on its output thread.
 #include "server/text/generator.h"
 
+#include <atomic>
 #include <cmath>
 #include <mutex>
 #include <optional>
@@ -98,9 +99,14 @@ class Generator::Gate {
 
   absl::StatusOr<RequestId> Submit(Request request, DeltaSink sink) {
     std::shared_lock lock(mutex_);
-    if (engine_ == nullptr) return Stopping();
-    return engine_->Submit(std::move(request), std::move(sink));
+    if (engine_ == nullptr || is_draining_) return Stopping();
+    num_running_.fetch_add(1);
+    absl::StatusOr<RequestId> id = engine_->Submit(std::move(request), std::move(sink));
+    if (!id.ok()) OnEnd();
+    return id;
   }
+  void OnEnd() { num_running_.fetch_sub(1); }
+  int num_running() const { return num_running_.load(); }
   void Cancel(RequestId id) {
     std::shared_lock lock(mutex_);
     if (engine_ != nullptr) engine_->Cancel(id);
@@ -109,6 +115,12 @@ class Generator::Gate {
     std::shared_lock lock(mutex_);
     return engine_ == nullptr ? Stopping() : engine_->health();
   }
+  EngineStats Stats() {
+    std::shared_lock lock(mutex_);
+    return engine_ == nullptr ? EngineStats() : engine_->stats();
+  }
+  void BeginDrain() { is_draining_ = true; }
+  bool is_draining() const { return is_draining_; }
   void Close() {
     std::unique_lock lock(mutex_);
     engine_ = nullptr;
@@ -119,25 +131,34 @@ class Generator::Gate {
 
   std::shared_mutex mutex_;
   Engine* engine_;  // guarded by mutex_; shared: may be called
+  std::atomic<bool> is_draining_ = false;
+  std::atomic<int> num_running_ = 0;
 };
 
 // The engine's sink keeps it alive until the last delta, its starter as long as it may cancel.
 class Generator::LiveGeneration : public Generation {
  public:
-  LiveGeneration(std::shared_ptr<Gate> gate, std::shared_ptr<const GeneratePlan> plan, const Tokenizer* tokenizer,
-                 EventSink sink)
-      : gate_(std::move(gate)), stream_(std::move(plan), tokenizer), sink_(std::move(sink)) {}
+  LiveGeneration(std::shared_ptr<Gate> gate, const GeneratorOptions& options, std::shared_ptr<const GeneratePlan> plan,
+                 const Tokenizer* tokenizer, EventSink sink)
+      : gate_(std::move(gate)),
+        record_(options.metrics, options.log, *plan, tokenizer),
+        stream_(std::move(plan), tokenizer),
+        sink_(std::move(sink)) {}
 
   // On the engine's output thread.
   void OnDelta(Delta delta) {
     if (stream_.ended()) return;
     const bool engine_ended = delta.finish_reason != FinishReason::kNone;
+    const RequestTimes times = delta.times;
     GenerateEvent event = stream_.Next(std::move(delta));
     const bool ended = stream_.ended();
+    record_.OnEvent(event, times);
     if (ended && !engine_ended) Cancel();
     const bool is_empty = event.text.empty() && event.reasoning.empty() && event.tokens.empty() && event.scores.empty();
     if (ended || !is_empty) sink_(std::move(event));
-    if (ended) sink_ = nullptr;
+    if (!ended) return;
+    sink_ = nullptr;
+    gate_->OnEnd();
   }
 
   void Cancel() override {
@@ -163,8 +184,9 @@ class Generator::LiveGeneration : public Generation {
 
  private:
   const std::shared_ptr<Gate> gate_;
-  AnswerStream stream_;  // output thread
-  EventSink sink_;       // output thread
+  GenerationRecord record_;  // this and the next two: the output thread's
+  AnswerStream stream_;
+  EventSink sink_;
   std::mutex mutex_;
   std::optional<RequestId> id_;  // guarded by mutex_
   bool is_cancelled_ = false;    // guarded by mutex_
@@ -177,7 +199,17 @@ Generator::~Generator() { Stop(); }
 
 void Generator::Stop() { gate_->Close(); }
 
-absl::Status Generator::health() const { return gate_->Health(); }
+void Generator::BeginDrain() { gate_->BeginDrain(); }
+
+absl::Status Generator::health() const {
+  return gate_->is_draining() ? absl::UnavailableError("the server is stopping") : gate_->Health();
+}
+
+absl::Status Generator::engine_health() const { return gate_->Health(); }
+
+EngineStats Generator::stats() const { return gate_->Stats(); }
+
+int Generator::num_running() const { return gate_->num_running(); }
 
 absl::StatusOr<std::vector<int32_t>> Generator::Tokenize(std::string_view text, bool add_special_tokens,
                                                          bool match_special) const {
@@ -278,7 +310,7 @@ absl::StatusOr<std::shared_ptr<Generation>> Generator::Start(std::shared_ptr<con
   Request request{
       .prompt = plan->prompt, .sampling = plan->sampling, .priority = plan->priority, .deadline = plan->deadline};
   request.sampling.choice = choice;
-  auto generation = std::make_shared<LiveGeneration>(gate_, std::move(plan), tokenizer_, std::move(sink));
+  auto generation = std::make_shared<LiveGeneration>(gate_, options_, std::move(plan), tokenizer_, std::move(sink));
   absl::StatusOr<RequestId> id =
       gate_->Submit(std::move(request), [generation](Delta delta) { generation->OnDelta(std::move(delta)); });
   if (!id.ok()) return id.status();

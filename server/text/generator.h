@@ -11,8 +11,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
+#include "server/metrics.h"
 #include "server/text/chat_template.h"
 #include "server/text/generate.h"
+#include "server/text/generation_record.h"
 #include "server/text/tokenizer.h"
 
 namespace cachalot {
@@ -26,10 +28,12 @@ class Generation {
 };
 
 struct GeneratorOptions {
-  std::optional<ChatTemplate> chat_template;  // without one, chats are refused
+  std::optional<ChatTemplate> chat_template = {};  // without one, chats are refused
   // What the messages of a chat say may spell the template's markers (and any other added token) and so become them.
   // For trusted clients only: theirs is then the power to end a turn and to speak as somebody else.
   bool allow_special_tokens = false;
+  Metrics* metrics = nullptr;  // told of every generation; must outlive the last sink
+  RequestLog log = RequestLog::kNone;
 };
 
 // All methods may be called from any thread. `engine` must live until Stop() has returned, `tokenizer` and this object
@@ -57,11 +61,18 @@ class Generator {
   // Token ids of a chat, as its prompt would have them; fails as Prepare does.
   absl::StatusOr<std::vector<int32_t>> Tokenize(const ChatPrompt& chat) const;
 
-  // The engine's health; Unavailable after Stop().
+  // Ok while generations are started: the engine's health; Unavailable after BeginDrain() or Stop().
   absl::Status health() const;
+  absl::Status engine_health() const;
+  EngineStats stats() const;
+  // Generations whose last event has not been given out.
+  int num_running() const;
   const ModelInfo& model() const { return model_; }
   const Tokenizer* tokenizer() const { return tokenizer_; }
   const GeneratorOptions& options() const { return options_; }
+
+  // From now on nothing is started; what is in flight goes on.
+  void BeginDrain();
 
   // From now on nothing is started and the engine is not touched any more: it may be destroyed, which ends what is in
   // flight.

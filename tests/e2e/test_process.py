@@ -57,8 +57,8 @@ def test_signals_stop_it_cleanly(start, with_signal):
         socket.create_connection(("127.0.0.1", server.port), timeout=1)
 
 
-def test_what_is_in_flight_ends_with_an_error(start):
-    server = start()
+def test_what_is_in_flight_after_the_drain_ends_with_an_error(start):
+    server = start("--drain-timeout", "0.2")
     stream = server.client().completions.create(
         model=server.model, prompt="Hello", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
     )
@@ -78,6 +78,51 @@ def test_what_is_in_flight_ends_with_an_error(start):
     reader.join(10)
     assert len(errors) == 1
     assert errors[0].body["type"] == "server_error"
+
+
+def test_a_drain_lets_requests_in_flight_end(start):
+    server = start("--drain-timeout", "60")
+    options = {"model": server.model, "prompt": "Hello", "max_tokens": 2500, "seed": 1, "extra_body": {"ignore_eos": True}}
+    stream = server.client().completions.create(stream=True, stream_options={"include_usage": True}, **options)
+    next(iter(stream))
+    server.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while httpx.get(f"{server.url}/readyz").status_code != 503:
+        assert time.monotonic() < deadline
+    assert httpx.get(f"{server.url}/livez").status_code == 200
+    with pytest.raises(openai.APIStatusError) as refused:
+        server.client().completions.create(**options)
+    assert refused.value.status_code == 503
+    usages = [chunk.usage for chunk in stream]
+    assert usages[-1].completion_tokens == 2500
+    assert server.process.wait(10) == 0
+
+
+def test_a_second_signal_ends_it_at_once(start):
+    server = start("--drain-timeout", "600")
+    stream = server.client().completions.create(
+        model=server.model, prompt="Hello", max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert server.process.poll() is None
+    begin = time.monotonic()
+    assert server.stop() == -signal.SIGTERM
+    assert time.monotonic() - begin < 2
+
+
+def test_logs_are_json_and_hold_no_prompts_unless_asked(start):
+    secret = "a secret prompt"
+    for asked, holds in (("summary", False), ("prompts", True)):
+        server = start("--log-format", "json", "--log-requests", asked)
+        server.client().completions.create(model=server.model, prompt=secret, max_tokens=3)
+        assert server.stop() == 0
+        lines = [json.loads(line) for line in server.log + server.process.stderr.read().decode().splitlines()]
+        assert all(set(line) >= {"time", "level", "message"} for line in lines)
+        requests = [line for line in lines if "prompt_tokens" in line]
+        assert len(requests) == 1 and requests[0]["generated_tokens"] == 3 and requests[0]["finish_reason"] == "length"
+        assert any(secret in json.dumps(line) for line in lines) == holds
 
 
 def test_names_and_limits_are_options(start):

@@ -7,7 +7,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-#include "server/http/json_text.h"
+#include "server/text/json_text.h"
 
 namespace cachalot {
 namespace {

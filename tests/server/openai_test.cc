@@ -51,8 +51,9 @@ class OpenAiTest : public testing::Test {
 
   void Start(FakeEngineOptions options = {}, bool with_tokenizer = true) {
     engine_ = std::make_unique<FakeEngine>(std::move(options));
-    generator_ = std::make_unique<Generator>(engine_.get(), with_tokenizer ? tokenizer_.get() : nullptr);
-    api_ = std::make_unique<OpenAiApi>(generator_.get(), "org/model", "/models/model", "1.2.3");
+    generator_ = std::make_unique<Generator>(engine_.get(), with_tokenizer ? tokenizer_.get() : nullptr,
+                                             GeneratorOptions{.metrics = &metrics_});
+    api_ = std::make_unique<OpenAiApi>(generator_.get(), &metrics_, "org/model", "/models/model", "1.2.3");
     HttpOptions http;
     http.port = 0;
     server_ = std::make_unique<HttpServer>(http, HttpErrorResponse);
@@ -80,6 +81,7 @@ class OpenAiTest : public testing::Test {
 
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<FakeEngine> engine_;
+  Metrics metrics_;
   std::unique_ptr<Generator> generator_;
   std::unique_ptr<OpenAiApi> api_;
   std::unique_ptr<HttpServer> server_;

@@ -1,0 +1,113 @@
+// The order of things: ports, tokenizer, engine, protocols, ready; and backwards.
+#include "server/cli/serving.h"
+
+#include <spdlog/spdlog.h>
+#include <sys/resource.h>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "server/http/openai_error.h"
+#include "server/text/chat_template.h"
+
+namespace cachalot {
+namespace {
+
+constexpr absl::Duration kStopGrace = absl::Seconds(2);
+
+}  // namespace
+
+Serving::Serving(const ServeOptions& options)
+    : options_(options), http_({.host = options.host, .port = options.port}, HttpErrorResponse) {}
+
+Serving::~Serving() { Stop(); }
+
+absl::Status Serving::Bind() {
+  // As many connections as the system lets us have: by default a process begins with 1024 files.
+  rlimit files = {};
+  if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+    files.rlim_cur = files.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &files);
+  }
+  if (absl::Status status = http_.Bind(); !status.ok()) return status;
+  if (options_.grpc_port < 0) return absl::OkStatus();
+  return GrpcServer::CheckPort(options_.host, options_.grpc_port);
+}
+
+// NOTE: what is said about the tokenizer waits, so that a checkpoint that cannot be served gets one line.
+absl::Status Serving::Load() {
+  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(options_.engine.model_dir);
+  const bool can_do_without = absl::IsNotFound(tokenizer.status()) || absl::IsUnimplemented(tokenizer.status());
+  if (!tokenizer.ok() && !can_do_without) return tokenizer.status();
+  absl::StatusOr<std::unique_ptr<Engine>> engine =
+      Engine::Create(options_.engine, tokenizer.ok() ? (*tokenizer)->vocab_size() : 0);
+  if (!engine.ok()) return engine.status();
+  engine_ = *std::move(engine);
+  if (tokenizer.ok()) {
+    tokenizer_ = *std::move(tokenizer);
+    LoadChatTemplate();
+  } else {
+    spdlog::warn("no text, only token ids: {}", std::string(tokenizer.status().message()));
+  }
+  return absl::OkStatus();
+}
+
+void Serving::LoadChatTemplate() {
+  if (!options_.chat_template.empty()) {
+    generator_options_.chat_template = ChatTemplate::ParseName(options_.chat_template);
+    return;
+  }
+  const auto detected = ChatTemplate::Load(options_.engine.model_dir);
+  if (!detected.ok()) {
+    spdlog::warn("no chats, only completions: {}; --chat-template names one", std::string(detected.status().message()));
+    return;
+  }
+  generator_options_.chat_template = detected->chat_template;
+  if (!detected->is_exact) {
+    spdlog::warn("the checkpoint's chat template is unknown but looks like {}: chats are written as that does",
+                 detected->chat_template.Name());
+  }
+}
+
+absl::Status Serving::Start() {
+  generator_options_.allow_special_tokens = options_.allow_special_tokens;
+  generator_options_.metrics = &metrics_;
+  generator_options_.log = options_.log_requests;
+  generator_ = std::make_unique<Generator>(engine_->get(), tokenizer_.get(), generator_options_);
+  api_ = std::make_unique<OpenAiApi>(generator_.get(), &metrics_, options_.served_model_name, options_.engine.model_dir,
+                                     std::string(Version()));
+  api_->Register(&http_);
+  if (options_.grpc_port >= 0) {
+    auto grpc = GrpcServer::Start(options_.host, options_.grpc_port, generator_.get(), options_.served_model_name);
+    if (!grpc.ok()) return grpc.status();
+    grpc_ = *std::move(grpc);
+  }
+  return http_.Start();
+}
+
+std::string Serving::ReadyLine() const {
+  const ModelInfo& model = generator_->model();
+  const auto& chat_template = generator_options_.chat_template;
+  const std::string host =
+      absl::StrContains(options_.host, ':') ? absl::StrCat("[", options_.host, "]") : options_.host;
+  return absl::StrCat("ready: http://", host, ":", http_.port(),
+                      grpc_ == nullptr ? "" : absl::StrCat(", gRPC ", host, ":", grpc_->port()), ", model ",
+                      options_.served_model_name, " (", model.model_type, ") on ", model.backend, ", context ",
+                      model.max_model_len, " tokens, KV cache ", model.kv_cache_tokens, " tokens, chats ",
+                      chat_template.has_value() ? absl::StrCat("as ", std::string(chat_template->Name())) : "off");
+}
+
+void Serving::BeginDrain() {
+  generator_->BeginDrain();
+  if (grpc_ != nullptr) grpc_->SetServing(false);
+}
+
+void Serving::Stop() {
+  http_.StopAccepting();
+  if (grpc_ != nullptr) grpc_->SetServing(false);
+  if (generator_ != nullptr) generator_->Stop();
+  engine_.reset();
+  http_.Stop(kStopGrace);
+  if (grpc_ != nullptr) grpc_->Stop(kStopGrace);
+}
+
+}  // namespace cachalot
