@@ -3,6 +3,9 @@
 //
 //   build/release/tests/bench/front_end_bench [--connections 256] [--tokens 2000] [--model DIR with a tokenizer]
 //
+// Last, one stream by itself and then beside 2,000 others: half of them silent, half of them given a token a second and
+// read by nobody.
+//
 // The engine never runs more than kMaxStepsAhead steps ahead of the clients, so that no answer is sent in fewer events
 // than tokens; a run in which the clients have counted anything but one event a token fails.
 #include <arpa/inet.h>
@@ -39,13 +42,11 @@
 #include "server/http/openai_error.h"
 #include "server/text/generator.h"
 #include "server/text/tokenizer.h"
+#include "tests/bench/instant_engines.h"
 
 namespace cachalot {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-constexpr int kMaxStepsAhead = 2;
 constexpr size_t kMessageBytes = 300;  // of the bare sockets: about what an event of a chat has
 
 [[noreturn]] void Die(const std::string& what) {
@@ -61,84 +62,6 @@ double CpuSeconds() {
   return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec + (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
 }
 
-// Waits until `num_streams` requests have come, then gives every one a token a step.
-class InstantEngine : public Engine {
- public:
-  InstantEngine(int num_streams, int num_tokens, std::vector<int32_t> vocabulary)
-      : num_streams_(num_streams), num_tokens_(num_tokens), vocabulary_(std::move(vocabulary)) {
-    model_.model_type = "instant";
-    model_.vocab_size = *std::max_element(vocabulary_.begin(), vocabulary_.end()) + 1;
-    model_.max_model_len = 1 << 20;
-    thread_ = std::thread([this] { Run(); });
-  }
-  ~InstantEngine() override {
-    {
-      std::lock_guard lock(mutex_);
-      is_stopping_ = true;
-    }
-    changed_.notify_all();
-    thread_.join();
-  }
-
-  absl::StatusOr<RequestId> Submit(Request, DeltaSink sink) override {
-    std::lock_guard lock(mutex_);
-    sinks_.push_back(std::move(sink));
-    changed_.notify_all();
-    return sinks_.size();
-  }
-  void Cancel(RequestId) override {}
-  EngineStats stats() const override { return {}; }
-  const ModelInfo& model() const override { return model_; }
-  absl::Status health() const override { return absl::OkStatus(); }
-
-  // The clients have seen `count` events in all.
-  void Seen(int64_t count) { num_seen_.store(count, std::memory_order_release); }
-  Clock::time_point begin() const { return begin_; }
-
- private:
-  void Run() {
-    while (true) {
-      std::vector<DeltaSink> sinks;
-      {
-        std::unique_lock lock(mutex_);
-        const auto is_full = [this] { return is_stopping_ || static_cast<int>(sinks_.size()) == num_streams_; };
-        changed_.wait(lock, is_full);
-        if (is_stopping_) return;
-        sinks.swap(sinks_);
-      }
-      Serve(sinks);
-    }
-  }
-
-  void Serve(const std::vector<DeltaSink>& sinks) {
-    num_seen_ = 0;
-    begin_ = Clock::now();
-    std::minstd_rand random(1);
-    for (int t = 0; t < num_tokens_; ++t) {
-      while (num_seen_.load(std::memory_order_acquire) < int64_t{t - kMaxStepsAhead} * num_streams_) {
-        std::this_thread::yield();
-      }
-      for (const DeltaSink& sink : sinks) {
-        Delta delta;
-        delta.tokens = {vocabulary_[random() % vocabulary_.size()]};
-        if (t + 1 == num_tokens_) delta.finish_reason = FinishReason::kLength;
-        sink(std::move(delta));
-      }
-    }
-  }
-
-  const int num_streams_, num_tokens_;
-  const std::vector<int32_t> vocabulary_;
-  ModelInfo model_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::vector<DeltaSink> sinks_;
-  bool is_stopping_ = false;
-  std::atomic<int64_t> num_seen_ = 0;
-  Clock::time_point begin_;
-  std::thread thread_;
-};
-
 int Connect(int port) {
   const int fd = socket(AF_INET, SOCK_STREAM, 0);
   sockaddr_in address = {};
@@ -147,6 +70,14 @@ int Connect(int port) {
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
   if (connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) Die("cannot connect");
   return fd;
+}
+
+void Ask(int fd, int prompt, int num_tokens) {
+  const std::string body =
+      absl::StrCat("{\"model\":\"model\",\"prompt\":[", prompt, "],\"stream\":true,\"max_tokens\":", num_tokens, "}");
+  const std::string request =
+      absl::StrCat("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ", body.size(), "\r\n\r\n", body);
+  if (write(fd, request.data(), request.size()) != static_cast<ssize_t>(request.size())) Die("cannot send");
 }
 
 // Frames one response: the head, then chunks (RFC 9112, 7.1), and in them events that end with an empty line.
@@ -250,8 +181,9 @@ void Report(const char* name, const Setup& setup, double seconds, double cpu_sec
 
 void BenchHttp(const Setup& setup) {
   InstantEngine engine(setup.num_connections, setup.num_tokens, setup.vocabulary);
-  Generator generator(&engine, setup.tokenizer);
-  OpenAiApi api(&generator, "model", "model", "0");
+  Metrics metrics;
+  Generator generator(&engine, setup.tokenizer, {.metrics = &metrics});
+  OpenAiApi api(&generator, &metrics, "model", "model", "0");
   HttpServer server({.port = 0}, HttpErrorResponse);
   api.Register(&server);
   if (!server.Bind().ok() || !server.Start().ok()) Die("cannot listen");
@@ -262,15 +194,54 @@ void BenchHttp(const Setup& setup) {
   const std::string request =
       absl::StrCat("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ", body.size(), "\r\n\r\n", body);
   const double cpu = CpuSeconds();
-  for (int fd : fds) {
-    if (write(fd, request.data(), request.size()) != static_cast<ssize_t>(request.size())) Die("cannot send");
-  }
+  for (int fd : fds) Ask(fd, 1, setup.num_tokens);
   const Counts counts = CountEvents(fds, [&](int64_t events) { engine.Seen(events); });
   const double seconds = SecondsSince(engine.begin());
   if (counts.events != setup.num_events()) Die(absl::StrCat("counted ", counts.events, " events"));
   Report("HTTP, server-sent events", setup, seconds, CpuSeconds() - cpu,
          absl::StrCat(", ", counts.bytes / counts.events, " bytes an event, ",
                       static_cast<double>(counts.events) / static_cast<double>(counts.reads), " events a read"));
+  for (int fd : fds) close(fd);
+  generator.Stop();
+  server.Stop(absl::Seconds(1));
+}
+
+void BenchSlowClients(const Setup& setup) {
+  constexpr int kNumOthers = 2000;
+  const int num_tokens = setup.num_tokens * 20;
+  MixedEngine engine(num_tokens, setup.vocabulary);
+  Metrics metrics;
+  Generator generator(&engine, setup.tokenizer, {.metrics = &metrics});
+  OpenAiApi api(&generator, &metrics, "model", "model", "0");
+  HttpServer server({.port = 0}, HttpErrorResponse);
+  api.Register(&server);
+  if (!server.Bind().ok() || !server.Start().ok()) Die("cannot listen");
+  const auto fast_rate = [&] {
+    const int fd = Connect(server.port());
+    Ask(fd, 1, num_tokens);
+    const auto begin = Clock::now();
+    const Counts counts = CountEvents({fd}, [&](int64_t events) { engine.Seen(events); });
+    if (counts.events != num_tokens) Die(absl::StrCat("counted ", counts.events, " events"));
+    close(fd);
+    return num_tokens / SecondsSince(begin);
+  };
+  const auto median = [&fast_rate] {
+    std::vector<double> rates = {fast_rate(), fast_rate(), fast_rate(), fast_rate(), fast_rate()};
+    std::sort(rates.begin(), rates.end());
+    return rates[2];
+  };
+  const double alone = median();
+  std::vector<int> fds;
+  for (int i = 0; i < kNumOthers; ++i) {
+    fds.push_back(Connect(server.port()));
+    Ask(fds.back(), i % 2 == 0 ? 2 : 3, 1 << 19);
+  }
+  while (engine.num_arrived() < kNumOthers) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  std::this_thread::sleep_for(std::chrono::seconds(2));  // what they were given at once has been sent
+  const double beside = median();
+  std::printf("%-28s %9.0f /s alone, %.0f /s beside %d idle and slow streams: %.1f %%\n", "one fast stream", alone,
+              beside, kNumOthers, 100 * beside / alone);
+  engine.Stop();
   for (int fd : fds) close(fd);
   generator.Stop();
   server.Stop(absl::Seconds(1));
@@ -355,7 +326,8 @@ class CountingReader : public grpc::ClientReadReactor<v1::CompleteResponse> {
 
 void BenchGrpc(const Setup& setup, int num_channels) {
   InstantEngine engine(setup.num_connections, setup.num_tokens, setup.vocabulary);
-  Generator generator(&engine, setup.tokenizer);
+  Metrics metrics;
+  Generator generator(&engine, setup.tokenizer, {.metrics = &metrics});
   auto server = GrpcServer::Start("127.0.0.1", 0, &generator, "model");
   if (!server.ok()) Die(server.status().ToString());
   std::vector<std::unique_ptr<v1::Cachalot::Stub>> stubs;
@@ -395,6 +367,10 @@ void BenchGrpc(const Setup& setup, int num_channels) {
 }
 
 int Main(int argc, char** argv) {
+  rlimit files = {};
+  getrlimit(RLIMIT_NOFILE, &files);
+  files.rlim_cur = files.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &files);
   Setup setup;
   std::string model = CACHALOT_TEST_DATA_DIR "/golden/data/v3_like", only;
   for (int i = 1; i + 1 < argc; i += 2) {
@@ -423,6 +399,7 @@ int Main(int argc, char** argv) {
   if (wanted("grpc")) {
     for (int num_channels : {1, 16, 256}) BenchGrpc(setup, std::min(num_channels, setup.num_connections));
   }
+  if (wanted("slow")) BenchSlowClients(setup);
   return 0;
 }
 
