@@ -90,6 +90,18 @@ TEST(Engine, RefusesBadRequestsAndKeepsServing) {
   EXPECT_THAT(error([](Request& r) { r.sampling.repetition_penalty = 0; }), HasSubstr("repetition_penalty"));
   EXPECT_THAT(error([](Request& r) { r.sampling.max_tokens = -1; }), HasSubstr("max_tokens"));
   EXPECT_THAT(error([](Request& r) { r.sampling.logprobs = 21; }), HasSubstr("logprobs"));
+  EXPECT_THAT(error([](Request& r) { r.sampling.min_tokens = -1; }), HasSubstr("min_tokens: found -1"));
+  EXPECT_THAT(error([](Request& r) { r.sampling.min_tokens = (1 << 20) + 1; }), HasSubstr("min_tokens"));
+  EXPECT_THAT(error([](Request& r) { r.sampling.stop_token_ids = {3, 320}; }), HasSubstr("token id 320"));
+  const auto bias_error = [&](std::vector<std::pair<int32_t, float>> bias) {
+    return error([&](Request& r) { r.sampling.logit_bias = bias; });
+  };
+  EXPECT_THAT(bias_error({{1, 0.0f}, {320, 0.0f}}), HasSubstr("logit_bias: token id 320"));
+  EXPECT_THAT(bias_error({{-1, 0.0f}}), HasSubstr("logit_bias: token id -1"));
+  EXPECT_THAT(bias_error({{1, 0.0f}, {2, 1.0f}, {1, 0.0f}}), HasSubstr("token id 1 occurs twice"));
+  EXPECT_THAT(bias_error({{1, 100.5f}}), HasSubstr("found 100.5 for token id 1"));
+  EXPECT_THAT(bias_error({{1, nan}}), HasSubstr("logit_bias: found nan"));
+  EXPECT_THAT(bias_error({{1, -std::numeric_limits<float>::infinity()}}), HasSubstr("logit_bias: found -inf"));
   Request good = Endless();
   good.sampling.max_tokens = 3;
   EXPECT_EQ(RunAll(*engine, {good})[0].tokens.size(), 3u);

@@ -35,10 +35,11 @@ struct Answer {
   std::vector<TokenLogprob> logprobs, prompt_logprobs;
   FinishReason finish_reason = FinishReason::kNone;
   absl::Status error;
+  RequestTimes times;
 };
 
-// Submits all at once and waits for all.
-std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests);
+// Submits all at once, but the last `num_late` once each of the others has a token or has ended, and waits for all.
+std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests, size_t num_late = 0);
 
 // Made or the test program aborts.
 std::unique_ptr<Engine> MakeEngine(const EngineOptions& options);
