@@ -200,6 +200,7 @@ absl::Status EngineImpl::WarmUp() {
   sequence->num_prompt_tokens = 1;
   sequence->sampling.max_tokens = std::min(2, model_info_.max_model_len - 1);
   sequence->sampling.ignore_eos = true;
+  sequence->sampling.logit_bias = {{0, 0.0f}};
   Scheduler scheduler(scheduler_->limits(), pool_.get());  // its own, lest these steps be counted
   scheduler.Add(std::move(sequence));
   while (true) {

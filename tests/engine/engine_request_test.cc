@@ -8,6 +8,8 @@
 #include <thread>
 
 #include "absl/time/clock.h"
+#include "engine/validation.h"
+#include "kernels/ops_types.h"
 #include "tests/engine/golden.h"
 
 namespace cachalot {
@@ -72,11 +74,32 @@ TEST_F(EngineRequestTest, LogitBiasMovesTheChoiceNotTheLogprobs) {
   for (int i = 0; i < 5; ++i) EXPECT_EQ(RunAll(*engine_, {Greedy(8)})[0].tokens, plain.tokens);
 }
 
-TEST_F(EngineRequestTest, TheMostBiasesThatThereMayBe) {
+TEST_F(EngineRequestTest, EveryTokenMayBeBiased) {
   Request request = Greedy(4);
   for (int32_t token = 0; token < 320; ++token) request.sampling.logit_bias.emplace_back(token, 0.25f);
   request.sampling.logit_bias[200].second = 100;
   EXPECT_THAT(RunAll(*engine_, {request, request, request, request})[3].tokens, Each(200));
+}
+
+// Biases, and the ends that min_tokens holds back, share one table.
+TEST(ValidateRequestTest, CountsBiasesAndBansTogether) {
+  ModelInfo model;
+  model.vocab_size = 5000;
+  model.max_model_len = 100;
+  Request request;
+  request.prompt = {5};
+  for (int32_t token = 0; token < kMaxTokenBiases - 2; ++token) request.sampling.logit_bias.emplace_back(token, 1.0f);
+  request.sampling.stop_token_ids = {7, 3000, 7};
+  request.sampling.min_tokens = 1;
+  EXPECT_TRUE(ValidateRequest(request, model, {7}).ok()) << "two ids end the answer";
+  const absl::Status status = ValidateRequest(request, model, {8});
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("1025 tokens"));
+  request.sampling.ignore_eos = true;
+  EXPECT_TRUE(ValidateRequest(request, model, {8}).ok());
+  request.sampling.ignore_eos = false;
+  request.sampling.min_tokens = 0;
+  EXPECT_TRUE(ValidateRequest(request, model, {8}).ok());
 }
 
 TEST_F(EngineRequestTest, MinTokensHoldsBackEveryEnd) {
