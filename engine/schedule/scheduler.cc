@@ -115,7 +115,7 @@ StepPlan Scheduler::Plan(absl::Time now) {
   next.record.rows = next.plan.logits_rows;
   counters_.step_rows.Add(next.plan.num_rows);
   in_flight_.push_back(std::move(next.record));
-  return next.plan;
+  return std::move(next.plan);
 }
 
 void Scheduler::Admit() {
