@@ -8,7 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/http/http_server.h"
-#include "tests/server/http_client.h"
+#include "tests/server/raw_http_client.h"
 
 namespace cachalot {
 namespace {
@@ -77,7 +77,7 @@ class HttpTest : public testing::Test {
 
 TEST_F(HttpTest, KeepsConnectionsAlive) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   for (int i = 0; i < 3; ++i) {
     const ClientResponse response = client.Post("/echo", absl::StrCat("body ", i));
     EXPECT_EQ(response.status, 200);
@@ -88,7 +88,7 @@ TEST_F(HttpTest, KeepsConnectionsAlive) {
 
 TEST_F(HttpTest, AnswersPipelinedRequestsInOrder) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   std::string requests;
   for (int i = 0; i < 200; ++i) {
     requests += absl::StrCat("\r\nPOST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n", 100 + i);
@@ -99,7 +99,7 @@ TEST_F(HttpTest, AnswersPipelinedRequestsInOrder) {
 
 TEST_F(HttpTest, TakesRequestsByteByByteAndInChunks) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   const std::string request =
       "POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n1;ext=1\r\n,\r\n6\r\n "
       "world\r\n0\r\n\r\n";
@@ -112,7 +112,7 @@ TEST_F(HttpTest, TakesRequestsByteByByteAndInChunks) {
 
 TEST_F(HttpTest, LargeBodiesBothWays) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   const std::string body(8 << 20, 'x');
   const ClientResponse response = client.Post("/echo", body);
   EXPECT_EQ(response.status, 200);
@@ -122,7 +122,7 @@ TEST_F(HttpTest, LargeBodiesBothWays) {
 TEST_F(HttpTest, HttpOneZeroAndConnectionCloseAreClosedAfterwards) {
   Start();
   for (const char* request : {"GET /path/a HTTP/1.0\r\n\r\n", "GET /path/a HTTP/1.1\r\nConnection: close\r\n\r\n"}) {
-    HttpClient client(server_->port());
+    RawHttpClient client(server_->port());
     client.Send(request);
     const ClientResponse response = client.ReadResponse();
     EXPECT_EQ(response.body, "/path/a|");
@@ -133,7 +133,7 @@ TEST_F(HttpTest, HttpOneZeroAndConnectionCloseAreClosedAfterwards) {
 
 TEST_F(HttpTest, ContinuesWhenAsked) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   client.Send("POST /echo HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n");
   EXPECT_EQ(client.ReadResponse().status, 100);
   client.Send("hi");
@@ -142,7 +142,7 @@ TEST_F(HttpTest, ContinuesWhenAsked) {
 
 TEST_F(HttpTest, RoutesByPathAndMethod) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   EXPECT_EQ(client.Get("/path/a%20b/c?x=1&y").body, "/path/a b/c|x=1&y");
   EXPECT_EQ(client.Get("/path/").status, 404);
   EXPECT_EQ(client.Get("/nothing").status, 404);
@@ -165,7 +165,7 @@ TEST_F(HttpTest, RefusesWhatIsNoHttp) {
                             "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03"
                             "\x03\r\n\r\n",
                             "POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"}) {
-    HttpClient client(server_->port());
+    RawHttpClient client(server_->port());
     client.Send(bytes);
     EXPECT_EQ(client.ReadResponse().status, 400) << bytes;
     EXPECT_TRUE(client.IsClosedByServer());
@@ -177,28 +177,28 @@ TEST_F(HttpTest, LimitsHeadersAndBodies) {
   options_.max_body_bytes = 10'000;
   Start();
   {
-    HttpClient client(server_->port());
+    RawHttpClient client(server_->port());
     client.Send(absl::StrCat("GET /path/a HTTP/1.1\r\nX: ", std::string(3000, 'x'), "\r\n\r\n"));
     EXPECT_EQ(client.ReadResponse().status, 431);
   }
   {
-    HttpClient client(server_->port());
+    RawHttpClient client(server_->port());
     client.Send(absl::StrCat("GET /", std::string(3000, 'x'), " HTTP/1.1\r\n\r\n"));
     EXPECT_EQ(client.ReadResponse().status, 431);
   }
   {
     // The answer arrives although the client goes on sending.
-    HttpClient client(server_->port());
+    RawHttpClient client(server_->port());
     client.SendPost("/echo", std::string(2 << 20, 'x'));
     EXPECT_EQ(client.ReadResponse().status, 413);
   }
   {
-    HttpClient client(server_->port());
+    RawHttpClient client(server_->port());
     client.Send("POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n");
     for (int i = 0; i < 5; ++i) client.Send(absl::StrCat("bb8\r\n", std::string(3000, 'x'), "\r\n"));
     EXPECT_EQ(client.ReadResponse().status, 413);
   }
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   EXPECT_EQ(client.Post("/echo", std::string(10'000, 'x')).status, 200);
 }
 
@@ -207,7 +207,7 @@ TEST_F(HttpTest, HalfSentRequestsTimeOut) {
   options_.body_timeout = absl::Milliseconds(200);
   Start();
   for (const char* bytes : {"GET /pa", "POST /echo HTTP/1.1\r\nContent-Length: 5\r\n\r\nhel"}) {
-    HttpClient client(server_->port());
+    RawHttpClient client(server_->port());
     client.Send(bytes);
     EXPECT_EQ(client.ReadResponse().status, 408);
     EXPECT_TRUE(client.IsClosedByServer());
@@ -218,7 +218,7 @@ TEST_F(HttpTest, HalfSentRequestsTimeOut) {
 TEST_F(HttpTest, SlowHeadersTimeOut) {
   options_.header_timeout = absl::Milliseconds(300);
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   const absl::Time start = absl::Now();
   std::thread sender([&client] {
     for (int i = 0; i < 100 && client.Send("G"); ++i) absl::SleepFor(absl::Milliseconds(20));
@@ -231,14 +231,14 @@ TEST_F(HttpTest, SlowHeadersTimeOut) {
 TEST_F(HttpTest, IdleConnectionsAreClosedSilently) {
   options_.idle_timeout = absl::Milliseconds(200);
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   EXPECT_EQ(client.Get("/path/a").status, 200);
   EXPECT_TRUE(client.IsClosedByServer());
 }
 
 TEST_F(HttpTest, StreamsInChunks) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   client.Send("GET /hold HTTP/1.1\r\n\r\n");
   const auto responder = Held();
   responder->Begin({.content_type = "text/event-stream", .body = "", .headers = {{"Cache-Control", "no-cache"}}});
@@ -257,7 +257,7 @@ TEST_F(HttpTest, StreamsInChunks) {
 
 TEST_F(HttpTest, StreamsToHttpOneZeroWithoutChunks) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   client.Send("GET /hold HTTP/1.0\r\n\r\n");
   const auto responder = Held();
   responder->Begin({.body = "a", .headers = {}});
@@ -279,7 +279,7 @@ TEST_F(HttpTest, NoticesClientsThatLeave) {
     });
     ASSERT_TRUE(server.Bind().ok());
     ASSERT_TRUE(server.Start().ok());
-    HttpClient client(server.port());
+    RawHttpClient client(server.port());
     client.Send("GET / HTTP/1.1\r\n\r\n");
     ASSERT_TRUE(arrived.Wait());
     EXPECT_FALSE(gone.Wait(std::chrono::milliseconds(50)));
@@ -293,7 +293,7 @@ TEST_F(HttpTest, NoticesClientsThatLeave) {
 
 TEST_F(HttpTest, AClientThatClosesItsSendingHalfStillGetsAnAnswer) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   client.Send("GET /path/a HTTP/1.1\r\n\r\nGET /path/b HTTP/1.1\r\n\r\n");
   client.CloseSendingHalf();
   EXPECT_EQ(client.ReadResponse().body, "/path/a|");
@@ -304,7 +304,7 @@ TEST_F(HttpTest, AClientThatClosesItsSendingHalfStillGetsAnAnswer) {
 TEST_F(HttpTest, SlowReadersAreCutOff) {
   options_.write_timeout = absl::Milliseconds(300);
   Start();
-  HttpClient client(server_->port(), /*receive_buffer_bytes=*/4096);
+  RawHttpClient client(server_->port(), /*receive_buffer_bytes=*/4096);
   client.Send("GET /hold HTTP/1.1\r\n\r\n");
   const auto responder = Held();
   responder->Begin({.body = "", .headers = {}});
@@ -317,7 +317,7 @@ TEST_F(HttpTest, SlowReadersAreCutOff) {
 TEST_F(HttpTest, ReadersThatAreOnlySlowGetEverything) {
   options_.write_timeout = absl::Milliseconds(500);
   Start();
-  HttpClient client(server_->port(), /*receive_buffer_bytes=*/32 << 10);
+  RawHttpClient client(server_->port(), /*receive_buffer_bytes=*/32 << 10);
   client.Send("GET /hold HTTP/1.1\r\nConnection: close\r\n\r\n");
   const auto responder = Held();
   responder->Begin({.body = "", .headers = {}});
@@ -333,7 +333,7 @@ TEST_F(HttpTest, ReadersThatAreOnlySlowGetEverything) {
 // What a writer sees of a client that does not read: a backlog, which is gone once it has read.
 TEST_F(HttpTest, TellsItsBacklog) {
   Start();
-  HttpClient client(server_->port(), /*receive_buffer_bytes=*/4096);
+  RawHttpClient client(server_->port(), /*receive_buffer_bytes=*/4096);
   client.Send("GET /hold HTTP/1.1\r\n\r\n");
   const auto responder = Held();
   responder->Write("early ");  // joins what Begin starts
@@ -363,7 +363,7 @@ TEST_F(HttpTest, TellsAPortThatIsTaken) {
 
 TEST_F(HttpTest, StopsAfterTheAnswersInProgress) {
   Start();
-  HttpClient idle(server_->port()), busy(server_->port());
+  RawHttpClient idle(server_->port()), busy(server_->port());
   EXPECT_EQ(idle.Get("/path/a").status, 200);
   busy.Send("GET /hold HTTP/1.1\r\n\r\n");
   std::shared_ptr<HttpResponder> responder = Held();
@@ -382,7 +382,7 @@ TEST_F(HttpTest, StopsAfterTheAnswersInProgress) {
 
 TEST_F(HttpTest, StopDoesNotWaitForever) {
   Start();
-  HttpClient client(server_->port());
+  RawHttpClient client(server_->port());
   client.Send("GET /hold HTTP/1.1\r\n\r\n");
   Held();
   const absl::Time start = absl::Now();
@@ -399,7 +399,7 @@ TEST_F(HttpTest, ManyClients) {
   for (int i = 0; i < 8; ++i) {
     threads.emplace_back([this, i] {
       for (int round = 0; round < 20; ++round) {
-        HttpClient client(server_->port());
+        RawHttpClient client(server_->port());
         for (int k = 0; k < 5; ++k) EXPECT_EQ(client.Post("/echo", absl::StrCat(i, k)).body, absl::StrCat(i, k));
       }
     });

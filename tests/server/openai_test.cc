@@ -9,7 +9,7 @@
 #include "absl/strings/str_split.h"
 #include "server/http/openai_error.h"
 #include "tests/server/fake_engine.h"
-#include "tests/server/http_client.h"
+#include "tests/server/raw_http_client.h"
 
 namespace cachalot {
 namespace {
@@ -60,7 +60,7 @@ class OpenAiTest : public testing::Test {
     api_->Register(server_.get());
     ASSERT_TRUE(server_->Bind().ok());
     ASSERT_TRUE(server_->Start().ok());
-    client_ = std::make_unique<HttpClient>(server_->port());
+    client_ = std::make_unique<RawHttpClient>(server_->port());
   }
 
   std::vector<int32_t> Ids(std::string_view text) { return *tokenizer_->Encode(text); }
@@ -85,7 +85,7 @@ class OpenAiTest : public testing::Test {
   std::unique_ptr<Generator> generator_;
   std::unique_ptr<OpenAiApi> api_;
   std::unique_ptr<HttpServer> server_;
-  std::unique_ptr<HttpClient> client_;
+  std::unique_ptr<RawHttpClient> client_;
 };
 
 TEST_F(OpenAiTest, Completion) {
@@ -303,7 +303,7 @@ TEST_F(OpenAiTest, AClientThatLeavesCancelsItsRequests) {
 
 TEST_F(OpenAiTest, StoppingEndsWhatIsInFlightWithAnError) {
   Start({.step = absl::Milliseconds(5)});
-  HttpClient streaming(server_->port());
+  RawHttpClient streaming(server_->port());
   client_->SendPost("/v1/completions", R"({"prompt": "x", "max_tokens": 250})");
   streaming.SendPost("/v1/completions", R"({"prompt": "x", "max_tokens": 250, "stream": true})");
   ASSERT_TRUE(streaming.ReadUntil("data: "));

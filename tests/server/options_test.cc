@@ -61,7 +61,20 @@ TEST(OptionsTest, AllOfThem) {
                                             "--activation",
                                             "fp8",
                                             "--threads",
-                                            "3"});
+                                            "3",
+                                            "--max-waiting",
+                                            "5",
+                                            "--chat-template",
+                                            "v3_1",
+                                            "--allow-special-tokens",
+                                            "--drain-timeout",
+                                            "1.5",
+                                            "--log-format",
+                                            "json",
+                                            "--log-level",
+                                            "debug",
+                                            "--log-requests",
+                                            "prompts"});
   EXPECT_EQ(options.engine.device, "cpu");
   EXPECT_EQ(options.host, "0.0.0.0");
   EXPECT_EQ(options.port, 0);
@@ -74,7 +87,31 @@ TEST(OptionsTest, AllOfThem) {
   EXPECT_EQ(options.engine.kv_cache_dtype, "bf16");
   EXPECT_EQ(options.engine.activation, "fp8");
   EXPECT_EQ(options.engine.num_threads, 3);
+  EXPECT_EQ(options.engine.max_waiting, 5);
+  EXPECT_EQ(options.chat_template, "v3_1");
+  EXPECT_TRUE(options.allow_special_tokens);
+  EXPECT_EQ(options.drain_timeout, absl::Milliseconds(1500));
+  EXPECT_EQ(options.log_format, LogFormat::kJson);
+  EXPECT_EQ(options.log_level, "debug");
+  EXPECT_EQ(options.log_requests, RequestLog::kPrompts);
   EXPECT_EQ(Parse<ServeOptions>({"serve", "--model", "m", "--port", "1", "--port", "2"}).port, 2);  // the last counts
+}
+
+TEST(OptionsTest, Chat) {
+  const auto remote = Parse<ChatOptions>({"chat", "--url", "http://h:1", "--served-model-name", "m", "--system", "s",
+                                          "--max-tokens", "7", "--temperature", "0.5", "--thinking"});
+  EXPECT_EQ(remote.url, "http://h:1");
+  EXPECT_EQ(remote.model, "m");
+  EXPECT_EQ(remote.system, "s");
+  EXPECT_EQ(remote.max_tokens, 7);
+  EXPECT_EQ(remote.temperature, 0.5f);
+  EXPECT_TRUE(remote.thinking);
+  const auto local =
+      Parse<ChatOptions>({"chat", "--model", "dir", "--chat-template", "r1", "--kv-cache-memory", "1GiB"});
+  EXPECT_EQ(local.serve.engine.model_dir, "dir");
+  EXPECT_EQ(local.serve.chat_template, "r1");
+  EXPECT_EQ(local.serve.engine.kv_cache_bytes, int64_t{1} << 30);
+  EXPECT_FALSE(local.temperature.has_value());
 }
 
 TEST(OptionsTest, InspectHelpAndVersion) {
@@ -82,7 +119,7 @@ TEST(OptionsTest, InspectHelpAndVersion) {
   EXPECT_EQ(inspect.model_dir, "m");
   EXPECT_TRUE(inspect.deep);
   for (const std::vector<std::string>& arguments : std::vector<std::vector<std::string>>{
-           {"--help"}, {"-h"}, {"--version"}, {"serve", "--help"}, {"inspect", "--help"}}) {
+           {"--help"}, {"-h"}, {"--version"}, {"serve", "--help"}, {"chat", "--help"}, {"inspect", "--help"}}) {
     const ExitNow exit = Refused(arguments);
     EXPECT_EQ(exit.code, 0);
     EXPECT_FALSE(exit.text.empty());
@@ -106,6 +143,13 @@ TEST(OptionsTest, MistakesAreOneLineThatNamesThem) {
       {{"serve", "--model", "m", "--kv-cache-dtype", "int4"}, "--kv-cache-dtype"},
       {{"serve", "--model", "m", "--kv-cache-memory", "lots"}, "--kv-cache-memory"},
       {{"serve", "--model", "m", "--config", "/no/such/file"}, "/no/such/file"},
+      {{"serve", "--model", "m", "--chat-template", "v4"}, "--chat-template"},
+      {{"serve", "--model", "m", "--log-format", "xml"}, "--log-format"},
+      {{"serve", "--model", "m", "--log-requests", "all"}, "--log-requests"},
+      {{"serve", "--model", "m", "--drain-timeout", "-1"}, "--drain-timeout"},
+      {{"chat"}, "--model or --url"},
+      {{"chat", "--model", "m", "--url", "http://h"}, "--url"},
+      {{"chat", "--model", "m", "--temperature", "3"}, "--temperature"},
       {{"inspect"}, "--model"},
   };
   for (const auto& test : kCases) {

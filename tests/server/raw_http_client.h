@@ -1,6 +1,6 @@
-// HttpClient: a blocking HTTP client over a raw socket, for tests that look at bytes.
-#ifndef CACHALOT_TESTS_SERVER_HTTP_CLIENT_H_
-#define CACHALOT_TESTS_SERVER_HTTP_CLIENT_H_
+// RawHttpClient: a blocking HTTP client over a raw socket, for tests that look at bytes.
+#ifndef CACHALOT_TESTS_SERVER_RAW_HTTP_CLIENT_H_
+#define CACHALOT_TESTS_SERVER_RAW_HTTP_CLIENT_H_
 
 #include <arpa/inet.h>
 #include <gtest/gtest.h>
@@ -26,10 +26,10 @@ struct ClientResponse {
   std::string body;                            // chunks joined
 };
 
-class HttpClient {
+class RawHttpClient {
  public:
   // `receive_buffer_bytes` > 0 makes the window small, for slow readers.
-  explicit HttpClient(int port, int receive_buffer_bytes = 0) : fd_(socket(AF_INET, SOCK_STREAM, 0)) {
+  explicit RawHttpClient(int port, int receive_buffer_bytes = 0) : fd_(socket(AF_INET, SOCK_STREAM, 0)) {
     const timeval timeout = {.tv_sec = 20, .tv_usec = 0};
     setsockopt(fd_, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
     setsockopt(fd_, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
@@ -42,9 +42,9 @@ class HttpClient {
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     EXPECT_EQ(connect(fd_, reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
   }
-  ~HttpClient() { Close(); }
-  HttpClient(const HttpClient&) = delete;
-  HttpClient& operator=(const HttpClient&) = delete;
+  ~RawHttpClient() { Close(); }
+  RawHttpClient(const RawHttpClient&) = delete;
+  RawHttpClient& operator=(const RawHttpClient&) = delete;
 
   void Close() {
     if (fd_ >= 0) close(fd_);
@@ -155,4 +155,4 @@ class HttpClient {
 
 }  // namespace cachalot
 
-#endif  // CACHALOT_TESTS_SERVER_HTTP_CLIENT_H_
+#endif  // CACHALOT_TESTS_SERVER_RAW_HTTP_CLIENT_H_

@@ -1,0 +1,173 @@
+// Chats over real sockets and a fake engine, and what all streams owe to clients that are slow, and to a drain.
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "server/http/completion_call.h"
+#include "server/http/openai.h"
+#include "server/http/openai_error.h"
+#include "tests/server/fake_engine.h"
+#include "tests/server/raw_http_client.h"
+
+namespace cachalot {
+namespace {
+
+using nlohmann::json;
+
+constexpr char kHello[] = R"("messages":[{"role":"user","content":"Hello"}])";
+
+class ChatCompletionsTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    auto tokenizer = Tokenizer::Load(CACHALOT_TEST_DATA_DIR "/golden/data/v3_like");
+    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+    tokenizer_ = std::move(*tokenizer);
+  }
+  void TearDown() override {
+    if (server_ == nullptr) return;
+    generator_->Stop();
+    engine_ = nullptr;
+    server_->Stop(absl::ZeroDuration());
+  }
+  void Start(FakeEngineOptions options = {}, const char* chat_template = "v3") {
+    engine_ = std::make_unique<FakeEngine>(std::move(options));
+    GeneratorOptions generator_options;
+    generator_options.chat_template = ChatTemplate::ParseName(chat_template);
+    generator_options.metrics = &metrics_;
+    generator_ = std::make_unique<Generator>(engine_.get(), tokenizer_.get(), generator_options);
+    api_ = std::make_unique<OpenAiApi>(generator_.get(), &metrics_, "m", "m", "0");
+    server_ = std::make_unique<HttpServer>(HttpOptions{.port = 0}, HttpErrorResponse);
+    api_->Register(server_.get());
+    ASSERT_TRUE(server_->Bind().ok());
+    ASSERT_TRUE(server_->Start().ok());
+    client_ = std::make_unique<RawHttpClient>(server_->port());
+  }
+  json Chat(const std::string& fields) {
+    const ClientResponse response = client_->Post("/v1/chat/completions", absl::StrCat("{", kHello, ",", fields, "}"));
+    EXPECT_EQ(response.status, 200) << response.body;
+    return json::parse(response.body, nullptr, /*allow_exceptions=*/false);
+  }
+  std::vector<int32_t> Ids(std::string_view text) { return *tokenizer_->Encode(text); }
+
+  Metrics metrics_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::unique_ptr<FakeEngine> engine_;
+  std::unique_ptr<Generator> generator_;
+  std::unique_ptr<OpenAiApi> api_;
+  std::unique_ptr<HttpServer> server_;
+  std::unique_ptr<RawHttpClient> client_;
+};
+
+std::string RawRequest(const std::string& path, const std::string& body) {
+  return absl::StrCat("POST ", path, " HTTP/1.1\r\nConnection: close\r\nContent-Length: ", body.size(), "\r\n\r\n",
+                      body);
+}
+
+// The data of a stream's events, [DONE] left out.
+std::vector<json> Events(const std::string& body) {
+  std::vector<json> events;
+  for (absl::string_view event : absl::StrSplit(body, "\n\n", absl::SkipEmpty())) {
+    if (event == "data: [DONE]") continue;
+    events.push_back(json::parse(event.substr(6), nullptr, /*allow_exceptions=*/false));
+    EXPECT_TRUE(events.back().is_object()) << event;
+  }
+  return events;
+}
+
+TEST_F(ChatCompletionsTest, AllParametersReachTheEngine) {
+  Start();
+  const absl::Time before = absl::Now();
+  Chat(R"("max_tokens":9,"max_completion_tokens":5,"min_tokens":2,"logit_bias":{"7":1.5,"8":-100},"priority":-3,
+          "timeout":30,"logprobs":true,"top_logprobs":4,"seed":9)");
+  const Request request = engine_->requests().at(0);
+  EXPECT_EQ(request.sampling.max_tokens, 5);  // the newer name counts
+  EXPECT_EQ(request.sampling.min_tokens, 2);
+  EXPECT_EQ(request.sampling.logit_bias, (std::vector<std::pair<int32_t, float>>{{7, 1.5f}, {8, -100.0f}}));
+  EXPECT_EQ(request.sampling.logprobs, 4);
+  EXPECT_EQ(request.sampling.seed, 9u);
+  EXPECT_EQ(request.priority, -3);
+  EXPECT_GE(request.deadline, before + absl::Seconds(30));
+  EXPECT_LE(request.deadline, absl::Now() + absl::Seconds(30));
+  Chat(R"("logprobs":true)");
+  EXPECT_EQ(engine_->requests().at(1).sampling.logprobs, 0);
+  EXPECT_EQ(engine_->requests().at(1).deadline, absl::InfiniteFuture());
+  // Without a limit: what the context holds.
+  EXPECT_EQ(engine_->requests().at(1).sampling.max_tokens,
+            256 - static_cast<int>(engine_->requests().at(1).prompt.size()));
+}
+
+TEST_F(ChatCompletionsTest, ReasoningIsApart) {
+  std::vector<int32_t> script = Ids("I think</think>\n\nYes");
+  const int num_tokens = static_cast<int>(script.size());
+  Start({.script = script}, "r1");
+  const json answer = Chat(absl::StrCat("\"max_tokens\":", num_tokens));
+  EXPECT_EQ(answer["choices"][0]["message"]["content"], "Yes");
+  EXPECT_EQ(answer["choices"][0]["message"]["reasoning_content"], "I think");
+}
+
+TEST_F(ChatCompletionsTest, LargeBodiesAreReadToo) {
+  Start({.max_model_len = 1 << 20});
+  const std::string body = json({{"prompt", std::string(500'000, 'x')}, {"max_tokens", 2}}).dump();
+  EXPECT_EQ(client_->Post("/v1/completions", body).status, 200);
+  EXPECT_EQ(client_->Post("/v1/completions", body.substr(1)).status, 400);
+}
+
+// A client that does not read gets everything once it does, in fewer events than tokens.
+TEST_F(ChatCompletionsTest, SlowClientsGetLongerEvents) {
+  const int num_tokens = 60'000;
+  Start({.tokens_per_delta = 1, .max_model_len = 1 << 20});
+  RawHttpClient slow(server_->port(), /*receive_buffer_bytes=*/4096);
+  slow.Send(
+      RawRequest("/v1/chat/completions", absl::StrCat("{", kHello, R"(,"stream":true,"ignore_eos":true,"max_tokens":)",
+                                                      num_tokens, R"(,"stream_options":{"include_usage":true}})")));
+  ASSERT_TRUE(engine_->AwaitIdle(absl::Seconds(60)));
+  const ClientResponse response = slow.ReadResponse();
+  const std::vector<json> events = Events(response.body);
+  ASSERT_GT(events.size(), 3u);
+  EXPECT_LT(events.size(), static_cast<size_t>(num_tokens) / 2);
+  std::string text;
+  for (const json& event : events) {
+    if (!event["choices"].empty()) text += event["choices"][0]["delta"].value("content", "");
+  }
+  std::vector<int32_t> ids;
+  for (int i = 0; i < num_tokens; ++i) ids.push_back(10 + i % 3);  // FakeEngineOptions::script
+  EXPECT_EQ(text, tokenizer_->Decode(ids, /*skip_special=*/true));
+  EXPECT_EQ(events.back()["usage"]["completion_tokens"], num_tokens);
+}
+
+// Log-probabilities cannot be joined: a client that lets too many of them wait loses its answer, and only it does.
+TEST_F(ChatCompletionsTest, TooManyLogprobsThatWaitEndTheRequest) {
+  const int num_tokens = static_cast<int>(CompletionCall::kMaxHeldScores) + 60'000;
+  Start({.tokens_per_delta = 4, .max_model_len = 1 << 20});
+  RawHttpClient slow(server_->port(), /*receive_buffer_bytes=*/4096);
+  slow.Send(RawRequest(
+      "/v1/completions",
+      absl::StrCat(R"({"prompt":"x","stream":true,"ignore_eos":true,"logprobs":1,"max_tokens":)", num_tokens, "}")));
+  EXPECT_TRUE(engine_->AwaitCancels(1, absl::Seconds(60)));
+  EXPECT_EQ(Chat("\"max_tokens\":1")["usage"]["completion_tokens"], 1);
+  const ClientResponse response = slow.ReadResponse();
+  EXPECT_NE(response.body.find("too slowly"), std::string::npos);
+  EXPECT_EQ(response.body.find("[DONE]"), std::string::npos);
+}
+
+TEST_F(ChatCompletionsTest, ADrainEndsReadinessNotAnswers) {
+  Start({.step = absl::Milliseconds(2)});
+  RawHttpClient streaming(server_->port());
+  streaming.Send(RawRequest("/v1/completions", R"({"prompt":"x","stream":true,"ignore_eos":true,"max_tokens":100})"));
+  ASSERT_TRUE(streaming.ReadUntil("data: "));
+  EXPECT_EQ(client_->Get("/readyz").status, 200);
+  EXPECT_EQ(generator_->num_running(), 1);
+  generator_->BeginDrain();
+  EXPECT_EQ(client_->Get("/readyz").status, 503);
+  EXPECT_EQ(client_->Get("/health").status, 200);
+  EXPECT_EQ(client_->Get("/metrics").status, 200);
+  EXPECT_EQ(client_->Post("/v1/completions", R"({"prompt":"x"})").status, 503);
+  const ClientResponse response = streaming.ReadResponse();
+  EXPECT_EQ(response.body.substr(response.body.size() - 14), "data: [DONE]\n\n");
+  EXPECT_EQ(generator_->num_running(), 0);
+}
+
+}  // namespace
+}  // namespace cachalot
