@@ -71,7 +71,7 @@ GrpcServer::~GrpcServer() { Stop(absl::ZeroDuration()); }
 void GrpcServer::SetServing(bool is_serving) {
   if (server_ == nullptr) return;
   server_->GetHealthCheckService()->SetServingStatus(is_serving);
-  server_->GetHealthCheckService()->SetServingStatus(CompletionService::service_full_name(), is_serving);
+  server_->GetHealthCheckService()->SetServingStatus(CachalotService::service_full_name(), is_serving);
 }
 
 void GrpcServer::Stop(absl::Duration grace) {

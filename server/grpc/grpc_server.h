@@ -10,7 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "server/grpc/completion_service.h"
+#include "server/grpc/cachalot_service.h"
 #include "server/text/generator.h"
 
 namespace cachalot {
@@ -38,7 +38,7 @@ class GrpcServer {
  private:
   GrpcServer(Generator* generator, std::string model_name) : service_(generator, std::move(model_name)) {}
 
-  CompletionService service_;
+  CachalotService service_;
   std::unique_ptr<grpc::Server> server_;
   int port_ = 0;
 };

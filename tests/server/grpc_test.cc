@@ -1,100 +1,17 @@
 // The gRPC endpoint in this process: answers, errors, cancellation, deadlines, health and reflection.
-#include <grpcpp/channel.h>
-#include <grpcpp/client_context.h>
-#include <grpcpp/create_channel.h>
-#include <grpcpp/generic/generic_stub.h>
-#include <grpcpp/security/credentials.h>
 #include <gtest/gtest.h>
 
-#include <functional>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/notification.h"
-#include "server/grpc/grpc_server.h"
-#include "tests/server/fake_engine.h"
+#include "tests/server/grpc_testing.h"
 
 namespace cachalot {
 namespace {
 
-class GrpcTest : public testing::Test {
- protected:
-  void Start(FakeEngineOptions options = {}) {
-    auto tokenizer = Tokenizer::Load(CACHALOT_TEST_DATA_DIR "/golden/data/v3_like");
-    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
-    tokenizer_ = std::move(*tokenizer);
-    engine_ = std::make_unique<FakeEngine>(std::move(options));
-    generator_ = std::make_unique<Generator>(engine_.get(), tokenizer_.get());
-    auto server = GrpcServer::Start("127.0.0.1", 0, generator_.get(), "model");
-    ASSERT_TRUE(server.ok()) << server.status();
-    server_ = std::move(*server);
-    channel_ = grpc::CreateChannel(absl::StrCat("127.0.0.1:", server_->port()), grpc::InsecureChannelCredentials());
-    stub_ = v1::Cachalot::NewStub(channel_);
-  }
-  void TearDown() override {
-    if (server_ == nullptr) return;
-    generator_->Stop();
-    engine_ = nullptr;
-    server_ = nullptr;
-  }
-
-  struct Answer {
-    grpc::Status status;
-    std::string text;
-    std::vector<v1::CompleteResponse> responses;
-  };
-  Answer Complete(const v1::CompleteRequest& request, grpc::ClientContext* context) {
-    Answer answer;
-    const auto reader = stub_->Complete(context, request);
-    for (v1::CompleteResponse response; reader->Read(&response);) {
-      answer.text += response.text();
-      answer.responses.push_back(response);
-    }
-    answer.status = reader->Finish();
-    return answer;
-  }
-  Answer Complete(const v1::CompleteRequest& request) {
-    grpc::ClientContext context;
-    return Complete(request, &context);
-  }
-
-  // A unary call by name, for services whose stubs we do not have; messages as bytes.
-  grpc::Status CallByName(const std::string& method, const std::string& request, std::string* response) {
-    grpc::GenericStub stub(channel_);
-    grpc::ClientContext context;
-    const grpc::Slice slice(request);
-    grpc::ByteBuffer in(&slice, 1), out;
-    grpc::Status result;
-    absl::Notification done;
-    stub.UnaryCall(&context, method, grpc::StubOptions(), &in, &out, [&](grpc::Status status) {
-      result = std::move(status);
-      done.Notify();
-    });
-    done.WaitForNotification();
-    std::vector<grpc::Slice> slices;
-    if (result.ok() && out.Dump(&slices).ok()) {
-      for (const grpc::Slice& part : slices) response->append(reinterpret_cast<const char*>(part.begin()), part.size());
-    }
-    return result;
-  }
-
-  std::unique_ptr<Tokenizer> tokenizer_;
-  std::unique_ptr<FakeEngine> engine_;
-  std::unique_ptr<Generator> generator_;
-  std::unique_ptr<GrpcServer> server_;
-  std::shared_ptr<grpc::Channel> channel_;
-  std::unique_ptr<v1::Cachalot::Stub> stub_;
-};
-
-v1::CompleteRequest Request(const std::string& text, int max_tokens) {
-  v1::CompleteRequest request;
-  request.set_text(text);
-  request.mutable_sampling()->set_max_tokens(max_tokens);
-  return request;
-}
-
 TEST_F(GrpcTest, StreamsAnAnswer) {
   Start({.script = {300, 303}});  // "Hello", " world"
-  v1::CompleteRequest request = Request("Hello", 4);
+  v1::CompleteRequest request = TextRequest("Hello", 4);
   request.set_model("model");
   request.set_logprobs(1);
   const Answer answer = Complete(request);
@@ -140,7 +57,7 @@ TEST_F(GrpcTest, ParametersReachTheEngine) {
 
 TEST_F(GrpcTest, StopStringsEndTheAnswer) {
   Start({.script = {300, 303}, .step = absl::Milliseconds(1)});
-  v1::CompleteRequest request = Request("x", 200);
+  v1::CompleteRequest request = TextRequest("x", 200);
   request.add_stop("lo w");
   const Answer answer = Complete(request);
   EXPECT_TRUE(answer.status.ok());
@@ -151,29 +68,29 @@ TEST_F(GrpcTest, StopStringsEndTheAnswer) {
 
 TEST_F(GrpcTest, ErrorsAreStatusCodes) {
   Start({.fail_after = 1});
-  v1::CompleteRequest request = Request("x", 4);
+  v1::CompleteRequest request = TextRequest("x", 4);
   request.set_model("other");
   EXPECT_EQ(Complete(request).status.error_code(), grpc::StatusCode::NOT_FOUND);
   EXPECT_EQ(Complete({}).status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
-  request = Request("x", 4);
+  request = TextRequest("x", 4);
   request.mutable_sampling()->set_temperature(-1);
   const Answer wrong = Complete(request);
   EXPECT_EQ(wrong.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   EXPECT_NE(wrong.status.error_message().find("temperature"), std::string::npos);
-  const Answer failed = Complete(Request("x", 4));
+  const Answer failed = Complete(TextRequest("x", 4));
   EXPECT_EQ(failed.status.error_code(), grpc::StatusCode::INTERNAL);
   EXPECT_EQ(failed.responses.size(), 1u);
 }
 
 TEST_F(GrpcTest, AFullQueueIsResourceExhausted) {
   Start({.max_requests = 0});
-  EXPECT_EQ(Complete(Request("x", 4)).status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(Complete(TextRequest("x", 4)).status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
 }
 
 TEST_F(GrpcTest, CancellingCancelsTheRequest) {
   Start({.step = absl::Milliseconds(5)});
   grpc::ClientContext context;
-  const auto reader = stub_->Complete(&context, Request("x", 250));
+  const auto reader = stub_->Complete(&context, TextRequest("x", 250));
   v1::CompleteResponse response;
   ASSERT_TRUE(reader->Read(&response));
   context.TryCancel();
@@ -186,14 +103,14 @@ TEST_F(GrpcTest, ADeadlineCancelsTheRequest) {
   Start({.step = absl::Milliseconds(20)});
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(200));
-  EXPECT_EQ(Complete(Request("x", 250), &context).status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_EQ(Complete(TextRequest("x", 250), &context).status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_TRUE(engine_->AwaitCancels(1));
 }
 
 TEST_F(GrpcTest, StoppingEndsWhatIsInFlight) {
   Start({.step = absl::Milliseconds(5)});
   grpc::ClientContext context;
-  const auto reader = stub_->Complete(&context, Request("x", 250));
+  const auto reader = stub_->Complete(&context, TextRequest("x", 250));
   v1::CompleteResponse response;
   ASSERT_TRUE(reader->Read(&response));
   generator_->Stop();
@@ -210,7 +127,7 @@ TEST_F(GrpcTest, ManyCallsAtOnce) {
   for (int i = 0; i < 8; ++i) {
     threads.emplace_back([this] {
       for (int k = 0; k < 10; ++k) {
-        const Answer answer = Complete(Request("x", 20));
+        const Answer answer = Complete(TextRequest("x", 20));
         EXPECT_TRUE(answer.status.ok());
         EXPECT_EQ(answer.text.size(), 10 * std::string("Hello world").size());
       }
@@ -222,7 +139,7 @@ TEST_F(GrpcTest, ManyCallsAtOnce) {
 TEST_F(GrpcTest, Health) {
   Start();
   // HealthCheckResponse{status}: field 1; SERVING = 1, NOT_SERVING = 2. The request names a service in field 1.
-  const std::string service = CompletionService::service_full_name();
+  const std::string service = CachalotService::service_full_name();
   const std::string by_name = absl::StrCat("\x0A", std::string(1, static_cast<char>(service.size())), service);
   for (const std::string& request : {std::string(), by_name}) {
     std::string response;
