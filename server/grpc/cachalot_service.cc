@@ -7,7 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
-#include "server/grpc/call_reactor.h"
+#include "server/grpc/answer_reactors.h"
 #include "server/grpc/grpc_messages.h"
 #include "server/grpc/proto_calls.h"
 #include "server/request_error.h"

@@ -1,12 +1,10 @@
-// Reactors of calls that generate: events from the engine's output thread meet gRPC's threads.
+// CallReactor: a call that generates: events from the engine's output thread meet gRPC's threads.
 #ifndef CACHALOT_SERVER_GRPC_CALL_REACTOR_H_
 #define CACHALOT_SERVER_GRPC_CALL_REACTOR_H_
 
 #include <grpcpp/support/server_callback.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -14,8 +12,6 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "server/grpc/grpc_messages.h"
-#include "server/grpc/proto_calls.h"
 #include "server/text/generator.h"
 
 namespace cachalot {
@@ -118,121 +114,6 @@ class CallReactor : public Base {
   std::vector<std::shared_ptr<Generation>> generations_;
   int num_running_ = 0;
   std::shared_ptr<CallReactor> self_;  // gRPC's share, until OnDone; not guarded
-};
-
-// Writes a Response (v1::CompleteResponse or v1::ChatResponse) an event. At most so many wait for a slow client, and
-// one an answer: later events are added to those.
-template <typename Response>
-class StreamReactor final : public CallReactor<grpc::ServerWriteReactor<grpc::ByteBuffer>> {
- public:
-  explicit StreamReactor(grpc::CallbackServerContext* context) : CallReactor(context) {}
-
-  void OnWriteDone(bool ok) override {
-    if (!ok) return OnWriteFailed();
-    {
-      std::lock_guard lock(mutex_);
-      is_writing_ = false;
-    }
-    Advance();
-  }
-
- private:
-  static constexpr size_t kMaxWaiting = 64;
-
-  void OnWriteFailed() {
-    {
-      std::lock_guard lock(mutex_);
-      is_writing_ = false;
-    }
-    OnCancel();
-  }
-
-  void Take(int index, GenerateEvent event) override {
-    Response* response = waiting_.size() < kMaxWaiting ? nullptr : LastWaiting(index);
-    if (response == nullptr) {
-      response = &waiting_.emplace_back(std::move(spare_));
-      response->Clear();
-      response->set_index(index);
-    }
-    Append(std::move(event), response);
-  }
-
-  Response* LastWaiting(int index) {
-    for (auto response = waiting_.rbegin(); response != waiting_.rend(); ++response) {
-      if (response->index() == index) return &*response;
-    }
-    return nullptr;
-  }
-
-  // Responses that wait share packets: gRPC may hold back those that it is told will be followed.
-  void Advance() override {
-    bool has_next = false, is_followed = false;
-    std::optional<absl::Status> final_status;
-    {
-      std::lock_guard lock(mutex_);
-      if (is_writing_ || has_finished_) return;
-      if (is_cancelled_) {
-        final_status = absl::CancelledError("the call was cancelled");
-      } else if (waiting_.empty()) {
-        final_status = status_;
-      } else {
-        has_next = is_writing_ = true;
-        writing_.Swap(&waiting_.front());
-        spare_ = std::move(waiting_.front());
-        waiting_.pop_front();
-        is_followed = !waiting_.empty();
-        if (!is_followed && status_.has_value() && status_->ok()) final_status = status_;
-      }
-      has_finished_ = final_status.has_value();
-    }
-    if (has_next) buffer_ = SerializeMessage(writing_);
-    if (has_next && final_status.has_value()) {
-      StartWriteAndFinish(&buffer_, grpc::WriteOptions(), grpc::Status::OK);
-    } else if (has_next) {
-      StartWrite(&buffer_, is_followed ? grpc::WriteOptions().set_buffer_hint() : grpc::WriteOptions());
-    } else if (final_status.has_value()) {
-      Finish(ToGrpcStatus(*final_status, context_));
-    }
-  }
-
-  std::deque<Response> waiting_;  // guarded by mutex_
-  Response spare_;                // one that was written, for its memory; guarded by mutex_
-  bool is_writing_ = false;       // guarded by mutex_
-  Response writing_;              // whose is_writing_ it is, and so is buffer_
-  grpc::ByteBuffer buffer_;
-};
-
-// Gathers all answers in a Response (v1::CompleteUnaryResponse or v1::ChatUnaryResponse).
-template <typename Response>
-class UnaryReactor final : public CallReactor<grpc::ServerUnaryReactor> {
- public:
-  // gRPC keeps `buffer` until OnDone.
-  UnaryReactor(grpc::CallbackServerContext* context, grpc::ByteBuffer* buffer)
-      : CallReactor(context), buffer_(buffer) {}
-
- private:
-  void Take(int index, GenerateEvent event) override {
-    while (response_.answers_size() <= index) response_.add_answers()->set_index(response_.answers_size() - 1);
-    v1::Usage* usage = response_.mutable_usage();
-    usage->set_prompt_tokens(std::max<int64_t>(usage->prompt_tokens(), event.usage.prompt_tokens));
-    usage->set_completion_tokens(usage->completion_tokens() + event.usage.completion_tokens);
-    Append(std::move(event), response_.mutable_answers(index));
-  }
-
-  void Advance() override {
-    absl::Status status;
-    {
-      std::lock_guard lock(mutex_);
-      if (has_finished_ || (!is_cancelled_ && !status_.has_value())) return;
-      status = is_cancelled_ ? absl::CancelledError("the call was cancelled") : *status_;
-      has_finished_ = true;
-    }
-    if (status.ok()) *buffer_ = SerializeMessage(response_);
-    Finish(ToGrpcStatus(status, context_));
-  }
-
-  Response response_;  // guarded by mutex_ until has_finished_
-  grpc::ByteBuffer* const buffer_;
 };
 
 }  // namespace cachalot
