@@ -13,25 +13,29 @@
 namespace cachalot {
 namespace {
 
+template <typename... Args>
+absl::Status Bad(const absl::FormatSpec<Args...>& format, const Args&... args) {
+  return absl::InvalidArgumentError(absl::StrFormat(format, args...));
+}
+
 // The token ids that sampling parameters name.
 absl::Status ValidateTokenIds(const SamplingParams& s, int vocab_size, const std::vector<int>& eos_token_ids) {
-  const auto bad = [](auto&&... parts) { return absl::InvalidArgumentError(absl::StrFormat(parts...)); };
   for (int32_t token : s.stop_token_ids) {
     if (token < 0 || token >= vocab_size) {
-      return bad("stop_token_ids: token id %d is outside the vocabulary of %d", token, vocab_size);
+      return Bad("stop_token_ids: token id %d is outside the vocabulary of %d", token, vocab_size);
     }
   }
   absl::flat_hash_set<int32_t> biased;
   for (const auto& [token, bias] : s.logit_bias) {
     if (token < 0 || token >= vocab_size) {
-      return bad("logit_bias: token id %d is outside the vocabulary of %d", token, vocab_size);
+      return Bad("logit_bias: token id %d is outside the vocabulary of %d", token, vocab_size);
     }
-    if (!biased.insert(token).second) return bad("logit_bias: token id %d occurs twice", token);
-    if (!(std::abs(bias) <= 100)) return bad("logit_bias: found %g for token id %d, expected -100 to 100", bias, token);
+    if (!biased.insert(token).second) return Bad("logit_bias: token id %d occurs twice", token);
+    if (!(std::abs(bias) <= 100)) return Bad("logit_bias: found %g for token id %d, expected -100 to 100", bias, token);
   }
   const size_t num_biases = NumTokenBiases(s, eos_token_ids);
   if (num_biases > kMaxTokenBiases) {
-    return bad("logit_bias: %d tokens, with those that min_tokens holds back; expected at most %d", num_biases,
+    return Bad("logit_bias: %d tokens, with those that min_tokens holds back; expected at most %d", num_biases,
                kMaxTokenBiases);
   }
   return absl::OkStatus();
@@ -59,36 +63,35 @@ absl::Status ValidateOptions(const EngineOptions& options) {
 
 absl::Status ValidateRequest(const Request& request, const ModelInfo& model, const std::vector<int>& eos_token_ids) {
   const SamplingParams& s = request.sampling;
-  const auto bad = [](auto&&... parts) { return absl::InvalidArgumentError(absl::StrFormat(parts...)); };
-  if (request.prompt.empty()) return bad("prompt: it has no tokens");
+  if (request.prompt.empty()) return Bad("prompt: it has no tokens");
   for (int32_t token : request.prompt) {
     if (token < 0 || token >= model.vocab_size) {
-      return bad("prompt: token id %d is outside the vocabulary of %d", token, model.vocab_size);
+      return Bad("prompt: token id %d is outside the vocabulary of %d", token, model.vocab_size);
     }
   }
   const int64_t num_tokens = static_cast<int64_t>(request.prompt.size());
   if (num_tokens + (s.max_tokens > 0 ? 1 : 0) > model.max_model_len) {
-    return bad("prompt: it has %d tokens, and the context of %d must hold prompt and answer", num_tokens,
+    return Bad("prompt: it has %d tokens, and the context of %d must hold prompt and answer", num_tokens,
                model.max_model_len);
   }
   if (!std::isfinite(s.temperature) || s.temperature < 0)
-    return bad("temperature: found %g, expected 0 or more", s.temperature);
-  if (!(s.top_p > 0 && s.top_p <= 1)) return bad("top_p: found %g, expected more than 0 and at most 1", s.top_p);
-  if (!(s.min_p >= 0 && s.min_p <= 1)) return bad("min_p: found %g, expected 0 to 1", s.min_p);
-  if (s.top_k < 0) return bad("top_k: found %d, expected 0 or more", s.top_k);
+    return Bad("temperature: found %g, expected 0 or more", s.temperature);
+  if (!(s.top_p > 0 && s.top_p <= 1)) return Bad("top_p: found %g, expected more than 0 and at most 1", s.top_p);
+  if (!(s.min_p >= 0 && s.min_p <= 1)) return Bad("min_p: found %g, expected 0 to 1", s.min_p);
+  if (s.top_k < 0) return Bad("top_k: found %d, expected 0 or more", s.top_k);
   if (!(std::abs(s.presence_penalty) <= 2))
-    return bad("presence_penalty: found %g, expected -2 to 2", s.presence_penalty);
+    return Bad("presence_penalty: found %g, expected -2 to 2", s.presence_penalty);
   if (!(std::abs(s.frequency_penalty) <= 2))
-    return bad("frequency_penalty: found %g, expected -2 to 2", s.frequency_penalty);
+    return Bad("frequency_penalty: found %g, expected -2 to 2", s.frequency_penalty);
   if (!(std::isfinite(s.repetition_penalty) && s.repetition_penalty > 0)) {
-    return bad("repetition_penalty: found %g, expected more than 0", s.repetition_penalty);
+    return Bad("repetition_penalty: found %g, expected more than 0", s.repetition_penalty);
   }
-  if (s.max_tokens < 0) return bad("max_tokens: found %d, expected 0 or more", s.max_tokens);
+  if (s.max_tokens < 0) return Bad("max_tokens: found %d, expected 0 or more", s.max_tokens);
   if (s.min_tokens < 0 || s.min_tokens > s.max_tokens) {
-    return bad("min_tokens: found %d, expected 0 to max_tokens, which is %d", s.min_tokens, s.max_tokens);
+    return Bad("min_tokens: found %d, expected 0 to max_tokens, which is %d", s.min_tokens, s.max_tokens);
   }
   if (s.logprobs > kMaxTopLogprobs || s.prompt_logprobs > kMaxTopLogprobs) {
-    return bad("logprobs: found %d, expected at most %d", std::max(s.logprobs, s.prompt_logprobs), kMaxTopLogprobs);
+    return Bad("logprobs: found %d, expected at most %d", std::max(s.logprobs, s.prompt_logprobs), kMaxTopLogprobs);
   }
   return ValidateTokenIds(s, model.vocab_size, eos_token_ids);
 }
