@@ -1,16 +1,15 @@
 // The front end alone: an engine that answers at once, one token a stream a step, and clients that frame and count
 // every event. Prints streamed tokens per second over HTTP and over gRPC, and beside them what bare sockets do.
 //
-//   build/release/tests/bench/front_end_bench [--connections 256] [--tokens 2000] [--model DIR with a tokenizer]
+//   build/release/tests/bench/front_end_bench [--connections 256] [--tokens 2000] [--steps-ahead 16] [--model DIR with
+//   a tokenizer]
 //
 // Last, one stream by itself and then beside 2,000 others: half of them silent, half of them given a token a second and
 // read by nobody.
 //
-// The engine never runs more than kMaxStepsAhead steps ahead of the clients, so that no answer is sent in fewer events
+// The engine never runs more than --steps-ahead steps ahead of the clients, so that no answer is sent in fewer events
 // than tokens; a run in which the clients have counted anything but one event a token fails.
 #include <arpa/inet.h>
-#include <grpcpp/create_channel.h>
-#include <grpcpp/security/credentials.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/epoll.h>
@@ -35,13 +34,14 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "cachalot/v1/cachalot.grpc.pb.h"
+#include "cachalot/v1/cachalot.pb.h"
 #include "server/grpc/grpc_server.h"
 #include "server/http/http_server.h"
 #include "server/http/openai.h"
 #include "server/http/openai_error.h"
 #include "server/text/generator.h"
 #include "server/text/tokenizer.h"
+#include "tests/bench/grpc_counter.h"
 #include "tests/bench/instant_engines.h"
 
 namespace cachalot {
@@ -72,19 +72,23 @@ int Connect(int port) {
   return fd;
 }
 
+void Send(int fd, const std::string& bytes) {
+  if (write(fd, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size())) Die("cannot send");
+}
+
 void Ask(int fd, int prompt, int num_tokens) {
   const std::string body =
       absl::StrCat("{\"model\":\"model\",\"prompt\":[", prompt, "],\"stream\":true,\"max_tokens\":", num_tokens, "}");
   const std::string request =
       absl::StrCat("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ", body.size(), "\r\n\r\n", body);
-  if (write(fd, request.data(), request.size()) != static_cast<ssize_t>(request.size())) Die("cannot send");
+  Send(fd, request);
 }
 
 // Frames one response: the head, then chunks (RFC 9112, 7.1), and in them events that end with an empty line.
 class EventCounter {
  public:
-  // False when the response has ended.
-  bool Feed(const char* data, size_t size) {
+  // False when the response has ended. Nothing is to be replied.
+  bool Feed(const char* data, size_t size, std::string*) {
     in_.append(data, size);
     size_t at = 0;
     while (true) {
@@ -132,11 +136,11 @@ struct Counts {
   int64_t events = 0, bytes = 0, reads = 0;
 };
 
-// Reads all connections until every response has ended; `seen` is told of every event.
-template <typename Seen>
-Counts CountEvents(const std::vector<int>& fds, Seen seen) {
+// Reads all connections, each with its counter, until every response has ended; `seen` is told of every event.
+template <typename Counter, typename Seen>
+Counts CountEvents(const std::vector<int>& fds, std::vector<Counter> counters, Seen seen) {
   const int epoll = epoll_create1(0);
-  std::vector<EventCounter> counters(fds.size());
+  std::string reply;
   for (size_t i = 0; i < fds.size(); ++i) {
     epoll_event event = {.events = EPOLLIN, .data = {.u64 = i}};
     epoll_ctl(epoll, EPOLL_CTL_ADD, fds[i], &event);
@@ -152,7 +156,10 @@ Counts CountEvents(const std::vector<int>& fds, Seen seen) {
       if (bytes <= 0) Die("a connection was closed");
       ++counts.reads;
       const int64_t before = counters[index].num_events();
-      if (!counters[index].Feed(buffer.data(), static_cast<size_t>(bytes))) {
+      reply.clear();
+      const bool goes_on = counters[index].Feed(buffer.data(), static_cast<size_t>(bytes), &reply);
+      if (!reply.empty()) Send(fds[index], reply);
+      if (!goes_on) {
         epoll_ctl(epoll, EPOLL_CTL_DEL, fds[index], nullptr);
         --num_open;
       }
@@ -160,13 +167,13 @@ Counts CountEvents(const std::vector<int>& fds, Seen seen) {
     }
     seen(counts.events);
   }
-  for (const EventCounter& counter : counters) counts.bytes += counter.num_bytes();
+  for (const Counter& counter : counters) counts.bytes += counter.num_bytes();
   close(epoll);
   return counts;
 }
 
 struct Setup {
-  int num_connections = 256, num_tokens = 2000;
+  int num_connections = 256, num_tokens = 2000, steps_ahead = 16;
   const Tokenizer* tokenizer = nullptr;
   std::vector<int32_t> vocabulary;
   int64_t num_events() const { return int64_t{num_connections} * num_tokens; }
@@ -180,7 +187,7 @@ void Report(const char* name, const Setup& setup, double seconds, double cpu_sec
 }
 
 void BenchHttp(const Setup& setup) {
-  InstantEngine engine(setup.num_connections, setup.num_tokens, setup.vocabulary);
+  InstantEngine engine(setup.num_connections, setup.num_tokens, setup.steps_ahead, setup.vocabulary);
   Metrics metrics;
   Generator generator(&engine, setup.tokenizer, {.metrics = &metrics});
   OpenAiApi api(&generator, &metrics, "model", "model", "0");
@@ -195,7 +202,8 @@ void BenchHttp(const Setup& setup) {
       absl::StrCat("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ", body.size(), "\r\n\r\n", body);
   const double cpu = CpuSeconds();
   for (int fd : fds) Ask(fd, 1, setup.num_tokens);
-  const Counts counts = CountEvents(fds, [&](int64_t events) { engine.Seen(events); });
+  const Counts counts =
+      CountEvents(fds, std::vector<EventCounter>(fds.size()), [&](int64_t events) { engine.Seen(events); });
   const double seconds = SecondsSince(engine.begin());
   if (counts.events != setup.num_events()) Die(absl::StrCat("counted ", counts.events, " events"));
   Report("HTTP, server-sent events", setup, seconds, CpuSeconds() - cpu,
@@ -209,7 +217,7 @@ void BenchHttp(const Setup& setup) {
 void BenchSlowClients(const Setup& setup) {
   constexpr int kNumOthers = 2000;
   const int num_tokens = setup.num_tokens * 20;
-  MixedEngine engine(num_tokens, setup.vocabulary);
+  MixedEngine engine(num_tokens, setup.steps_ahead, setup.vocabulary);
   Metrics metrics;
   Generator generator(&engine, setup.tokenizer, {.metrics = &metrics});
   OpenAiApi api(&generator, &metrics, "model", "model", "0");
@@ -220,7 +228,7 @@ void BenchSlowClients(const Setup& setup) {
     const int fd = Connect(server.port());
     Ask(fd, 1, num_tokens);
     const auto begin = Clock::now();
-    const Counts counts = CountEvents({fd}, [&](int64_t events) { engine.Seen(events); });
+    const Counts counts = CountEvents({fd}, std::vector<EventCounter>(1), [&](int64_t events) { engine.Seen(events); });
     if (counts.events != num_tokens) Die(absl::StrCat("counted ", counts.events, " events"));
     close(fd);
     return num_tokens / SecondsSince(begin);
@@ -269,7 +277,7 @@ void BenchSockets(const Setup& setup) {
   std::thread sender([&] {
     const std::string message(kMessageBytes, 'x');
     for (int t = 0; t < setup.num_tokens; ++t) {
-      while (num_seen.load() < int64_t{t - kMaxStepsAhead} * setup.num_connections) std::this_thread::yield();
+      while (num_seen.load() < int64_t{t - setup.steps_ahead} * setup.num_connections) std::this_thread::yield();
       for (int fd : servers) {
         if (send(fd, message.data(), message.size(), 0) != static_cast<ssize_t>(message.size())) Die("cannot send");
       }
@@ -300,68 +308,35 @@ void BenchSockets(const Setup& setup) {
   close(epoll);
 }
 
-// A stream of responses, read as gRPC gives them.
-class CountingReader : public grpc::ClientReadReactor<v1::CompleteResponse> {
- public:
-  CountingReader(v1::Cachalot::Stub* stub, const v1::CompleteRequest* request, std::function<void()> on_event,
-                 std::function<void(bool)> on_done)
-      : on_event_(std::move(on_event)), on_done_(std::move(on_done)) {
-    stub->async()->Complete(&context_, request, this);
-    StartRead(&response_);
-    StartCall();
-  }
-  void OnReadDone(bool ok) override {
-    if (!ok) return;
-    for (int i = 0; i < response_.token_ids_size(); ++i) on_event_();
-    StartRead(&response_);
-  }
-  void OnDone(const grpc::Status& status) override { on_done_(status.ok()); }
-
- private:
-  grpc::ClientContext context_;
-  v1::CompleteResponse response_;
-  std::function<void()> on_event_;
-  std::function<void(bool)> on_done_;
-};
-
-void BenchGrpc(const Setup& setup, int num_channels) {
-  InstantEngine engine(setup.num_connections, setup.num_tokens, setup.vocabulary);
+void BenchGrpc(const Setup& setup, int num_connections) {
+  InstantEngine engine(setup.num_connections, setup.num_tokens, setup.steps_ahead, setup.vocabulary);
   Metrics metrics;
   Generator generator(&engine, setup.tokenizer, {.metrics = &metrics});
   auto server = GrpcServer::Start("127.0.0.1", 0, &generator, "model");
   if (!server.ok()) Die(server.status().ToString());
-  std::vector<std::unique_ptr<v1::Cachalot::Stub>> stubs;
-  for (int i = 0; i < num_channels; ++i) {
-    grpc::ChannelArguments arguments;
-    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a connection each
-    stubs.push_back(v1::Cachalot::NewStub(grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", (*server)->port()),
-                                                                    grpc::InsecureChannelCredentials(), arguments)));
-  }
   v1::CompleteRequest request;
   request.mutable_token_ids()->add_ids(1);
   request.mutable_sampling()->set_max_tokens(setup.num_tokens);
-  std::atomic<int64_t> num_events = 0;
-  std::mutex mutex;
-  std::condition_variable done;
-  int num_open = setup.num_connections;
-  const auto on_done = [&](bool ok) {
-    if (!ok) Die("a gRPC call failed");
-    std::lock_guard lock(mutex);
-    if (--num_open == 0) done.notify_all();
-  };
-  const double cpu = CpuSeconds();
-  std::vector<std::unique_ptr<CountingReader>> readers;
+  std::vector<int> fds;
+  std::vector<std::string> calls(num_connections, GrpcCounter::Preface());
+  std::vector<GrpcCounter> counters(num_connections);
   for (int i = 0; i < setup.num_connections; ++i) {
-    readers.push_back(std::make_unique<CountingReader>(
-        stubs[i % num_channels].get(), &request, [&] { engine.Seen(num_events.fetch_add(1) + 1); }, on_done));
+    const int c = i % num_connections;
+    calls[c] +=
+        counters[c].Call(1 + 2 * (i / num_connections), "/cachalot.v1.Cachalot/Complete", request.SerializeAsString());
   }
-  {
-    std::unique_lock lock(mutex);
-    done.wait(lock, [&] { return num_open == 0; });
+  const double cpu = CpuSeconds();
+  for (const std::string& call : calls) {
+    fds.push_back(Connect((*server)->port()));
+    Send(fds.back(), call);
   }
+  const Counts counts = CountEvents(fds, std::move(counters), [&](int64_t events) { engine.Seen(events); });
   const double seconds = SecondsSince(engine.begin());
-  if (num_events != setup.num_events()) Die(absl::StrCat("counted ", num_events.load(), " responses"));
-  Report(absl::StrCat("gRPC over ", num_channels, " connections").c_str(), setup, seconds, CpuSeconds() - cpu, "");
+  if (counts.events != setup.num_events()) Die(absl::StrCat("counted ", counts.events, " responses"));
+  Report(absl::StrCat("gRPC over ", num_connections, " connections").c_str(), setup, seconds, CpuSeconds() - cpu,
+         absl::StrCat(", ", counts.bytes / counts.events, " bytes a message, ",
+                      static_cast<double>(counts.events) / static_cast<double>(counts.reads), " messages a read"));
+  for (int fd : fds) close(fd);
   generator.Stop();
   (*server)->Stop(absl::Seconds(1));
 }
@@ -380,6 +355,7 @@ int Main(int argc, char** argv) {
     } else if (name == "--only") {
       only = argv[i + 1];
     } else if (!(name == "--connections" && absl::SimpleAtoi(argv[i + 1], &setup.num_connections)) &&
+               !(name == "--steps-ahead" && absl::SimpleAtoi(argv[i + 1], &setup.steps_ahead)) &&
                !(name == "--tokens" && absl::SimpleAtoi(argv[i + 1], &setup.num_tokens))) {
       Die(absl::StrCat("what is ", name, "?"));
     }

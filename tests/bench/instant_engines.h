@@ -18,14 +18,15 @@ namespace cachalot {
 
 using Clock = std::chrono::steady_clock;
 
-// How far an engine runs ahead of its clients, lest they be sent several tokens in one event.
-inline constexpr int kMaxStepsAhead = 2;
-
 // Waits until `num_streams` requests have come, then gives every one a token a step.
 class InstantEngine : public Engine {
  public:
-  InstantEngine(int num_streams, int num_tokens, std::vector<int32_t> vocabulary)
-      : num_streams_(num_streams), num_tokens_(num_tokens), vocabulary_(std::move(vocabulary)) {
+  // It runs at most `steps_ahead` steps ahead of the clients, lest they be sent several tokens in one event.
+  InstantEngine(int num_streams, int num_tokens, int steps_ahead, std::vector<int32_t> vocabulary)
+      : num_streams_(num_streams),
+        num_tokens_(num_tokens),
+        steps_ahead_(steps_ahead),
+        vocabulary_(std::move(vocabulary)) {
     model_.model_type = "instant";
     model_.vocab_size = *std::max_element(vocabulary_.begin(), vocabulary_.end()) + 1;
     model_.max_model_len = 1 << 20;
@@ -75,7 +76,7 @@ class InstantEngine : public Engine {
     begin_ = Clock::now();
     std::minstd_rand random(1);
     for (int t = 0; t < num_tokens_; ++t) {
-      while (num_seen_.load(std::memory_order_acquire) < int64_t{t - kMaxStepsAhead} * num_streams_) {
+      while (num_seen_.load(std::memory_order_acquire) < int64_t{t - steps_ahead_} * num_streams_) {
         std::this_thread::yield();
       }
       for (const DeltaSink& sink : sinks) {
@@ -87,7 +88,7 @@ class InstantEngine : public Engine {
     }
   }
 
-  const int num_streams_, num_tokens_;
+  const int num_streams_, num_tokens_, steps_ahead_;
   const std::vector<int32_t> vocabulary_;
   ModelInfo model_;
   std::mutex mutex_;
@@ -103,8 +104,8 @@ class InstantEngine : public Engine {
 // tokens at once, then one a second. All end with the first.
 class MixedEngine : public Engine {
  public:
-  MixedEngine(int num_tokens, std::vector<int32_t> vocabulary)
-      : num_tokens_(num_tokens), vocabulary_(std::move(vocabulary)) {
+  MixedEngine(int num_tokens, int steps_ahead, std::vector<int32_t> vocabulary)
+      : num_tokens_(num_tokens), steps_ahead_(steps_ahead), vocabulary_(std::move(vocabulary)) {
     model_.vocab_size = *std::max_element(vocabulary_.begin(), vocabulary_.end()) + 1;
     model_.max_model_len = 1 << 20;
     thread_ = std::thread([this] { Run(); });
@@ -163,12 +164,12 @@ class MixedEngine : public Engine {
         }
         arrived_.clear();
       }
-      if (fast != nullptr && num_seen_.load(std::memory_order_acquire) >= num_given - kMaxStepsAhead) {
+      if (fast != nullptr && num_seen_.load(std::memory_order_acquire) >= num_given - steps_ahead_) {
         Give(fast, ++num_given == num_tokens_);
         if (num_given == num_tokens_) fast = nullptr;
       }
       // A second is shared out among the slow ones.
-      if (!slow.empty() && Clock::now() - last_slow >= std::chrono::seconds(1) / slow.size()) {
+      if (!slow.empty() && Clock::now() - last_slow >= std::chrono::nanoseconds(1'000'000'000) / slow.size()) {
         last_slow = Clock::now();
         Give(slow[next_slow++ % slow.size()], false);
       }
@@ -179,7 +180,7 @@ class MixedEngine : public Engine {
     }
   }
 
-  const int num_tokens_;
+  const int num_tokens_, steps_ahead_;
   const std::vector<int32_t> vocabulary_;
   ModelInfo model_;
   std::mutex mutex_;
