@@ -47,6 +47,7 @@ When the server says that it is ready, try in another terminal:
 
   curl http://$host:$port/v1/completions -H 'Content-Type: application/json' \\
     -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+  $root/build/release/cachalot chat --url http://$host:$port
 
 EOF
 exec "$root/build/release/cachalot" serve "$@"
