@@ -135,6 +135,8 @@ void ReadCommon(JsonFields* fields, CompletionRequest* request) {
   fields->Read("model", &request->model);
   ReadSampling(fields, &request->call.sampling);
   fields->ReadStrings("stop", &request->call.stop);
+  fields->Read("include_stop_str_in_output", &request->call.include_stop);
+  fields->Read("skip_special_tokens", &request->call.skip_special_tokens);
   fields->Read("n", 1, kMaxAnswers, &request->n);
   fields->Read("priority", std::numeric_limits<int32_t>::min(), kMaxInt, &request->call.priority);
   if (float seconds = 0; fields->Read("timeout", &seconds)) {

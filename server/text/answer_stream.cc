@@ -33,7 +33,7 @@ AnswerStream::AnswerStream(std::shared_ptr<const GeneratePlan> plan, const Token
     : plan_(std::move(plan)), tokenizer_(tokenizer), stops_(plan_->stop), reasoning_(plan_->reasoning) {
   if (tokenizer_ != nullptr) {
     prompt_detokenizer_.emplace(*tokenizer_, /*skip_special=*/false);
-    detokenizer_.emplace(*tokenizer_, /*skip_special=*/true, ShownTokens(*plan_, *tokenizer_));
+    detokenizer_.emplace(*tokenizer_, plan_->skip_special_tokens, ShownTokens(*plan_, *tokenizer_));
   }
   usage_.prompt_tokens = static_cast<int64_t>(plan_->prompt.size());
 }
@@ -52,14 +52,15 @@ GenerateEvent AnswerStream::Next(Delta delta) {
     if (has_scores) event.scores.push_back(Score(delta.logprobs[i]));
     const bool ends_answer =
         delta.finish_reason == FinishReason::kStop && i + 1 == delta.tokens.size() && token == delta.stop_token;
-    if (!ends_answer && detokenizer_.has_value()) AppendText(detokenizer_->Push(token), &event);
+    const bool is_text = !ends_answer || plan_->include_stop;
+    if (is_text && detokenizer_.has_value()) AppendText(detokenizer_->Push(token), &event);
   }
 
   // An incomplete character at the end can still complete a stop string that holds U+FFFD.
   const bool is_last = delta.finish_reason != FinishReason::kNone;
   if (is_last && stops_.hit() == nullptr && detokenizer_.has_value()) AppendText(detokenizer_->Flush(), &event);
   if (stops_.hit() != nullptr) {
-    AppendAnswer("", /*is_last=*/true, &event);
+    AppendAnswer(plan_->include_stop ? *stops_.hit() : "", /*is_last=*/true, &event);
     event.stop_string = *stops_.hit();
     Finish(FinishReason::kStop, &event);
   } else if (is_last) {

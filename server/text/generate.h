@@ -42,13 +42,15 @@ using Prompt = std::variant<std::string, std::vector<int32_t>, ChatPrompt>;
 // One prompt and how to answer it, as a client sent it.
 struct GenerateCall {
   Prompt prompt;
-  bool add_special_tokens = true;  // text: begin with BOS when the checkpoint's tokenizer does
-  bool match_special = true;       // text: added tokens written out in it ("<｜User｜>") become their ids
-  SamplingParams sampling;         // `choice` and `prompt_logprobs` are set by the generator
-  bool fill_context = false;       // the answer may fill the context: sampling.max_tokens is not looked at
-  std::vector<std::string> stop;   // text that ends the answer and is not part of it; from min_tokens on
-  bool echo = false;               // the answer begins with the prompt; with log-probabilities, so do they
-  int priority = 0;                // lower first
+  bool add_special_tokens = true;   // text: begin with BOS when the checkpoint's tokenizer does
+  bool match_special = true;        // text: added tokens written out in it ("<｜User｜>") become their ids
+  SamplingParams sampling;          // `choice` and `prompt_logprobs` are set by the generator
+  bool fill_context = false;        // the answer may fill the context: sampling.max_tokens is not looked at
+  std::vector<std::string> stop;    // text that ends the answer and is not part of it; from min_tokens on
+  bool include_stop = false;        // what ends the answer, a stop string or token, is part of it all the same
+  bool skip_special_tokens = true;  // in text
+  bool echo = false;                // the answer begins with the prompt; with log-probabilities, so do they
+  int priority = 0;                 // lower first
   absl::Time deadline = absl::InfiniteFuture();  // past it the answer ends with kError (DeadlineExceeded)
 };
 
@@ -58,6 +60,7 @@ struct GeneratePlan {
   int num_added = 0;  // tokens at the front of the prompt that the text did not hold
   SamplingParams sampling;
   std::vector<std::string> stop;
+  bool include_stop = false, skip_special_tokens = true;
   bool echo = false;
   ReasoningStart reasoning = ReasoningStart::kNever;
   int priority = 0;

@@ -266,6 +266,8 @@ absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateC
   plan->sampling.prompt_logprobs = call.echo ? plan->sampling.logprobs : -1;
   plan->stop = std::move(call.stop);
   plan->echo = call.echo;
+  plan->include_stop = call.include_stop;
+  plan->skip_special_tokens = call.skip_special_tokens;
   plan->priority = call.priority;
   plan->deadline = call.deadline;
   return plan;

@@ -90,7 +90,7 @@ TEST_F(ChatCompletionsTest, AllParametersReachTheEngine) {
   EXPECT_EQ(request.priority, -3);
   EXPECT_GE(request.deadline, before + absl::Seconds(30));
   EXPECT_LE(request.deadline, absl::Now() + absl::Seconds(30));
-  Chat(R"("logprobs":true)");
+  Chat(R"("logprobs":true,"stop":"d","include_stop_str_in_output":true,"skip_special_tokens":false)");
   EXPECT_EQ(engine_->requests().at(1).sampling.logprobs, 0);
   EXPECT_EQ(engine_->requests().at(1).deadline, absl::InfiniteFuture());
   // Without a limit: what the context holds.
@@ -139,7 +139,7 @@ TEST_F(ChatCompletionsTest, SlowClientsGetLongerEvents) {
 
 // Log-probabilities cannot be joined: a client that lets too many of them wait loses its answer, and only it does.
 TEST_F(ChatCompletionsTest, TooManyLogprobsThatWaitEndTheRequest) {
-  const int num_tokens = static_cast<int>(CompletionCall::kMaxHeldScores) + 60'000;
+  const int num_tokens = static_cast<int>(CompletionCall::kMaxHeldScores) * 5;  // sockets hold some, too
   Start({.tokens_per_delta = 4, .max_model_len = 1 << 20});
   RawHttpClient slow(server_->port(), /*receive_buffer_bytes=*/4096);
   slow.Send(RawRequest(
@@ -166,6 +166,8 @@ TEST_F(ChatCompletionsTest, ADrainEndsReadinessNotAnswers) {
   EXPECT_EQ(client_->Post("/v1/completions", R"({"prompt":"x"})").status, 503);
   const ClientResponse response = streaming.ReadResponse();
   EXPECT_EQ(response.body.substr(response.body.size() - 14), "data: [DONE]\n\n");
+  EXPECT_TRUE(engine_->AwaitIdle());
+  for (int i = 0; i < 1000 && generator_->num_running() > 0; ++i) absl::SleepFor(absl::Milliseconds(5));
   EXPECT_EQ(generator_->num_running(), 0);
 }
 

@@ -179,6 +179,27 @@ TEST_F(GeneratorTest, AStopStringAcrossTokensCancelsTheRequest) {
   }
 }
 
+TEST_F(GeneratorTest, WhatEndsAnAnswerIsPartOfItWhenAsked) {
+  GenerateCall call = Call("x", 200);
+  call.stop = {"lo wor"};
+  call.include_stop = true;
+  EXPECT_EQ(Run({.script = Ids("Hello world"), .step = absl::Milliseconds(2)}, call).text, "Hello wor");
+  call = Call("x");
+  call.sampling.stop_token_ids = {Ids(" world")[0]};
+  call.include_stop = true;
+  EXPECT_EQ(Run({.script = Ids("Hello world")}, call).text, "Hello world");
+}
+
+TEST_F(GeneratorTest, SpecialTokensAreTextWhenAsked) {
+  const int32_t bos = *tokenizer_->bos_id();
+  std::vector<int32_t> script = Ids("Hello");
+  script.push_back(bos);
+  GenerateCall call = Call("x", static_cast<int>(script.size()));
+  EXPECT_EQ(Run({.script = script}, call).text, "Hello");
+  call.skip_special_tokens = false;
+  EXPECT_EQ(Run({.script = script}, call).text, "Hello" + tokenizer_->TokenBytes(bos));
+}
+
 TEST_F(GeneratorTest, AStopStringThatDoesNotComeTakesNothing) {
   GenerateCall call = Call("x", 3);
   call.stop = {" world!"};
