@@ -7,7 +7,6 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
-#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -15,6 +14,9 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "server/text/chat_template.h"
 
 namespace cachalot {
 namespace {
@@ -57,6 +59,27 @@ std::string DirectoryName(const std::string& directory) {
   return path.filename().empty() ? "model" : path.filename().string();
 }
 
+// Checks that say what they want in the help text's own words.
+void MustBeWithin(CLI::Option* option, double low, double high, const char* type_name = "N") {
+  option->check(CLI::Range(low, high).description(""))->type_name(type_name);
+}
+void MustBeOneOf(CLI::Option* option, const std::vector<std::string>& names) {
+  option->check(CLI::IsMember(names).description(""))->type_name(absl::StrJoin(names, "|"));
+}
+template <typename Value>
+void MapNames(CLI::Option* option, const std::vector<std::pair<std::string, Value>>& values) {
+  std::vector<std::string> names;
+  for (const auto& [name, value] : values) names.push_back(name);
+  option->transform(CLI::CheckedTransformer(values).description(""))
+      ->type_name(absl::StrJoin(names, "|"))
+      ->default_str(names[0]);
+}
+
+const std::vector<std::string>& ChatTemplateNames() {
+  static const std::vector<std::string> names = absl::StrSplit(ChatTemplate::Names(), ", ");
+  return names;
+}
+
 constexpr char kServeFooter[] =
     "\nExamples:\n"
     "  cachalot serve --model /models/DeepSeek-V3                      everything by default, on 127.0.0.1:8000\n"
@@ -77,40 +100,41 @@ constexpr char kChatFooter[] =
 
 // Options of the engine, which several commands have.
 void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::App* app) {
-  app->add_option("--device", engine->device, "where the model runs")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
-  app->add_option("--max-model-len", engine->max_model_len, "tokens of one request, prompt and answer; 0: the model's")
-      ->check(CLI::Range(0, kMaxInt));
-  app->add_option("--max-sequences", engine->max_sequences, "requests that run at once; others wait")
-      ->check(CLI::Range(1, kMaxInt));
-  app->add_option("--max-batch-tokens", engine->max_batch_tokens,
-                  "tokens of one step; less: steadier streams, more: faster prompts")
-      ->check(CLI::Range(1, kMaxInt));
-  app->add_option("--max-waiting", engine->max_waiting, "requests that wait; one more is refused with 429")
-      ->check(CLI::Range(1, kMaxInt));
+  MustBeOneOf(app->add_option("--device", engine->device, "where the model runs"), {"auto", "cpu", "cuda"});
+  MustBeWithin(app->add_option("--max-model-len", engine->max_model_len,
+                               "tokens of one request, prompt and answer; 0: the model's"),
+               0, kMaxInt);
+  MustBeWithin(app->add_option("--max-sequences", engine->max_sequences, "requests that run at once; others wait"), 1,
+               kMaxInt);
+  MustBeWithin(app->add_option("--max-batch-tokens", engine->max_batch_tokens,
+                               "tokens of one step; less: steadier streams, more: faster prompts"),
+               1, kMaxInt);
+  MustBeWithin(
+      app->add_option("--max-waiting", engine->max_waiting, "requests that wait; one more is refused with 429"), 1,
+      kMaxInt);
   app->add_option("--kv-cache-memory", *kv_cache_memory, "8GiB, or 80% of the host's available memory [what is needed]")
       ->type_name("SIZE");
-  app->add_option("--kv-cache-dtype", engine->kv_cache_dtype, "type of the KV cache [f32 on the CPU, bf16 on the GPU]")
-      ->check(CLI::IsMember({"f32", "bf16", "fp8"}));
-  app->add_option("--activation", engine->activation, "type of activations")
-      ->check(CLI::IsMember({"auto", "f32", "fp8"}));
-  app->add_option("--threads", engine->num_threads, "CPU threads of the model; 0: one per core")
-      ->check(CLI::Range(0, 4096));
+  MustBeOneOf(app->add_option("--kv-cache-dtype", engine->kv_cache_dtype,
+                              "type of the KV cache [f32 on the CPU, bf16 on the GPU]"),
+              {"f32", "bf16", "fp8"});
+  MustBeOneOf(app->add_option("--activation", engine->activation, "type of activations"), {"auto", "f32", "fp8"});
+  MustBeWithin(app->add_option("--threads", engine->num_threads, "CPU threads of the model; 0: one per core"), 0, 4096);
+}
+
+void AddChatTemplateOption(std::string* chat_template, CLI::App* app) {
+  MustBeOneOf(app->add_option("--chat-template", *chat_template, "how chats are written [as the checkpoint's own]"),
+              ChatTemplateNames());
 }
 
 void AddLogOptions(ServeOptions* options, CLI::App* app) {
-  app->add_option("--log-format", options->log_format, "text, or json: an object a line")
-      ->transform(CLI::CheckedTransformer(
-          std::map<std::string, LogFormat>{{"text", LogFormat::kText}, {"json", LogFormat::kJson}}))
-      ->type_name("text|json")
-      ->default_str("text");
-  app->add_option("--log-level", options->log_level, "least important messages to log")
-      ->check(CLI::IsMember({"debug", "info", "warning", "error"}));
-  app->add_option("--log-requests", options->log_requests,
-                  "a line a request: counts and times, or prompts and answers too")
-      ->transform(CLI::CheckedTransformer(std::map<std::string, RequestLog>{
-          {"none", RequestLog::kNone}, {"summary", RequestLog::kSummary}, {"prompts", RequestLog::kPrompts}}))
-      ->type_name("none|summary|prompts")
-      ->default_str("none");
+  MapNames<LogFormat>(app->add_option("--log-format", options->log_format, "lines for people, or JSON objects"),
+                      {{"text", LogFormat::kText}, {"json", LogFormat::kJson}});
+  MustBeOneOf(app->add_option("--log-level", options->log_level, "least important messages to log"),
+              {"debug", "info", "warning", "error"});
+  MapNames<RequestLog>(
+      app->add_option("--log-requests", options->log_requests,
+                      "a line a request: counts and times, or prompts and answers too"),
+      {{"none", RequestLog::kNone}, {"summary", RequestLog::kSummary}, {"prompts", RequestLog::kPrompts}});
 }
 
 // Sizes and names that need more than CLI11's checks; an error's text is for stderr.
@@ -136,18 +160,17 @@ Command ParseServe(std::vector<std::string> arguments) {
   app.option_defaults()->always_capture_default()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.option_defaults()->group("Model");
   app.add_option("--model", options.engine.model_dir, "checkpoint directory")->required()->type_name("DIR");
-  app.add_option("--served-model-name", options.served_model_name, "name clients use [the directory's name]");
-  app.add_option("--chat-template", options.chat_template, "how chats are written [as the checkpoint's own template]")
-      ->check(CLI::IsMember({"v3", "v3_0324", "r1", "r1_0528", "v3_1"}));
+  app.add_option("--served-model-name", options.served_model_name, "name clients use [the directory's name]")
+      ->type_name("NAME");
+  AddChatTemplateOption(&options.chat_template, &app);
   app.add_flag("--allow-special-tokens", options.allow_special_tokens,
                "texts of messages may hold special tokens, and so forge turns");
   app.option_defaults()->group("Network");
-  app.add_option("--host", options.host, "name or address to listen on");
-  app.add_option("--port", options.port, "HTTP port; 0: any free one")->check(CLI::Range(0, 65535));
-  app.add_option("--grpc-port", options.grpc_port, "gRPC port; 0: any free one; -1: no gRPC")
-      ->check(CLI::Range(-1, 65535));
-  app.add_option("--drain-timeout", drain_seconds, "seconds that requests in flight have after SIGTERM")
-      ->check(CLI::Range(0.0, 86400.0));
+  app.add_option("--host", options.host, "name or address to listen on")->type_name("HOST");
+  MustBeWithin(app.add_option("--port", options.port, "HTTP port; 0: any free one"), 0, 65535);
+  MustBeWithin(app.add_option("--grpc-port", options.grpc_port, "gRPC port; 0: any free one; -1: no gRPC"), -1, 65535);
+  MustBeWithin(app.add_option("--drain-timeout", drain_seconds, "what requests in flight have to end after SIGTERM"), 0,
+               86400, "SECONDS");
   app.option_defaults()->group("Engine");
   AddEngineOptions(&options.engine, &kv_cache_memory, &app);
   app.option_defaults()->group("Logs");
@@ -169,20 +192,21 @@ Command ParseChat(std::vector<std::string> arguments) {
   CLI::App app("Talks to a model: one on a server, or one that it loads itself.", "cachalot chat");
   app.footer(kChatFooter);
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-  auto* url = app.add_option("--url", options.url, "a server's address, http://HOST:PORT");
+  auto* url = app.add_option("--url", options.url, "a server's address, http://HOST:PORT")->type_name("URL");
   auto* model =
       app.add_option("--model", options.serve.engine.model_dir, "checkpoint directory to load")->type_name("DIR");
   url->excludes(model);
-  app.add_option("--served-model-name", options.model, "model to ask the server for [its first]");
-  app.add_option("--system", options.system, "system message");
-  app.add_option("--max-tokens", options.max_tokens, "tokens of an answer at most [what the context holds]")
-      ->check(CLI::Range(1, kMaxInt));
-  app.add_option("--temperature", options.temperature, "0: the likeliest token always [the server's default]")
-      ->check(CLI::Range(0.0, 2.0));
+  app.add_option("--served-model-name", options.model, "model to ask the server for [its first]")->type_name("NAME");
+  app.add_option("--system", options.system, "system message")->type_name("TEXT");
+  MustBeWithin(
+      app.add_option("--max-tokens", options.max_tokens, "tokens of an answer at most [what the context holds]"), 1,
+      kMaxInt);
+  MustBeWithin(
+      app.add_option("--temperature", options.temperature, "0: the likeliest token always [the server's default]"), 0,
+      2, "T");
   app.add_flag("--thinking", options.thinking, "let the model think first, where its template knows both ways");
   app.option_defaults()->group("With --model")->always_capture_default();
-  app.add_option("--chat-template", options.serve.chat_template, "how chats are written [as the checkpoint's own]")
-      ->check(CLI::IsMember({"v3", "v3_0324", "r1", "r1_0528", "v3_1"}));
+  AddChatTemplateOption(&options.serve.chat_template, &app);
   options.serve.engine.max_sequences = 1;
   AddEngineOptions(&options.serve.engine, &kv_cache_memory, &app);
 
