@@ -186,6 +186,7 @@ absl::Status EngineImpl::Load(int valid_tokens) {
   model_info_.backend = backend_->name();
   model_info_.vocab_size = config->vocab_size;
   model_info_.max_model_len = cache->max_model_len;
+  model_info_.max_waiting = options_.max_waiting;
   model_info_.kv_cache_tokens = cache->num_blocks * kBlockTokens;
   model_info_.kv_bytes_per_token =
       KvTokenBytes(*kv_dtype, config->kv_lora_rank, config->qk_rope_head_dim) * config->num_hidden_layers;

@@ -7,6 +7,10 @@
 
 namespace cachalot {
 
+// What the options may be at most: far beyond what is of use, below what overflows.
+inline constexpr int kMaxModelLen = 1 << 24, kMaxSequences = 1 << 16, kMaxBatchTokens = 1 << 20;
+inline constexpr int kMaxWaiting = 1 << 24, kMaxThreads = 1 << 12;
+
 struct EngineOptions {
   std::string model_dir;
   std::string device = "auto";      // auto | cpu | cuda

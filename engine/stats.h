@@ -43,9 +43,10 @@ struct EngineStats {
 // What a front end must know of the loaded model.
 struct ModelInfo {
   std::string model_type;
-  std::string backend;    // "cpu (2 threads, AVX3)"
-  int vocab_size = 0;     // rows of the head; prompt ids must be below
-  int max_model_len = 0;  // prompt + generated tokens of one request
+  std::string backend;     // "cpu (2 threads, AVX3)"
+  int vocab_size = 0;      // rows of the head; prompt ids must be below
+  int max_model_len = 0;   // prompt + generated tokens of one request
+  int max_waiting = 4096;  // requests that wait at once
   int kv_cache_tokens = 0;
   int64_t kv_bytes_per_token = 0;  // over all layers
   int bos_token_id = -1;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_format.h"
@@ -44,16 +45,16 @@ absl::Status ValidateTokenIds(const SamplingParams& s, int vocab_size, const std
 }  // namespace
 
 absl::Status ValidateOptions(const EngineOptions& options) {
-  const auto at_least = [](const char* name, int64_t value, int64_t low) {
-    if (value >= low) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrFormat("%s: found %d, expected at least %d", name, value, low));
+  const auto within = [](const char* name, int64_t value, int64_t low, int64_t high) {
+    if (value >= low && value <= high) return absl::OkStatus();
+    return Bad("%s: found %d, expected %d to %d", name, value, low, high);
   };
-  absl::Status status = at_least("max-model-len", options.max_model_len, 0);
-  status.Update(at_least("max-sequences", options.max_sequences, 1));
-  status.Update(at_least("max-batch-tokens", options.max_batch_tokens, 1));
-  status.Update(at_least("max-waiting", options.max_waiting, 1));
-  status.Update(at_least("kv-cache-memory", options.kv_cache_bytes, 0));
-  status.Update(at_least("threads", options.num_threads, 0));
+  absl::Status status = within("max-model-len", options.max_model_len, 0, kMaxModelLen);
+  status.Update(within("max-sequences", options.max_sequences, 1, kMaxSequences));
+  status.Update(within("max-batch-tokens", options.max_batch_tokens, 1, kMaxBatchTokens));
+  status.Update(within("max-waiting", options.max_waiting, 1, kMaxWaiting));
+  status.Update(within("kv-cache-memory", options.kv_cache_bytes, 0, std::numeric_limits<int64_t>::max()));
+  status.Update(within("threads", options.num_threads, 0, kMaxThreads));
   if (options.activation != "auto" && options.activation != "f32" && options.activation != "fp8") {
     status.Update(absl::InvalidArgumentError(
         absl::StrFormat("activation: found \"%s\", expected auto, f32 or fp8", options.activation)));

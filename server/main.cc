@@ -15,6 +15,6 @@ int main(int argc, char** argv) {
   if (const auto* chat = std::get_if<cachalot::ChatOptions>(&command)) return cachalot::Chat(*chat);
   if (const auto* inspect = std::get_if<cachalot::InspectOptions>(&command)) return cachalot::InspectModel(*inspect);
   const auto& exit = std::get<cachalot::ExitNow>(command);
-  std::fputs(exit.text.c_str(), exit.code == 0 ? stdout : stderr);
+  std::fwrite(exit.text.data(), 1, exit.text.size(), exit.code == 0 ? stdout : stderr);
   return exit.code;
 }

@@ -16,7 +16,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "server/config_file.h"
 #include "server/text/chat_template.h"
+#include "server/text/utf8.h"
 
 namespace cachalot {
 namespace {
@@ -61,20 +63,13 @@ std::string DirectoryName(const std::string& directory) {
 
 // Checks that say what they want in the help text's own words.
 void MustBeWithin(CLI::Option* option, double low, double high, const char* type_name = "N") {
-  option->check(CLI::Range(low, high).description(""))->type_name(type_name);
+  // NOTE: Range lets through what is no number.
+  const auto is_number = [](std::string& text) { return text == "nan" || text == "-nan" ? "not a number" : ""; };
+  option->check(CLI::Range(low, high).description(""))->check(CLI::Validator(is_number, ""))->type_name(type_name);
 }
 void MustBeOneOf(CLI::Option* option, const std::vector<std::string>& names) {
   option->check(CLI::IsMember(names).description(""))->type_name(absl::StrJoin(names, "|"));
 }
-template <typename Value>
-void MapNames(CLI::Option* option, const std::vector<std::pair<std::string, Value>>& values) {
-  std::vector<std::string> names;
-  for (const auto& [name, value] : values) names.push_back(name);
-  option->transform(CLI::CheckedTransformer(values).description(""))
-      ->type_name(absl::StrJoin(names, "|"))
-      ->default_str(names[0]);
-}
-
 const std::vector<std::string>& ChatTemplateNames() {
   static const std::vector<std::string> names = absl::StrSplit(ChatTemplate::Names(), ", ");
   return names;
@@ -103,22 +98,23 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
   MustBeOneOf(app->add_option("--device", engine->device, "where the model runs"), {"auto", "cpu", "cuda"});
   MustBeWithin(app->add_option("--max-model-len", engine->max_model_len,
                                "tokens of one request, prompt and answer; 0: the model's"),
-               0, kMaxInt);
+               0, kMaxModelLen);
   MustBeWithin(app->add_option("--max-sequences", engine->max_sequences, "requests that run at once; others wait"), 1,
-               kMaxInt);
+               kMaxSequences);
   MustBeWithin(app->add_option("--max-batch-tokens", engine->max_batch_tokens,
                                "tokens of one step; less: steadier streams, more: faster prompts"),
-               1, kMaxInt);
+               1, kMaxBatchTokens);
   MustBeWithin(
       app->add_option("--max-waiting", engine->max_waiting, "requests that wait; one more is refused with 429"), 1,
-      kMaxInt);
+      kMaxWaiting);
   app->add_option("--kv-cache-memory", *kv_cache_memory, "8GiB, or 80% of the host's available memory [what is needed]")
       ->type_name("SIZE");
   MustBeOneOf(app->add_option("--kv-cache-dtype", engine->kv_cache_dtype,
                               "type of the KV cache [f32 on the CPU, bf16 on the GPU]"),
               {"f32", "bf16", "fp8"});
   MustBeOneOf(app->add_option("--activation", engine->activation, "type of activations"), {"auto", "f32", "fp8"});
-  MustBeWithin(app->add_option("--threads", engine->num_threads, "CPU threads of the model; 0: one per core"), 0, 4096);
+  MustBeWithin(app->add_option("--threads", engine->num_threads, "CPU threads of the model; 0: one per core"), 0,
+               kMaxThreads);
 }
 
 void AddChatTemplateOption(std::string* chat_template, CLI::App* app) {
@@ -126,15 +122,25 @@ void AddChatTemplateOption(std::string* chat_template, CLI::App* app) {
               ChatTemplateNames());
 }
 
-void AddLogOptions(ServeOptions* options, CLI::App* app) {
-  MapNames<LogFormat>(app->add_option("--log-format", options->log_format, "lines for people, or JSON objects"),
-                      {{"text", LogFormat::kText}, {"json", LogFormat::kJson}});
+// The texts become enums in FinishLogs.
+struct LogTexts {
+  std::string format = "text", requests = "none";
+};
+
+void AddLogOptions(ServeOptions* options, LogTexts* texts, CLI::App* app) {
+  MustBeOneOf(app->add_option("--log-format", texts->format, "lines for people, or JSON objects"), {"text", "json"});
   MustBeOneOf(app->add_option("--log-level", options->log_level, "least important messages to log"),
               {"debug", "info", "warning", "error"});
-  MapNames<RequestLog>(
-      app->add_option("--log-requests", options->log_requests,
-                      "a line a request: counts and times, or prompts and answers too"),
-      {{"none", RequestLog::kNone}, {"summary", RequestLog::kSummary}, {"prompts", RequestLog::kPrompts}});
+  MustBeOneOf(app->add_option("--log-requests", texts->requests,
+                              "a line a request: counts and times, or prompts and answers too"),
+              {"none", "summary", "prompts"});
+}
+
+void FinishLogs(const LogTexts& texts, ServeOptions* options) {
+  options->log_format = texts.format == "json" ? LogFormat::kJson : LogFormat::kText;
+  options->log_requests = texts.requests == "none"      ? RequestLog::kNone
+                          : texts.requests == "summary" ? RequestLog::kSummary
+                                                        : RequestLog::kPrompts;
 }
 
 // Sizes and names that need more than CLI11's checks; an error's text is for stderr.
@@ -147,7 +153,25 @@ std::optional<ExitNow> FinishServe(const char* command, const std::string& kv_ca
     options->engine.kv_cache_bytes = *bytes;
   }
   if (options->served_model_name.empty()) options->served_model_name = DirectoryName(options->engine.model_dir);
+  if (FindInvalidUtf8(options->served_model_name).has_value()) {
+    return ExitNow{1, absl::StrCat("cachalot ", command, ": --served-model-name: the name is not valid UTF-8\n")};
+  }
   return std::nullopt;
+}
+
+// Puts what the file of the last --config says before all arguments, so that these count more.
+absl::Status PrependConfig(std::vector<std::string>* arguments) {
+  std::string path;
+  for (size_t i = 0; i < arguments->size(); ++i) {
+    const std::string& argument = (*arguments)[i];
+    if (argument == "--config" && i + 1 < arguments->size()) path = (*arguments)[i + 1];
+    if (argument.rfind("--config=", 0) == 0) path = argument.substr(sizeof("--config=") - 1);
+  }
+  if (path.empty()) return absl::OkStatus();
+  absl::StatusOr<std::vector<std::string>> from_file = ReadConfigFile(path);
+  if (!from_file.ok()) return from_file.status();
+  arguments->insert(arguments->begin(), from_file->begin(), from_file->end());
+  return absl::OkStatus();
 }
 
 Command ParseServe(std::vector<std::string> arguments) {
@@ -159,7 +183,7 @@ Command ParseServe(std::vector<std::string> arguments) {
   app.footer(kServeFooter);
   app.option_defaults()->always_capture_default()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.option_defaults()->group("Model");
-  app.add_option("--model", options.engine.model_dir, "checkpoint directory")->required()->type_name("DIR");
+  app.add_option("--model", options.engine.model_dir, "checkpoint directory (required)")->type_name("DIR");
   app.add_option("--served-model-name", options.served_model_name, "name clients use [the directory's name]")
       ->type_name("NAME");
   AddChatTemplateOption(&options.chat_template, &app);
@@ -174,13 +198,21 @@ Command ParseServe(std::vector<std::string> arguments) {
   app.option_defaults()->group("Engine");
   AddEngineOptions(&options.engine, &kv_cache_memory, &app);
   app.option_defaults()->group("Logs");
-  AddLogOptions(&options, &app);
+  LogTexts log_texts;
+  AddLogOptions(&options, &log_texts, &app);
   app.option_defaults()->group("Options");
-  app.set_config("--config", "", "file of options in TOML, e.g. max-sequences = 128")->type_name("FILE");
-  app.allow_config_extras(CLI::config_extras_mode::error);
+  std::string config;
+  app.add_option("--config", config, "file of options in TOML, e.g. max-sequences = 128")->type_name("FILE");
 
   ExitNow exit;
+  if (absl::Status status = PrependConfig(&arguments); !status.ok()) {
+    return ExitNow{1, absl::StrCat("cachalot serve: ", status.message(), "\n")};
+  }
   if (!Parse(&app, std::move(arguments), &exit)) return exit;
+  if (options.engine.model_dir.empty()) {
+    return ExitNow{1, "cachalot serve: --model is required (--help lists the options)\n"};
+  }
+  FinishLogs(log_texts, &options);
   if (const auto error = FinishServe("serve", kv_cache_memory, &options)) return *error;
   options.drain_timeout = absl::Seconds(drain_seconds);
   return options;

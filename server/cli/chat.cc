@@ -34,13 +34,20 @@ void CatchInterrupts() {
   sigaction(SIGINT, &action, nullptr);
 }
 
+// A member of what may be no object; null if there is none. NOTE: nlohmann's own accessors throw.
+const json& Member(const json& value, const char* key) {
+  static const json nothing;
+  if (!value.is_object()) return nothing;
+  const auto found = value.find(key);
+  return found == value.end() ? nothing : *found;
+}
+
 // What a server says of an error, in one line.
 std::string ErrorText(int status, const std::string& body) {
-  const json error = json::parse(body, nullptr, /*allow_exceptions=*/false);
-  if (error.is_object() && error.contains("error") && error["error"].is_object()) {
-    const json message = error["error"].value("message", json());
-    if (message.is_string()) return message.get<std::string>();
-  }
+  const json answer = json::parse(body, nullptr, /*allow_exceptions=*/false);
+  const json& error = Member(answer, "error");
+  const json& message = error.is_object() ? Member(error, "message") : error;
+  if (message.is_string()) return message.get<std::string>();
   return absl::StrCat("the server answered ", status);
 }
 
@@ -49,9 +56,11 @@ class AnswerPrinter {
  public:
   AnswerPrinter() : is_terminal_(isatty(STDOUT_FILENO) != 0) {}
 
-  // Bytes of a stream of server-sent events, however cut.
+  // Bytes of a stream of server-sent events, however cut; lines may end in CR LF.
   void Feed(std::string_view bytes) {
-    events_ += bytes;
+    for (const char byte : bytes) {
+      if (byte != '\r') events_.push_back(byte);
+    }
     size_t at = 0, end;
     while ((end = events_.find("\n\n", at)) != std::string::npos) {
       const std::string_view event = std::string_view(events_).substr(at, end - at);
@@ -77,23 +86,25 @@ class AnswerPrinter {
 
  private:
   void OnData(std::string_view data) {
+    if (data == "[DONE]") return;
     const json event = json::parse(data, nullptr, /*allow_exceptions=*/false);
-    if (!event.is_object()) return;
-    if (event.contains("error")) error_ = ErrorText(500, std::string(data));
-    if (const json usage = event.value("usage", json()); usage.is_object()) {
-      num_tokens_ = usage.value("completion_tokens", num_tokens_);
+    if (!event.is_object()) {
+      error_ = "the server sent an event that is no JSON object";
+      return;
     }
-    const json choices = event.value("choices", json::array());
+    if (event.contains("error")) error_ = ErrorText(500, std::string(data));
+    const json& num_tokens = Member(Member(event, "usage"), "completion_tokens");
+    if (num_tokens.is_number_integer()) num_tokens_ = num_tokens.get<int64_t>();
+    const json& choices = Member(event, "choices");
     if (!choices.is_array() || choices.empty()) return;
     if (first_ == absl::InfiniteFuture()) first_ = absl::Now();
-    const json delta = choices[0].value("delta", json::object());
-    Print(delta, "reasoning_content", true);
-    Print(delta, "content", false);
-    if (const json reason = choices[0].value("finish_reason", json()); reason.is_string()) finish_reason_ = reason;
+    const json& delta = Member(choices[0], "delta");
+    Print(Member(delta, "reasoning_content"), true);
+    Print(Member(delta, "content"), false);
+    if (const json& reason = Member(choices[0], "finish_reason"); reason.is_string()) finish_reason_ = reason;
   }
 
-  void Print(const json& delta, const char* field, bool is_thinking) {
-    const json piece = delta.value(field, json());
+  void Print(const json& piece, bool is_thinking) {
     if (!piece.is_string() || piece.get_ref<const std::string&>().empty()) return;
     if (is_thinking != is_thinking_) {
       if (is_terminal_) std::fputs(is_thinking ? "\033[2m" : "\033[0m", stdout);
@@ -171,10 +182,9 @@ absl::StatusOr<std::string> FindModel(const HttpClient& client, const std::strin
   if (response->status != 200) return absl::UnavailableError(ErrorText(response->status, response->body));
   if (!wanted.empty()) return wanted;
   const json models = json::parse(response->body, nullptr, /*allow_exceptions=*/false);
-  const json data = models.is_object() ? models.value("data", json::array()) : json::array();
-  if (data.is_array() && !data.empty() && data[0].is_object() && data[0].value("id", json()).is_string()) {
-    return data[0]["id"].get<std::string>();
-  }
+  const json& data = Member(models, "data");
+  const json& id = data.is_array() && !data.empty() ? Member(data[0], "id") : Member(json(), "id");
+  if (id.is_string()) return id.get<std::string>();
   return absl::UnavailableError("the server names no model");
 }
 
@@ -184,7 +194,9 @@ int Fail(const absl::Status& status) {
 }
 
 int Talk(const ChatOptions& options, const std::string& url) {
-  absl::StatusOr<HttpClient> client = HttpClient::Create(url);
+  // NOTE: OpenAI's clients are given an address that ends in /v1; ours are the paths below it.
+  const bool has_version = url.size() > 3 && url.compare(url.size() - 3, 3, "/v1") == 0;
+  absl::StatusOr<HttpClient> client = HttpClient::Create(has_version ? url.substr(0, url.size() - 3) : url);
   if (!client.ok()) return Fail(client.status());
   absl::StatusOr<std::string> model = FindModel(*client, options.model);
   if (!model.ok()) return Fail(model.status());
@@ -195,7 +207,9 @@ int Talk(const ChatOptions& options, const std::string& url) {
   bool has_failed = false;
   for (std::string line;;) {
     if (is_interactive) std::fputs("> ", stderr);
-    if (!std::getline(std::cin, line) || line == "/exit") break;
+    if (!std::getline(std::cin, line)) break;
+    if (!line.empty() && line.back() == '\r') line.pop_back();
+    if (line == "/exit") break;
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
     if (line == "/reset") {
       conversation.Reset();

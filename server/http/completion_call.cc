@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/http/openai_error.h"
+#include "server/request_error.h"
 
 namespace cachalot {
 namespace {
@@ -20,6 +21,12 @@ AnswerView ViewOf(const Generator& generator, const CompletionRequest& request) 
   return view;
 }
 
+size_t NumScores(const GenerateEvent& event) {
+  size_t count = 0;
+  for (const TokenScore& score : event.scores) count += 1 + score.top.size();
+  return count;
+}
+
 }  // namespace
 
 void CompletionCall::Run(Generator* generator, const std::string& model_name, CompletionRequest request,
@@ -28,7 +35,10 @@ void CompletionCall::Run(Generator* generator, const std::string& model_name, Co
   if (absl::Status status = call->Prepare(std::move(request)); !status.ok()) {
     return call->responder_->Respond(ErrorResponse(status));
   }
-  call->responder_->OnDisconnect([call] { call->CancelAll(); });
+  call->responder_->OnDisconnect([call] {
+    call->CancelAll();
+    call->responder_->Close();
+  });
   call->Start();
 }
 
@@ -50,7 +60,11 @@ absl::Status CompletionCall::Prepare(CompletionRequest request) {
     usage_.prompt_tokens += static_cast<int64_t>((*plan)->prompt.size());
     plans_.push_back(std::move(*plan));
   }
+  const int max_requests = generator_->model().max_waiting;
   num_running_ = static_cast<int>(plans_.size()) * num_answers_;
+  if (num_running_ > max_requests) {
+    return FieldError("n", absl::StrCat("prompts times n may be at most ", max_requests, ", the length of the queue"));
+  }
   choices_.resize(num_running_);
   for (int i = 0; i < num_running_; ++i) choices_[i].prompt = &plans_[i / num_answers_]->prompt;
   return absl::OkStatus();
@@ -106,8 +120,7 @@ void CompletionCall::OnEvent(int choice_idx, GenerateEvent event) {
     if (reason == FinishReason::kError) {
       FailAnswer(event.error);
     } else {
-      view_.stream ? StreamEvent(choice_idx, std::move(event))
-                   : AppendEvent(std::move(event), &choices_[choice_idx].answer);
+      view_.stream ? StreamEvent(choice_idx, std::move(event)) : GatherEvent(choice_idx, std::move(event));
       if (!is_over_ && reason != FinishReason::kNone && --num_running_ == 0) FinishAnswer();
     }
     has_failed = is_over_ && num_running_ > 0;
@@ -115,16 +128,24 @@ void CompletionCall::OnEvent(int choice_idx, GenerateEvent event) {
   if (has_failed) CancelAll();
 }
 
+void CompletionCall::GatherEvent(int choice_idx, GenerateEvent event) {
+  num_held_scores_ += NumScores(event);
+  AppendEvent(std::move(event), &choices_[choice_idx].answer);
+  if (num_held_scores_ <= kMaxHeldScores) return;
+  FailAnswer(FieldError("logprobs", absl::StrCat("the answer has more than ", kMaxHeldScores,
+                                                 " log-probabilities: stream it, or ask for less at once")));
+}
+
 void CompletionCall::StreamEvent(int choice_idx, GenerateEvent event) {
   AnswerChoice& choice = choices_[choice_idx];
   const bool is_last = event.finish_reason != FinishReason::kNone;
   if (!is_last && responder_->Backlog() > kMaxBacklogBytes) {
-    num_held_scores_ += event.scores.size();
+    num_held_scores_ += NumScores(event);
     AppendEvent(std::move(event), &choice.answer);
     if (num_held_scores_ <= kMaxHeldScores) return;
     return FailAnswer(absl::ResourceExhaustedError("the client took its answer too slowly"));
   }
-  num_held_scores_ -= choice.answer.scores.size();
+  num_held_scores_ -= NumScores(choice.answer);
   AppendEvent(std::move(event), &choice.answer);
   event = std::exchange(choice.answer, {});
   if (!writer_.IsVisible(event)) return;
@@ -142,7 +163,12 @@ void CompletionCall::BeginStream() {
 void CompletionCall::FinishAnswer() {
   is_over_ = true;
   generations_.clear();
-  if (!view_.stream) return responder_->Respond({.body = writer_.Whole(choices_, usage_), .headers = {}});
+  if (!view_.stream) {
+    // NOTE: of log-probabilities there may be megabytes, and this is the engine's output thread.
+    return responder_->RespondWith([self = shared_from_this()] {
+      return HttpResponse{.body = self->writer_.Whole(self->choices_, self->usage_), .headers = {}};
+    });
+  }
   bytes_.clear();
   writer_.AppendDone(usage_, &bytes_);
   responder_->Write(bytes_);

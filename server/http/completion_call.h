@@ -24,8 +24,9 @@ namespace cachalot {
 class CompletionCall : public std::enable_shared_from_this<CompletionCall> {
  public:
   static constexpr size_t kMaxBacklogBytes = 64 << 10;
-  // Log-probabilities that may wait for a slow client, some hundred bytes each; more end the request.
-  static constexpr size_t kMaxHeldScores = 64 << 10;
+  // Log-probabilities (of tokens and of alternatives, about a hundred bytes each) that may wait, for a slow client or
+  // for the end of an answer that is no stream; more end the request.
+  static constexpr size_t kMaxHeldScores = 512 << 10;
 
   // Answers through `responder`, now or later. `generator` must outlive every generation.
   static void Run(Generator* generator, const std::string& model_name, CompletionRequest request,
@@ -42,6 +43,7 @@ class CompletionCall : public std::enable_shared_from_this<CompletionCall> {
 
   // REQUIRES: mutex_ is held.
   void StreamEvent(int choice_idx, GenerateEvent event);
+  void GatherEvent(int choice_idx, GenerateEvent event);
   void BeginStream();
   void FinishAnswer();
   void FailAnswer(const absl::Status& status);

@@ -58,7 +58,7 @@ std::pair<int, std::string_view> ParseFailure(const error_code& error) {
 }  // namespace
 
 // Posts to the connection; answers 500 if nobody did.
-class HttpConnection::Responder : public HttpResponder {
+class HttpConnection::Responder : public HttpResponder, public std::enable_shared_from_this<Responder> {
  public:
   Responder(std::shared_ptr<HttpConnection> connection, uint64_t request)
       : connection_(std::move(connection)), request_(request) {}
@@ -73,6 +73,15 @@ class HttpConnection::Responder : public HttpResponder {
   void Respond(HttpResponse response) override {
     connection_->Post([request = request_, response = std::move(response)](HttpConnection* connection) mutable {
       connection->Respond(request, std::move(response));
+    });
+  }
+  void RespondWith(std::function<HttpResponse()> make) override {
+    connection_->context_->run_slowly([self = shared_from_this(), make = std::move(make)] { self->Respond(make()); });
+  }
+  bool IsWanted() const override { return !connection_->peer_closed_; }
+  void Close() override {
+    connection_->Post([request = request_](HttpConnection* connection) {
+      if (request == connection->request_ && !connection->has_ended_) connection->CloseNow();
     });
   }
   void Begin(HttpResponse head) override {
@@ -211,7 +220,7 @@ bool HttpConnection::FeedParser() {
     Fail(status, message);
     return false;
   }
-  if (!header_seen_ && parser_->is_header_done()) OnHeader();
+  if (!header_seen_ && parser_->is_header_done() && !OnHeader()) return false;
   if (parser_->is_done()) {
     Dispatch();
     return true;
@@ -232,13 +241,21 @@ void HttpConnection::BeginRequest() {
   SetDeadline(options_.header_timeout, &HttpConnection::OnRequestTimeout);
 }
 
-void HttpConnection::OnHeader() {
+// False if the request is not to be read on.
+bool HttpConnection::OnHeader() {
   header_seen_ = true;
+  // NOTE: what is said to have another coding has a length that we do not know: reading on could take a body for the
+  // next request.
+  if (parser_->get().count(http::field::transfer_encoding) > 0 && !parser_->chunked()) {
+    Fail(501, "the only transfer coding known here is chunked");
+    return false;
+  }
   SetDeadline(options_.body_timeout, &HttpConnection::OnRequestTimeout);
   const bool wants_continue = boost::beast::iequals(parser_->get()[http::field::expect], "100-continue");
-  if (!wants_continue || parser_->is_done() || parser_->get().version() < 11) return;
+  if (!wants_continue || parser_->is_done() || parser_->get().version() < 11) return true;
   Queue("HTTP/1.1 100 Continue\r\n\r\n");
   Pump();
+  return state_ != State::kClosed;
 }
 
 void HttpConnection::Dispatch() {
@@ -250,7 +267,11 @@ void HttpConnection::Dispatch() {
   is_http10_ = message.version() < 11;
   keep_alive_ = message.keep_alive();
 
-  const std::string_view target(message.target().data(), message.target().size());
+  std::string_view target(message.target().data(), message.target().size());
+  if (const size_t scheme = target.find("://"); scheme != std::string_view::npos && target[0] != '/') {
+    target = target.substr(std::min(target.find('/', scheme + 3), target.size()));  // absolute form: RFC 9112, 3.2.2
+    if (target.empty()) target = "/";
+  }
   const size_t question = std::min(target.find('?'), target.size());
   HttpRequest request;
   request.method = std::string(message.method_string());
@@ -303,7 +324,7 @@ void HttpConnection::Respond(uint64_t request, HttpResponse response) {
   if (!IsCurrent(request) || has_begun_) return;
   has_begun_ = true;
   EndBody();
-  if (is_draining_) keep_alive_ = false;
+  if (is_draining_ || response.closes) keep_alive_ = false;
   Queue(Head(response, response.body.size()));
   if (!is_head_) Queue(std::move(response.body));
   Pump();

@@ -3,6 +3,7 @@
 #define CACHALOT_SERVER_HTTP_HTTP_CONNECTION_H_
 
 #include <array>
+#include <atomic>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
@@ -25,8 +26,9 @@ namespace cachalot {
 struct HttpConnectionContext {
   const HttpOptions* options = nullptr;
   const HttpErrorFormat* error_format = nullptr;
-  HttpHandler dispatch;                        // routes; answers 404 and 405 itself
-  std::function<void(uint64_t id)> on_closed;  // called once, on the connection's strand
+  HttpHandler dispatch;                                   // routes; answers 404 and 405 itself
+  std::function<void(std::function<void()>)> run_slowly;  // on a thread where it may take long
+  std::function<void(uint64_t id)> on_closed;             // called once, on the connection's strand
 };
 
 // Everything runs on the socket's strand but Start, Drain, Close and the responders, which post to it. Keeps itself
@@ -56,7 +58,7 @@ class HttpConnection : public std::enable_shared_from_this<HttpConnection> {
   void Feed();
   bool FeedParser();
   void BeginRequest();
-  void OnHeader();
+  bool OnHeader();
   void Dispatch();
   void Fail(int status, std::string_view message);
   void OnPeerClosed();
@@ -99,7 +101,7 @@ class HttpConnection : public std::enable_shared_from_this<HttpConnection> {
   std::optional<Parser> parser_;  // of a request whose first byte has come
   bool header_seen_ = false;
   bool is_reading_ = false;
-  bool peer_closed_ = false;
+  std::atomic<bool> peer_closed_ = false;  // set on the strand
   size_t lingered_bytes_ = 0;
 
   uint64_t request_ = 0;  // number of the request being answered

@@ -1,6 +1,7 @@
 // HttpServer: one acceptor, a pool of I/O threads, a table of routes, and the set of live connections.
 #include "server/http/http_server.h"
 
+#include <atomic>
 #include <boost/asio/executor_work_guard.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
@@ -61,13 +62,13 @@ struct HttpServer::Impl {
   asio::steady_timer accept_timer{accept_strand};
   std::shared_ptr<HttpConnectionContext> context = std::make_shared<HttpConnectionContext>();
   std::vector<std::thread> threads;
-  asio::thread_pool large_bodies{1};
+  asio::thread_pool workers{static_cast<size_t>(options.num_threads)};  // for what takes long
 
   std::mutex mutex;  // guards all below
   std::condition_variable all_closed;
   std::map<uint64_t, std::weak_ptr<HttpConnection>> connections;
   uint64_t next_id = 0;
-  bool is_draining = false;
+  std::atomic<bool> is_draining = false;
 };
 
 void HttpServer::Impl::Dispatch(HttpRequest request, std::shared_ptr<HttpResponder> responder) {
@@ -79,8 +80,10 @@ void HttpServer::Impl::Dispatch(HttpRequest request, std::shared_ptr<HttpRespond
       return handler->second(std::move(request), std::move(responder));
     }
     if (handler != route.handlers.end()) {
-      asio::post(large_bodies, [handler = &handler->second, request = std::move(request),
-                                responder = std::move(responder)]() mutable {
+      asio::post(workers, [this, handler = &handler->second, request = std::move(request),
+                           responder = std::move(responder)]() mutable {
+        if (is_draining) return responder->Respond(error_format(503, "the server is stopping"));
+        if (!responder->IsWanted()) return responder->Close();
         (*handler)(std::move(request), std::move(responder));
       });
       return;
@@ -129,6 +132,7 @@ HttpServer::HttpServer(HttpOptions options, HttpErrorFormat error_format)
   impl->context->dispatch = [impl](HttpRequest request, std::shared_ptr<HttpResponder> responder) {
     impl->Dispatch(std::move(request), std::move(responder));
   };
+  impl->context->run_slowly = [impl](std::function<void()> task) { asio::post(impl->workers, std::move(task)); };
   impl->context->on_closed = [impl](uint64_t id) {
     std::lock_guard lock(impl->mutex);
     impl->connections.erase(id);
@@ -212,7 +216,7 @@ void HttpServer::Stop(absl::Duration grace) {
       if (const auto connection = weak.lock()) connection->Close();
     }
   }
-  impl_->large_bodies.join();
+  impl_->workers.join();
   impl_->work.reset();
   for (std::thread& thread : impl_->threads) thread.join();
   impl_->threads.clear();

@@ -39,6 +39,7 @@ struct HttpResponse {
   std::string content_type = "application/json";
   std::string body;
   std::vector<std::pair<std::string, std::string>> headers;  // besides those that HTTP itself needs
+  bool closes = false;                                       // the connection, afterwards
 };
 
 // Where the answer to one request goes: either Respond, or Begin, any number of Write, End. May be called from any
@@ -48,18 +49,25 @@ class HttpResponder {
  public:
   virtual ~HttpResponder() = default;
   virtual void Respond(HttpResponse response) = 0;
+  // For a response that takes long to make: `make` is called on a thread where it may.
+  virtual void RespondWith(std::function<HttpResponse()> make) = 0;
   // Status, content type and headers of `head`; its body is the first write.
   virtual void Begin(HttpResponse head) = 0;
   virtual void Write(std::string_view bytes) = 0;
   // Bytes written here that the client has not begun to take.
   virtual size_t Backlog() const = 0;
   virtual void End() = 0;
+  // Closes the connection, whatever has been answered.
+  virtual void Close() = 0;
+  // False once the client has closed its connection or its sending half.
+  virtual bool IsWanted() const = 0;
   // `callback` is called once, on an I/O thread, as soon as the client closes its connection (its sending half counts)
   // before the answer has ended; it is dropped when the answer ends.
   virtual void OnDisconnect(std::function<void()> callback) = 0;
 };
 
-// Called on an I/O thread; the answer may be given later, from anywhere.
+// Called on an I/O thread, or, with a large body, on one where it may take long; the answer may be given later, from
+// anywhere.
 using HttpHandler = std::function<void(HttpRequest request, std::shared_ptr<HttpResponder> responder)>;
 
 // Makes the answer to a request that no handler has seen (bad, too large, too slow, unknown path...).

@@ -1,6 +1,7 @@
 // NOTE: nlohmann::json is asked for types before values and parses without exceptions, so that nothing throws.
 #include "server/http/json_fields.h"
 
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -13,8 +14,9 @@ namespace {
 using nlohmann::json;
 
 constexpr int kMaxDepth = 64;
+constexpr int kMaxContainers = 200'000;
 
-// Finds the first syntax error.
+// Finds the first error.
 class ErrorFinder : public nlohmann::json_sax<json> {
  public:
   bool null() override { return true; }
@@ -29,15 +31,45 @@ class ErrorFinder : public nlohmann::json_sax<json> {
   bool end_object() override { return true; }
   bool start_array(size_t) override { return true; }
   bool end_array() override { return true; }
-  bool parse_error(size_t position, const std::string&, const nlohmann::detail::exception&) override {
+  bool parse_error(size_t position, const std::string&, const nlohmann::detail::exception& error) override {
     position_ = position;
+    is_overflow_ = error.id == kNumberOverflow;
     return false;
   }
-  size_t position() const { return position_; }
+  absl::Status status() const {
+    return absl::InvalidArgumentError(
+        is_overflow_ ? absl::StrCat("the body holds a number that is out of range before byte ", position_)
+                     : absl::StrCat("the body is not valid JSON in UTF-8: error at byte ", position_));
+  }
 
  private:
+  static constexpr int kNumberOverflow = 406;
   size_t position_ = 0;
+  bool is_overflow_ = false;
 };
+
+// What must be known before values are made of a body: how deep it goes and how many objects and arrays it has, each of
+// which takes many times its two bytes. Where the body is no JSON, the parser will say so.
+absl::Status CheckShape(std::string_view body) {
+  int depth = 0, num_containers = 0;
+  for (size_t i = 0; i < body.size(); ++i) {
+    const char c = body[i];
+    if (c == '\0') return absl::InvalidArgumentError(absl::StrCat("the body is not JSON: byte ", i, " is NUL"));
+    if (c == '"') {
+      for (++i; i < body.size() && body[i] != '"'; ++i) i += body[i] == '\\' ? 1 : 0;
+    } else if (c == '{' || c == '[') {
+      ++num_containers;
+      if (++depth > kMaxDepth) {
+        return absl::InvalidArgumentError(absl::StrCat("the JSON body is nested deeper than ", kMaxDepth));
+      }
+    } else if (c == '}' || c == ']') {
+      --depth;
+    }
+  }
+  if (num_containers <= kMaxContainers) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("the JSON body holds more than ", kMaxContainers, " objects and arrays"));
+}
 
 absl::string_view View(std::string_view text) { return {text.data(), text.size()}; }
 
@@ -50,21 +82,12 @@ bool IsInteger32(const json& value) {
 }  // namespace
 
 absl::StatusOr<json> ParseJsonObject(std::string_view body) {
-  // The parser keeps its own stack; what is too deep is dropped here and never becomes a value.
-  bool is_too_deep = false;
-  const auto limit_depth = [&is_too_deep](int depth, json::parse_event_t, json&) {
-    is_too_deep = is_too_deep || depth > kMaxDepth;
-    return depth <= kMaxDepth;
-  };
-  json value = json::parse(body.begin(), body.end(), limit_depth, /*allow_exceptions=*/false);
-  if (is_too_deep) {
-    return absl::InvalidArgumentError(absl::StrCat("the JSON body is nested deeper than ", kMaxDepth));
-  }
+  if (absl::Status status = CheckShape(body); !status.ok()) return status;
+  json value = json::parse(body.begin(), body.end(), nullptr, /*allow_exceptions=*/false);
   if (value.is_discarded()) {
     ErrorFinder finder;
     json::sax_parse(body.begin(), body.end(), &finder);
-    return absl::InvalidArgumentError(
-        absl::StrCat("the body is not valid JSON in UTF-8: error at byte ", finder.position()));
+    return finder.status();
   }
   if (!value.is_object()) return absl::InvalidArgumentError("the body must be a JSON object");
   return value;
@@ -93,7 +116,9 @@ bool JsonFields::Read(const char* name, float* value) {
   const json* field = Find(name);
   if (field == nullptr) return false;
   if (!field->is_number()) return Fail(name, "must be a number");
-  *value = static_cast<float>(field->get<double>());
+  const double number = field->get<double>();
+  if (!(std::abs(number) <= std::numeric_limits<float>::max())) return Fail(name, "is out of range");
+  *value = static_cast<float>(number);
   return true;
 }
 

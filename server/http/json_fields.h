@@ -13,8 +13,8 @@
 
 namespace cachalot {
 
-// A body that must be one JSON object. InvalidArgument, saying where, for anything else: not JSON, ill-formed UTF-8,
-// nested deeper than 64.
+// A body that must be one JSON object, in time that grows as its length does. InvalidArgument, saying where, for
+// anything else: not JSON, ill-formed UTF-8, nested deeper than 64, more than 200,000 objects and arrays.
 absl::StatusOr<nlohmann::json> ParseJsonObject(std::string_view body);
 
 // Reads fields of one object. A field that is absent or null leaves its target alone and answers false; so does a

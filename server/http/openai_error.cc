@@ -19,6 +19,7 @@ const char* DefaultCode(int http_status) {
   switch (http_status) {
     case 429: return "rate_limit_exceeded";
     case 503: return "service_unavailable";
+    case 504: return "deadline_exceeded";
     default: return "";
   }
 }
@@ -39,6 +40,7 @@ ordered_json MakeError(int http_status, std::string_view message, std::string pa
 
 HttpResponse MakeResponse(int http_status, const ordered_json& error) {
   HttpResponse response{.status = http_status, .body = Dump(error), .headers = {}};
+  response.closes = http_status == 503;  // lest the client keep to a server that goes
   if (http_status == 429) response.headers.emplace_back("Retry-After", kRetryAfterSeconds);
   return response;
 }

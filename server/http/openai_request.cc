@@ -22,6 +22,25 @@ using nlohmann::json;
 constexpr int kMaxInt = std::numeric_limits<int>::max();
 constexpr int kMaxAnswers = 128;   // n
 constexpr int kMaxChoices = 1024;  // prompts * n
+// Of other servers: fields that constrain or change an answer.
+constexpr const char* kUnsupported[] = {"structured_outputs",
+                                        "chat_template",
+                                        "guided_json",
+                                        "guided_regex",
+                                        "guided_choice",
+                                        "guided_grammar",
+                                        "structural_tag",
+                                        "allowed_token_ids",
+                                        "bad_words",
+                                        "prompt_logprobs",
+                                        "use_beam_search",
+                                        "length_penalty",
+                                        "truncate_prompt_tokens",
+                                        "documents",
+                                        "regex",
+                                        "ebnf",
+                                        "json_schema",
+                                        "logits_processors"};
 constexpr char kPromptTypes[] =
     "must be a string, an array of strings, an array of token ids, or an array of arrays of token ids";
 
@@ -45,6 +64,10 @@ void ReadPrompts(JsonFields* fields, CompletionRequest* request) {
     } else {
       fields->Fail("prompt", kPromptTypes);
     }
+    return;
+  }
+  if (prompt->size() > kMaxChoices) {
+    fields->Fail("prompt", absl::StrCat("may hold at most ", kMaxChoices, " prompts"));
     return;
   }
   const bool is_text = prompt->front().is_string();
@@ -104,8 +127,10 @@ void RefuseUnsupported(JsonFields* fields, int n) {
   const json* format = fields->Find("response_format");
   const bool is_text = format != nullptr && format->is_object() && format->value("type", json()) == "text";
   if (format != nullptr && !is_text) fields->Fail("response_format", "is not supported");
-  for (const char* name : {"structured_outputs", "chat_template"}) {
-    if (fields->Find(name) != nullptr) fields->Fail(name, "is not supported");
+  for (const char* name : kUnsupported) {
+    const json* field = fields->Find(name);
+    const bool asks = field != nullptr && *field != json(false) && !(field->is_structured() && field->empty());
+    if (asks) fields->Fail(name, "is not supported");
   }
   const json* choice = fields->Find("tool_choice");
   for (const char* name : {"tools", "functions"}) {

@@ -241,6 +241,7 @@ absl::StatusOr<std::vector<int32_t>> Generator::TokenizeChat(const ChatPrompt& c
   const absl::StatusOr<RenderedChat> rendered =
       options_.chat_template->Render(chat, bos.has_value() ? tokenizer_->TokenBytes(*bos) : "");
   if (!rendered.ok()) return rendered.status();
+  if (absl::Status status = CheckTextFits(rendered->text, "messages"); !status.ok()) return status;
   *reasoning = rendered->reasoning;
   EncodeOptions options;
   if (!options_.allow_special_tokens) options.trusted = &rendered->trusted;
@@ -252,6 +253,9 @@ absl::StatusOr<std::vector<int32_t>> Generator::TokenizeChat(const ChatPrompt& c
 absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateCall call) const {
   if (absl::Status status = CheckSampling(call.sampling, model_.vocab_size); !status.ok()) return status;
   if (absl::Status status = CheckStop(call.stop); !status.ok()) return status;
+  if (!call.stop.empty() && tokenizer_ == nullptr) {
+    return FieldError("stop", "this model is served without a tokenizer: stop at stop_token_ids");
+  }
   if (!call.fill_context && call.sampling.max_tokens < (call.echo ? 0 : 1)) {
     return FieldError("max_tokens", "max_tokens must be at least 1, or 0 together with echo");
   }
@@ -282,6 +286,7 @@ absl::Status Generator::MakePrompt(GenerateCall* call, GeneratePlan* plan) const
     return CheckPrompt(plan->prompt, needs_room, "messages");
   }
   if (const auto* text = std::get_if<std::string>(&call->prompt)) {
+    if (absl::Status status = CheckTextFits(*text, "prompt"); !status.ok()) return status;
     absl::StatusOr<std::vector<int32_t>> ids = Tokenize(*text, call->add_special_tokens, call->match_special);
     if (!ids.ok()) return ids.status();
     plan->prompt = std::move(*ids);
@@ -290,6 +295,16 @@ absl::Status Generator::MakePrompt(GenerateCall* call, GeneratePlan* plan) const
     plan->prompt = std::move(std::get<std::vector<int32_t>>(call->prompt));
   }
   return CheckPrompt(plan->prompt, needs_room, "prompt");
+}
+
+// A text so long that no tokens could be long enough is not worth the time to make them.
+absl::Status Generator::CheckTextFits(std::string_view text, std::string_view field) const {
+  const size_t most = tokenizer_ == nullptr ? 0 : tokenizer_->max_token_bytes() * model_.max_model_len;
+  if (tokenizer_ == nullptr || text.size() <= most) return absl::OkStatus();
+  return FieldError(field,
+                    absl::StrCat("This model's maximum context length is ", model_.max_model_len,
+                                 " tokens, and the prompt's ", text.size(), " bytes have more"),
+                    "context_length_exceeded");
 }
 
 absl::Status Generator::CheckPrompt(const std::vector<int32_t>& prompt, bool needs_room, std::string_view field) const {

@@ -84,6 +84,7 @@ class Generator {
 
   absl::Status MakePrompt(GenerateCall* call, GeneratePlan* plan) const;
   absl::StatusOr<std::vector<int32_t>> TokenizeChat(const ChatPrompt& chat, ReasoningStart* reasoning) const;
+  absl::Status CheckTextFits(std::string_view text, std::string_view field) const;
   absl::Status CheckPrompt(const std::vector<int32_t>& prompt, bool needs_room, std::string_view field) const;
 
   const std::shared_ptr<Gate> gate_;  // shared with generations, which may outlive everything else

@@ -1,6 +1,11 @@
 """`cachalot chat`: lines in, answers out."""
 
+import http.server
+import json
 import subprocess
+import threading
+
+import pytest
 
 
 def chat(binary, lines, *arguments):
@@ -44,3 +49,57 @@ def test_failures(binary, server, tmp_path):
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     result = chat(binary, ["Hello"])
     assert result.returncode == 1 and "--model or --url" in result.stderr
+
+
+@pytest.fixture
+def strange_server():
+    """A server whose answers are the test's to choose: (url, list of event texts)."""
+    events = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, content_type, body):
+            self.send_response(200)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            self.answer("application/json", json.dumps({"data": [{"id": "m"}]}).encode())
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer("text/event-stream", "".join(events).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", events
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "data, printed",
+    [
+        ('{"choices":[{"delta":null,"finish_reason":"stop"}]}', "\n"),
+        ('{"choices":[5]}', "\n"),
+        ('{"choices":[{"delta":"x"}]}', "\n"),
+        ('{"choices":[],"usage":{"completion_tokens":null}}', "\n"),
+        ('{"choices":[{"delta":{"content":"yes"}}],"usage":"none"}', "yes\n"),
+    ],
+)
+def test_strange_events_do_no_harm(binary, strange_server, data, printed):
+    url, events = strange_server
+    events[:] = [f"data: {data}\r\n\r\n", "data: [DONE]\r\n\r\n"]
+    result = chat(binary, ["Hello"], "--url", url)
+    assert (result.returncode, result.stdout) == (0, printed), result.stderr
+
+
+@pytest.mark.parametrize("data, said", [('{"error":"boom"}', "boom"), ("nonsense", "no JSON"), ("5", "no JSON")])
+def test_strange_events_are_failures(binary, strange_server, data, said):
+    url, events = strange_server
+    events[:] = [f"data: {data}\n\n"]
+    result = chat(binary, ["Hello"], "--url", url)
+    assert result.returncode == 1 and said in result.stderr

@@ -139,17 +139,72 @@ TEST_F(ChatCompletionsTest, SlowClientsGetLongerEvents) {
 
 // Log-probabilities cannot be joined: a client that lets too many of them wait loses its answer, and only it does.
 TEST_F(ChatCompletionsTest, TooManyLogprobsThatWaitEndTheRequest) {
-  const int num_tokens = static_cast<int>(CompletionCall::kMaxHeldScores) * 5;  // sockets hold some, too
+  const int num_tokens = static_cast<int>(CompletionCall::kMaxHeldScores) / 21 * 2;  // sockets hold some, too
   Start({.tokens_per_delta = 4, .max_model_len = 1 << 20});
   RawHttpClient slow(server_->port(), /*receive_buffer_bytes=*/4096);
   slow.Send(RawRequest(
       "/v1/completions",
-      absl::StrCat(R"({"prompt":"x","stream":true,"ignore_eos":true,"logprobs":1,"max_tokens":)", num_tokens, "}")));
+      absl::StrCat(R"({"prompt":"x","stream":true,"ignore_eos":true,"logprobs":20,"max_tokens":)", num_tokens, "}")));
   EXPECT_TRUE(engine_->AwaitCancels(1, absl::Seconds(60)));
   EXPECT_EQ(Chat("\"max_tokens\":1")["usage"]["completion_tokens"], 1);
   const ClientResponse response = slow.ReadResponse();
   EXPECT_NE(response.body.find("too slowly"), std::string::npos);
   EXPECT_EQ(response.body.find("[DONE]"), std::string::npos);
+}
+
+TEST_F(ChatCompletionsTest, TooManyLogprobsForOneAnswerAreRefused) {
+  Start({.tokens_per_delta = 64, .max_model_len = 1 << 20});
+  const int num_tokens = static_cast<int>(CompletionCall::kMaxHeldScores) / 21 + 1000;
+  const ClientResponse response =
+      client_->Post("/v1/completions",
+                    absl::StrCat(R"({"prompt":"x","ignore_eos":true,"logprobs":20,"max_tokens":)", num_tokens, "}"));
+  EXPECT_EQ(response.status, 400);
+  EXPECT_EQ(json::parse(response.body)["error"]["param"], "logprobs");
+  EXPECT_TRUE(engine_->AwaitIdle());
+}
+
+// Time grows as the body's length does, whatever is in it.
+TEST_F(ChatCompletionsTest, ManyObjectsAreReadAtOnce) {
+  Start();
+  std::string objects = "{}", keys = "\"0\":{}";
+  for (int i = 1; i < 150'000; ++i) objects += ",{}";
+  for (int i = 1; i < 50'000; ++i) absl::StrAppend(&keys, ",\"", i, "\":{}");
+  for (const std::string& extra : {absl::StrCat("[", objects, "]"), absl::StrCat("{", keys, "}")}) {
+    const std::string body = absl::StrCat(R"({"prompt":"x","max_tokens":1,"x":)", extra, "}");
+    EXPECT_EQ(client_->Post("/v1/completions", body).status, 200);
+  }
+  EXPECT_EQ(client_->Post("/v1/completions", absl::StrCat("{\"x\":[", objects, ",", objects, "]}")).status, 400);
+  EXPECT_EQ(client_->Post("/v1/completions", std::string("{\"prompt\":\"x\"}\0{", 16)).status, 400);
+}
+
+TEST_F(ChatCompletionsTest, MoreAnswersThanTheQueueHoldsAreRefused) {
+  Start({.max_waiting = 3});
+  const ClientResponse response = client_->Post("/v1/completions", R"({"prompt":["x","y"],"n":2})");
+  EXPECT_EQ(response.status, 400);
+  EXPECT_EQ(json::parse(response.body)["error"]["param"], "n");
+}
+
+TEST_F(ChatCompletionsTest, APromptThatCannotFitIsRefusedUnread) {
+  Start();
+  const std::string body = json({{"prompt", std::string(15 << 20, ' ')}}).dump();
+  const ClientResponse response = client_->Post("/v1/completions", body);
+  EXPECT_EQ(response.status, 400);
+  EXPECT_EQ(json::parse(response.body)["error"]["code"], "context_length_exceeded");
+}
+
+// Closing one's sending half is leaving: the work stops, and nothing that looks like an answer is sent.
+TEST_F(ChatCompletionsTest, WhoStopsSendingLeaves) {
+  Start({.step = absl::Milliseconds(5)});
+  for (const char* stream : {"false", "true"}) {
+    RawHttpClient leaving(server_->port());
+    leaving.Send(RawRequest(
+        "/v1/completions", absl::StrCat(R"({"prompt":"x","ignore_eos":true,"max_tokens":200,"stream":)", stream, "}")));
+    leaving.CloseSendingHalf();
+    leaving.ReadResponse();
+    EXPECT_EQ(leaving.buffer().find("finish_reason\":\""), std::string::npos);
+    EXPECT_EQ(leaving.buffer().find("DONE"), std::string::npos);
+    EXPECT_TRUE(engine_->AwaitIdle());
+  }
 }
 
 TEST_F(ChatCompletionsTest, ADrainEndsReadinessNotAnswers) {
@@ -160,10 +215,10 @@ TEST_F(ChatCompletionsTest, ADrainEndsReadinessNotAnswers) {
   EXPECT_EQ(client_->Get("/readyz").status, 200);
   EXPECT_EQ(generator_->num_running(), 1);
   generator_->BeginDrain();
-  EXPECT_EQ(client_->Get("/readyz").status, 503);
-  EXPECT_EQ(client_->Get("/health").status, 200);
-  EXPECT_EQ(client_->Get("/metrics").status, 200);
-  EXPECT_EQ(client_->Post("/v1/completions", R"({"prompt":"x"})").status, 503);
+  EXPECT_EQ(RawHttpClient(server_->port()).Get("/readyz").status, 503);
+  EXPECT_EQ(RawHttpClient(server_->port()).Get("/health").status, 200);
+  EXPECT_EQ(RawHttpClient(server_->port()).Get("/metrics").status, 200);
+  EXPECT_EQ(RawHttpClient(server_->port()).Post("/v1/completions", R"({"prompt":"x"})").status, 503);
   const ClientResponse response = streaming.ReadResponse();
   EXPECT_EQ(response.body.substr(response.body.size() - 14), "data: [DONE]\n\n");
   EXPECT_TRUE(engine_->AwaitIdle());

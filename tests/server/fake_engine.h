@@ -28,6 +28,7 @@ struct FakeEngineOptions {
   int fail_after = -1;      // tokens until a request ends with Internal
   int max_model_len = 256;
   int vocab_size = 320;
+  int max_waiting = 4096;
 };
 
 class FakeEngine : public Engine {
@@ -39,6 +40,7 @@ class FakeEngine : public Engine {
     model_.backend = "fake";
     model_.vocab_size = options_.vocab_size;
     model_.max_model_len = options_.max_model_len;
+    model_.max_waiting = options_.max_waiting;
     thread_ = std::thread([this] { Run(); });
   }
   ~FakeEngine() override {

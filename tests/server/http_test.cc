@@ -331,6 +331,25 @@ TEST_F(HttpTest, ReadersThatAreOnlySlowGetEverything) {
 }
 
 // What a writer sees of a client that does not read: a backlog, which is gone once it has read.
+// A body whose length is not known must not be taken for the next request.
+TEST_F(HttpTest, RefusesUnknownTransferCodings) {
+  Start();
+  for (const char* coding : {"gzip", "xchunked", "identity"}) {
+    RawHttpClient client(server_->port());
+    client.Send(
+        absl::StrCat("POST /echo HTTP/1.1\r\nTransfer-Encoding: ", coding, "\r\n\r\nGET /path/a HTTP/1.1\r\n\r\n"));
+    EXPECT_EQ(client.ReadResponse().status, 501) << coding;
+    EXPECT_EQ(client.ReadResponse().status, 0) << coding;  // closed
+  }
+}
+
+TEST_F(HttpTest, TakesAbsoluteTargets) {
+  Start();
+  RawHttpClient client(server_->port());
+  client.Send("GET http://host:1/path/a?b HTTP/1.1\r\n\r\n");
+  EXPECT_EQ(client.ReadResponse().body, "/path/a|b");
+}
+
 TEST_F(HttpTest, TellsItsBacklog) {
   Start();
   RawHttpClient client(server_->port(), /*receive_buffer_bytes=*/4096);

@@ -347,22 +347,23 @@ TEST_F(OpenAiTest, TokenizeAndDetokenize) {
 
 TEST_F(OpenAiTest, ModelsHealthAndVersion) {
   Start();
-  const json models = Parse(client_->Get("/v1/models").body);
+  const json models = Parse(RawHttpClient(server_->port()).Get("/v1/models").body);
   EXPECT_EQ(models["object"], "list");
   const json& model = models["data"][0];
   EXPECT_EQ(model["id"], "org/model");
   EXPECT_EQ(model["object"], "model");
   EXPECT_EQ(model["root"], "/models/model");
   EXPECT_EQ(model["max_model_len"], 256);
-  EXPECT_EQ(Parse(client_->Get("/v1/models/org/model").body), model);
-  EXPECT_EQ(Parse(client_->Get("/v1/models/org%2Fmodel").body), model);
-  EXPECT_EQ(client_->Get("/v1/models/other").status, 404);
-  EXPECT_EQ(Parse(client_->Get("/version").body)["version"], "1.2.3");
-  for (const char* path : {"/livez", "/readyz", "/health"}) EXPECT_EQ(client_->Get(path).status, 200);
+  EXPECT_EQ(Parse(RawHttpClient(server_->port()).Get("/v1/models/org/model").body), model);
+  EXPECT_EQ(Parse(RawHttpClient(server_->port()).Get("/v1/models/org%2Fmodel").body), model);
+  EXPECT_EQ(RawHttpClient(server_->port()).Get("/v1/models/other").status, 404);
+  EXPECT_EQ(Parse(RawHttpClient(server_->port()).Get("/version").body)["version"], "1.2.3");
+  for (const char* path : {"/livez", "/readyz", "/health"})
+    EXPECT_EQ(RawHttpClient(server_->port()).Get(path).status, 200);
   engine_->set_health(absl::InternalError("the rank is dead"));
-  EXPECT_EQ(client_->Get("/livez").status, 200);
+  EXPECT_EQ(RawHttpClient(server_->port()).Get("/livez").status, 200);
   for (const char* path : {"/readyz", "/health"}) {
-    const ClientResponse response = client_->Get(path);
+    const ClientResponse response = RawHttpClient(server_->port()).Get(path);
     EXPECT_EQ(response.status, 503);
     EXPECT_EQ(Parse(response.body)["error"]["message"], "the rank is dead");
   }

@@ -147,6 +147,11 @@ TEST(OptionsTest, MistakesAreOneLineThatNamesThem) {
       {{"serve", "--model", "m", "--log-format", "xml"}, "--log-format"},
       {{"serve", "--model", "m", "--log-requests", "all"}, "--log-requests"},
       {{"serve", "--model", "m", "--drain-timeout", "-1"}, "--drain-timeout"},
+      {{"serve", "--model", "m", "--drain-timeout", "nan"}, "--drain-timeout"},
+      {{"serve", "--model", "m", "--served-model-name", "\xff"}, "--served-model-name"},
+      {{"serve", "--model", "m", "--max-batch-tokens", "2147483647"}, "--max-batch-tokens"},
+      {{"serve", "--model", "m", "--log-format", "1"}, "--log-format"},
+      {{"serve", "--bogus"}, "--bogus"},
       {{"chat"}, "--model or --url"},
       {{"chat", "--model", "m", "--url", "http://h"}, "--url"},
       {{"chat", "--model", "m", "--temperature", "3"}, "--temperature"},
@@ -181,6 +186,27 @@ TEST_F(ConfigFileTest, UnknownAndWrongOptionsAreRefused) {
   EXPECT_NE(Refused({"serve", "--model", "m", "--config", path_}).text.find("max-seqences"), std::string::npos);
   Write("max-sequences = 0\n");
   EXPECT_NE(Refused({"serve", "--model", "m", "--config", path_}).text.find("max-sequences"), std::string::npos);
+}
+
+TEST_F(ConfigFileTest, IsToml) {
+  Write(
+      "model = \"a # b\"  # a comment\nserved-model-name = 'c'\nallow-special-tokens = true\ndrain-timeout = 1.5\n"
+      "max-batch-tokens = 1_000\nport = 0x10\n");
+  const auto options = Parse<ServeOptions>({"serve", "--config", path_});
+  EXPECT_EQ(options.engine.model_dir, "a # b");
+  EXPECT_EQ(options.served_model_name, "c");
+  EXPECT_TRUE(options.allow_special_tokens);
+  EXPECT_EQ(options.drain_timeout, absl::Seconds(1.5));
+  EXPECT_EQ(options.engine.max_batch_tokens, 1000);
+  EXPECT_EQ(options.port, 16);
+  for (const char* text : {"port = [1, 2]\n", "[network]\nport = 1\n", "port = 1\nport = 2\n", "model = \"x\n",
+                           "port\n", "port = nan\n"}) {
+    Write(text);
+    const ExitNow exit = Refused({"serve", "--model", "m", "--config", path_});
+    EXPECT_EQ(exit.code, 1) << text;
+    EXPECT_NE(exit.text.find(path_), std::string::npos) << exit.text;
+    EXPECT_EQ(exit.text.find('\n'), exit.text.size() - 1) << exit.text;
+  }
 }
 
 TEST(ParseMemoryTest, SizesAndShares) {
