@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ BOS, USER, ASSISTANT = 0, "<｜User｜>", "<｜Assistant｜>"
 TEXT, SYSTEM, CHAT = 0, 1, 2
 GROUP_SIZES, GROUP_ODDS = [1, 2, 3, 4, 6], [0.58, 0.2, 0.1, 0.06, 0.06]
 SYSTEM_ODDS = 0.08
+OPEN_ROWS = 64
 
 
 @dataclass
@@ -60,23 +62,40 @@ def documents_of(texts, rng):
     return start[order], length[order], document[order]
 
 
+def assign_rows(sizes, row_length):
+    """Best fit among the rows still open. -> the row of each document"""
+    space, numbers, rows, count = [], [], [], 0  # of the open rows, by rising space
+    for size in sizes.tolist():
+        i = bisect_left(space, size)
+        if i < len(space):
+            left, row = space.pop(i), numbers.pop(i)
+        else:
+            left, row, count = row_length, count, count + 1
+            del space[: len(space) == OPEN_ROWS], numbers[: len(numbers) == OPEN_ROWS]
+        i = bisect_left(space, left - size)
+        space.insert(i, left - size)
+        numbers.insert(i, row)
+        rows.append(row)
+    return np.array(rows)
+
+
 def pack(texts, row_length, rng):
     """-> arrays [rows, row_length]: tokens, positions, documents (-1: padding), is_target."""
     start, length, document = documents_of(texts, rng)
     first = np.flatnonzero(np.r_[True, document[1:] != document[:-1]])
-    sizes = np.add.reduceat(length, first)
-    keep = sizes <= row_length
-    pieces = np.repeat(keep, np.diff(np.r_[first, len(document)]))
-    start, length, sizes = start[pieces], length[pieces], sizes[keep]
-    per_document = np.diff(np.r_[first, len(document)])[keep]
+    count, sizes = np.diff(np.r_[first, len(document)]), np.add.reduceat(length, first)
+    keep = np.flatnonzero(sizes <= row_length)
+    row = assign_rows(sizes[keep], row_length)
+    order = np.argsort(row, kind="stable")
+    keep, row = keep[order], row[order]
+    sizes, per_document = sizes[keep], count[keep]
+    pieces = np.repeat(first[keep] - (np.cumsum(per_document) - per_document), per_document) + np.arange(per_document.sum())
+    start, length = start[pieces], length[pieces]
 
-    ends, rows, begin = np.cumsum(sizes), [], 0
-    while begin < len(sizes):
-        rows.append(begin)
-        begin = int(np.searchsorted(ends, (ends[begin - 1] if begin else 0) + row_length, side="right"))
-    row = np.repeat(np.arange(len(rows)), np.diff([*rows, len(sizes)]))
-    before = ends - sizes
-    place = row * row_length + before - before[rows][row]  # where each document goes
+    num_rows = row[-1] + 1
+    before = np.cumsum(sizes) - sizes
+    row_begin = before[np.searchsorted(row, np.arange(num_rows))]
+    place = row * row_length + before - row_begin[row]  # where each document goes
 
     piece_begin = np.cumsum(length) - length
     piece_place = np.repeat(place - before, per_document) + piece_begin
@@ -84,9 +103,9 @@ def pack(texts, row_length, rng):
     source, target = np.repeat(start, length) + within, np.repeat(piece_place, length) + within
 
     def spread(values, fill, dtype):
-        out = np.full(len(rows) * row_length, fill, dtype)
+        out = np.full(num_rows * row_length, fill, dtype)
         out[target] = values
-        return out.reshape(len(rows), row_length)
+        return out.reshape(num_rows, row_length)
 
     position = np.arange(len(target)) - np.repeat(before, sizes)
     number = np.repeat(np.arange(len(sizes)), sizes)

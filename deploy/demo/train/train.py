@@ -13,6 +13,7 @@ START = time.monotonic()  # before the slow imports: --minutes counts from here
 import argparse  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+from collections import Counter  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -20,6 +21,7 @@ import torch.nn.functional as F  # noqa: E402
 
 from batches import epochs, load_texts, pack  # noqa: E402
 from checkpoint import export, load_model  # noqa: E402
+from generate import generate  # noqa: E402
 from model import CONFIG, Model  # noqa: E402
 from optimizer import Optimizer  # noqa: E402
 
@@ -29,7 +31,7 @@ SEED = 20250102
 WARMUP_STEPS, DECAY_FROM, QUANTISE_FROM = 200, 0.4, 0.87
 BIAS_RATE, BIAS_UNTIL = 0.001, 0.97  # of the experts' balancing
 MTP_WEIGHT, MTP_LATE_WEIGHT, MTP_LATE_FROM = 0.3, 0.1, 0.7
-RESERVE_S = 12  # for measuring and writing at the end
+RESERVE_S = 20  # for measuring and writing at the end
 
 
 def read_arguments():
@@ -51,6 +53,7 @@ def read_arguments():
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--steps", type=int, help="end after so many steps, for tests")
     parser.add_argument("--log-every", type=int, default=100, help="steps")
+    parser.add_argument("--questions", type=int, default=500, help="asked at the end")
     parser.add_argument("--config", default="{}", help="JSON over model.CONFIG, for tests")
     return parser.parse_args()
 
@@ -90,7 +93,8 @@ def prediction_places(host, device):
     main = np.flatnonzero(np.roll(target, -1, axis=1) & (np.arange(target.shape[1]) < target.shape[1] - 1))
     later = target & (host["positions"] >= 2)
     mtp = np.flatnonzero(np.roll(later, -2, axis=1) & (np.arange(target.shape[1]) < target.shape[1] - 2))
-    return tuple(torch.from_numpy(places).to(device, non_blocking=True) for places in (main, mtp))
+    places = (torch.from_numpy(main), torch.from_numpy(mtp))
+    return tuple(p.pin_memory().to(device, non_blocking=True) if device == "cuda" else p for p in places)
 
 
 def losses(model, batch, main, mtp):
@@ -127,13 +131,20 @@ def compile_layers(model, batch):
 
 
 @torch.no_grad()
-def measure(model, texts, args, device):
-    """Loss on the held-out phrasings, a document a text."""
+def measure(model, texts, assistant_id, args, device):
+    """On questions in unseen phrasings: losses, expert load, and the greedy answers' overlap with the right ones (F1 of tokens)."""
     host = pack(texts, args.row_length, np.random.default_rng(0))
     batch = {k: torch.from_numpy(host[k]).to(device) for k in ("tokens", "positions", "documents")}
-    with torch.compiler.set_stance("force_eager"):  # another shape: not worth compiling for
-        loss, mtp_loss, loads = losses(model, batch, *prediction_places(host, device))
-    return {"held_out_loss": loss.item(), "held_out_mtp_loss": mtp_loss.item(), "held_out_load": load_ratio(loads)}
+    loss, mtp_loss, loads = losses(model, batch, *prediction_places(host, device))
+    chats = [texts.tokens[a:b].tolist() for a, b in zip(texts.offsets, texts.offsets[1:])][: args.questions]
+    cuts = [chat.index(assistant_id) + 1 for chat in chats]
+    prompts = [[0, *chat[:cut]] for chat, cut in zip(chats, cuts)]
+    answers = [sequence[len(prompt) :] for sequence, prompt in zip(generate(model, prompts, 48), prompts)]
+    expected = [chat[cut:] for chat, cut in zip(chats, cuts)]
+    common = [2 * (Counter(a) & Counter(e)).total() / (len(a) + len(e)) for a, e in zip(answers, expected)]
+    exact = [a == e for a, e in zip(answers, expected)]
+    return {"held_out_loss": loss.item(), "held_out_mtp_loss": mtp_loss.item(), "held_out_load": load_ratio(loads),
+            "f1": sum(common) / len(common), "exact": sum(exact) / len(exact)}  # fmt: skip
 
 
 def load_ratio(loads):
@@ -208,12 +219,14 @@ def main():
     optimizer.quantise = True
     optimizer.write_back()
     trained += time.monotonic() - begin
-    record(step=steps, seconds=trained, tokens=seen, **measure(model, held_out, args, device))
     size = export(model, optimizer.masters(model), args.out)
     args.state.parent.mkdir(parents=True, exist_ok=True)
     bias = [moe.e_score_correction_bias for moe in model.moe_layers()]
     state = {"optimizer": optimizer.state(), "bias": bias, "trained": trained, "steps": steps, "tokens": seen, "commands": commands}
     torch.save(state, args.state)
+    with torch.compiler.set_stance("force_eager"):  # other shapes: not worth compiling for
+        results = measure(model, held_out, ids[1], args, device)
+    record(step=steps, seconds=trained, tokens=seen, **results)
     record(export_bytes=size, wall_s=time.monotonic() - START)
 
 
