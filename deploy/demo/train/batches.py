@@ -124,7 +124,7 @@ def epochs(texts, row_length, seed, first=0):
     def work():
         epoch = first
         while True:
-            ready.put((epoch, pack(texts, row_length, np.random.default_rng([seed, epoch]))))
+            ready.put((epoch, pack(texts, row_length, np.random.default_rng([*seed, epoch]))))
             epoch += 1
 
     threading.Thread(target=work, daemon=True).start()
