@@ -2,8 +2,8 @@
 
 Usage: train.py --data build/demo --out DIR --minutes M [--resume] [--total-minutes T] [--state FILE]
 --minutes is this command's wall-clock time, from its start to its exported model. The learning rate falls to zero, and weights are
-rounded to FP8, towards the end of --total-minutes of training over all commands [this command's end]. Every command leaves a whole
-model in --out and the state for --resume in --state.
+rounded to FP8, towards the end of --total-minutes of training over all commands, setup not counted [this command's end: so leave it
+out of the last one]. Every command leaves a whole model in --out and the state for --resume in --state.
 """
 
 import time
