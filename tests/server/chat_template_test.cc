@@ -157,7 +157,7 @@ TEST(ChatTemplateTest, TokensAreThoseOfTheWholeText) {
       }
     }
   }
-  EXPECT_GT(num_compared, 300);
+  EXPECT_GT(num_compared, 150 * static_cast<int>(model_dirs.size()));
 }
 
 // Words of messages never become an added token, however they meet the template's.
