@@ -6,10 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "server/http/completion_call.h"
-#include "server/http/openai.h"
-#include "server/http/openai_error.h"
-#include "tests/server/fake_engine.h"
-#include "tests/server/raw_http_client.h"
+#include "tests/server/openai_testing.h"
 
 namespace cachalot {
 namespace {
@@ -18,46 +15,13 @@ using nlohmann::json;
 
 constexpr char kHello[] = R"("messages":[{"role":"user","content":"Hello"}])";
 
-class ChatCompletionsTest : public testing::Test {
+class ChatCompletionsTest : public OpenAiServerTest {
  protected:
-  void SetUp() override {
-    auto tokenizer = Tokenizer::Load(CACHALOT_TEST_DATA_DIR "/golden/data/v3_like");
-    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
-    tokenizer_ = std::move(*tokenizer);
-  }
-  void TearDown() override {
-    if (server_ == nullptr) return;
-    generator_->Stop();
-    engine_ = nullptr;
-    server_->Stop(absl::ZeroDuration());
-  }
-  void Start(FakeEngineOptions options = {}, const char* chat_template = "v3") {
-    engine_ = std::make_unique<FakeEngine>(std::move(options));
-    GeneratorOptions generator_options;
-    generator_options.chat_template = ChatTemplate::ParseName(chat_template);
-    generator_options.metrics = &metrics_;
-    generator_ = std::make_unique<Generator>(engine_.get(), tokenizer_.get(), generator_options);
-    api_ = std::make_unique<OpenAiApi>(generator_.get(), &metrics_, "m", "m", "0");
-    server_ = std::make_unique<HttpServer>(HttpOptions{.port = 0}, HttpErrorResponse);
-    api_->Register(server_.get());
-    ASSERT_TRUE(server_->Bind().ok());
-    ASSERT_TRUE(server_->Start().ok());
-    client_ = std::make_unique<RawHttpClient>(server_->port());
-  }
   json Chat(const std::string& fields) {
     const ClientResponse response = client_->Post("/v1/chat/completions", absl::StrCat("{", kHello, ",", fields, "}"));
     EXPECT_EQ(response.status, 200) << response.body;
     return json::parse(response.body, nullptr, /*allow_exceptions=*/false);
   }
-  std::vector<int32_t> Ids(std::string_view text) { return *tokenizer_->Encode(text); }
-
-  Metrics metrics_;
-  std::unique_ptr<Tokenizer> tokenizer_;
-  std::unique_ptr<FakeEngine> engine_;
-  std::unique_ptr<Generator> generator_;
-  std::unique_ptr<OpenAiApi> api_;
-  std::unique_ptr<HttpServer> server_;
-  std::unique_ptr<RawHttpClient> client_;
 };
 
 std::string RawRequest(const std::string& path, const std::string& body) {
@@ -101,7 +65,7 @@ TEST_F(ChatCompletionsTest, AllParametersReachTheEngine) {
 TEST_F(ChatCompletionsTest, ReasoningIsApart) {
   std::vector<int32_t> script = Ids("I think</think>\n\nYes");
   const int num_tokens = static_cast<int>(script.size());
-  Start({.script = script}, "r1");
+  Start({.script = script}, /*with_tokenizer=*/true, "r1");
   const json answer = Chat(absl::StrCat("\"max_tokens\":", num_tokens));
   EXPECT_EQ(answer["choices"][0]["message"]["content"], "Yes");
   EXPECT_EQ(answer["choices"][0]["message"]["reasoning_content"], "I think");

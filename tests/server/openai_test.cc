@@ -7,9 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
-#include "server/http/openai_error.h"
-#include "tests/server/fake_engine.h"
-#include "tests/server/raw_http_client.h"
+#include "tests/server/openai_testing.h"
 
 namespace cachalot {
 namespace {
@@ -35,35 +33,8 @@ std::vector<std::string> Events(const std::string& body) {
   return events;
 }
 
-class OpenAiTest : public testing::Test {
+class OpenAiTest : public OpenAiServerTest {
  protected:
-  void SetUp() override {
-    auto tokenizer = Tokenizer::Load(CACHALOT_TEST_DATA_DIR "/golden/data/v3_like");
-    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
-    tokenizer_ = std::move(*tokenizer);
-  }
-  void TearDown() override {
-    if (server_ == nullptr) return;
-    generator_->Stop();
-    engine_ = nullptr;
-    server_->Stop(absl::ZeroDuration());
-  }
-
-  void Start(FakeEngineOptions options = {}, bool with_tokenizer = true) {
-    engine_ = std::make_unique<FakeEngine>(std::move(options));
-    generator_ = std::make_unique<Generator>(engine_.get(), with_tokenizer ? tokenizer_.get() : nullptr,
-                                             GeneratorOptions{.metrics = &metrics_});
-    api_ = std::make_unique<OpenAiApi>(generator_.get(), &metrics_, "org/model", "/models/model", "1.2.3");
-    HttpOptions http;
-    http.port = 0;
-    server_ = std::make_unique<HttpServer>(http, HttpErrorResponse);
-    api_->Register(server_.get());
-    ASSERT_TRUE(server_->Bind().ok());
-    ASSERT_TRUE(server_->Start().ok());
-    client_ = std::make_unique<RawHttpClient>(server_->port());
-  }
-
-  std::vector<int32_t> Ids(std::string_view text) { return *tokenizer_->Encode(text); }
   // The answer to POST /v1/completions, which must be 200.
   json Complete(const json& body) {
     const ClientResponse response = client_->Post("/v1/completions", body.dump());
@@ -78,14 +49,6 @@ class OpenAiTest : public testing::Test {
     EXPECT_EQ(response.headers.at("content-type"), "text/event-stream");
     return Events(response.body);
   }
-
-  std::unique_ptr<Tokenizer> tokenizer_;
-  std::unique_ptr<FakeEngine> engine_;
-  Metrics metrics_;
-  std::unique_ptr<Generator> generator_;
-  std::unique_ptr<OpenAiApi> api_;
-  std::unique_ptr<HttpServer> server_;
-  std::unique_ptr<RawHttpClient> client_;
 };
 
 TEST_F(OpenAiTest, Completion) {
