@@ -79,7 +79,7 @@ absl::Status Serving::Start() {
   generator_options_.allow_special_tokens = options_.allow_special_tokens;
   generator_options_.metrics = &metrics_;
   generator_options_.log = options_.log_requests;
-  generator_ = std::make_unique<Generator>(engine_->get(), tokenizer_.get(), generator_options_);
+  generator_ = std::make_unique<Generator>(engine_.get(), tokenizer_.get(), generator_options_);
   api_ = std::make_unique<OpenAiApi>(generator_.get(), &metrics_, options_.served_model_name, options_.engine.model_dir,
                                      std::string(Version()));
   api_->Register(&http_);

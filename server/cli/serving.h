@@ -3,7 +3,6 @@
 #define CACHALOT_SERVER_CLI_SERVING_H_
 
 #include <memory>
-#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -35,7 +34,7 @@ class Serving {
   // "ready: http://...": where, what and how much.
   std::string ReadyLine() const;
   // The engine's health, from Start on.
-  absl::Status health() const { return (*engine_)->health(); }
+  absl::Status health() const { return engine_->health(); }
 
   // Takes no new generations: readiness drops, what is in flight goes on.
   void BeginDrain();
@@ -50,7 +49,7 @@ class Serving {
   const ServeOptions options_;
   HttpServer http_;
   std::unique_ptr<Tokenizer> tokenizer_;  // none: token ids only
-  std::optional<std::unique_ptr<Engine>> engine_;
+  std::unique_ptr<Engine> engine_;
   GeneratorOptions generator_options_;
   Metrics metrics_;
   std::unique_ptr<Generator> generator_;
