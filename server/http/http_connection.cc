@@ -2,6 +2,10 @@
 // awaited.
 #include "server/http/http_connection.h"
 
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+
 #include <algorithm>
 #include <boost/asio/buffer.hpp>
 #include <boost/asio/error.hpp>
@@ -28,6 +32,7 @@ using boost::system::error_code;
 
 constexpr size_t kMaxReadAheadBytes = 256 << 10;  // requests sent ahead of their turn
 constexpr size_t kMaxWritePieces = 64;            // of one write
+constexpr int kMaxUnsentBytes = 128 << 10;        // in the socket
 constexpr absl::Duration kLingerTime = absl::Seconds(5);
 constexpr size_t kMaxLingerBytes = 64 << 20;
 
@@ -142,6 +147,9 @@ void HttpConnection::Start() {
     error_code ignored;
     self->socket_.set_option(asio::ip::tcp::no_delay(true), ignored);
     self->socket_.non_blocking(true, ignored);
+    // NOTE: what a slow client does not take waits here, where it can be joined, not in megabytes of the kernel's.
+    setsockopt(self->socket_.native_handle(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kMaxUnsentBytes,
+               sizeof(kMaxUnsentBytes));
     self->Feed();
   });
 }
