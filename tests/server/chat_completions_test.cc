@@ -86,6 +86,7 @@ TEST_F(ChatCompletionsTest, SlowClientsGetLongerEvents) {
   slow.Send(
       RawRequest("/v1/chat/completions", absl::StrCat("{", kHello, R"(,"stream":true,"ignore_eos":true,"max_tokens":)",
                                                       num_tokens, R"(,"stream_options":{"include_usage":true}})")));
+  while (engine_->requests().empty()) absl::SleepFor(absl::Milliseconds(1));
   ASSERT_TRUE(engine_->AwaitIdle(absl::Seconds(60)));
   const ClientResponse response = slow.ReadResponse();
   const std::vector<json> events = Events(response.body);
