@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
 
 namespace cachalot {
 namespace {
@@ -26,6 +27,13 @@ absl::Status WithField(absl::Status status, std::string_view field, std::string_
   if (!field.empty()) status.SetPayload(kFieldUrl, absl::Cord(absl::string_view(field.data(), field.size())));
   if (!code.empty()) status.SetPayload(kCodeUrl, absl::Cord(absl::string_view(code.data(), code.size())));
   return status;
+}
+
+absl::Status CheckModelName(const std::string& asked, const std::string& served) {
+  if (asked.empty() || asked == served) return absl::OkStatus();
+  return WithField(
+      absl::NotFoundError(absl::StrCat("The model '", asked, "' does not exist; this server has '", served, "'")),
+      "model", "model_not_found");
 }
 
 std::string ErrorField(const absl::Status& status) { return Payload(status, kFieldUrl); }

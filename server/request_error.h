@@ -16,6 +16,9 @@ absl::Status FieldError(std::string_view field, std::string_view message, std::s
 // `status` with a field and a code attached; an empty one attaches nothing.
 absl::Status WithField(absl::Status status, std::string_view field, std::string_view code = "");
 
+// Ok for the name of the model that is `served`, or none; otherwise NotFound about "model".
+absl::Status CheckModelName(const std::string& asked, const std::string& served);
+
 // What was attached, empty if nothing was.
 std::string ErrorField(const absl::Status& status);
 std::string ErrorCode(const absl::Status& status);

@@ -22,17 +22,10 @@ absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
 
 }  // namespace
 
-absl::Status CachalotService::CheckModel(const std::string& model) const {
-  if (model.empty() || model == model_name_) return absl::OkStatus();
-  return WithField(
-      absl::NotFoundError(absl::StrCat("The model '", model, "' does not exist; this server has '", model_name_, "'")),
-      "model");
-}
-
 template <typename Request>
 absl::Status CachalotService::Parse(const Bytes& bytes, Request* request) const {
   if (absl::Status status = ParseMessage(bytes, request); !status.ok()) return status;
-  return CheckModel(request->model());
+  return CheckModelName(request->model(), model_name_);
 }
 
 // --- Methods that generate ---

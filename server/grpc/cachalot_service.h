@@ -44,7 +44,6 @@ class CachalotService final : public internal::RawService {
   grpc::ServerUnaryReactor* Detokenize(Context* context, const Bytes* request, Bytes* response) override;
   grpc::ServerUnaryReactor* ModelInfo(Context* context, const Bytes* request, Bytes* response) override;
 
-  absl::Status CheckModel(const std::string& model) const;
   template <typename Request, typename Reactor>
   Reactor* Run(Reactor* reactor, Context* context, const Bytes& bytes) const;
   template <typename Request>

@@ -57,13 +57,6 @@ void OpenAiApi::Register(HttpServer* server) {
   });
 }
 
-absl::Status OpenAiApi::CheckModel(const std::string& name) const {
-  if (name.empty() || name == model_name_) return absl::OkStatus();
-  return WithField(
-      absl::NotFoundError(absl::StrCat("The model '", name, "' does not exist; this server has '", model_name_, "'")),
-      "model", "model_not_found");
-}
-
 void OpenAiApi::Completions(HttpRequest request, Responder responder) const {
   Answer(ParseCompletionRequest(request.body), std::move(responder));
 }
@@ -74,7 +67,7 @@ void OpenAiApi::ChatCompletions(HttpRequest request, Responder responder) const 
 
 void OpenAiApi::Answer(absl::StatusOr<CompletionRequest> completion, Responder responder) const {
   if (!completion.ok()) return responder->Respond(ErrorResponse(completion.status()));
-  if (absl::Status status = CheckModel(completion->model); !status.ok()) {
+  if (absl::Status status = CheckModelName(completion->model, model_name_); !status.ok()) {
     return responder->Respond(ErrorResponse(status));
   }
   CompletionCall::Run(generator_, model_name_, std::move(*completion), std::move(responder));
@@ -83,7 +76,8 @@ void OpenAiApi::Answer(absl::StatusOr<CompletionRequest> completion, Responder r
 void OpenAiApi::Tokenize(HttpRequest request, Responder responder) const {
   const absl::StatusOr<TokenizeRequest> call = ParseTokenizeRequest(request.body);
   if (!call.ok()) return responder->Respond(ErrorResponse(call.status()));
-  if (absl::Status status = CheckModel(call->model); !status.ok()) return responder->Respond(ErrorResponse(status));
+  if (absl::Status status = CheckModelName(call->model, model_name_); !status.ok())
+    return responder->Respond(ErrorResponse(status));
   const auto* chat = std::get_if<ChatPrompt>(&call->prompt);
   const absl::StatusOr<std::vector<int32_t>> tokens =
       chat != nullptr ? generator_->Tokenize(*chat)
@@ -96,7 +90,8 @@ void OpenAiApi::Tokenize(HttpRequest request, Responder responder) const {
 void OpenAiApi::Detokenize(HttpRequest request, Responder responder) const {
   const absl::StatusOr<DetokenizeRequest> call = ParseDetokenizeRequest(request.body);
   if (!call.ok()) return responder->Respond(ErrorResponse(call.status()));
-  if (absl::Status status = CheckModel(call->model); !status.ok()) return responder->Respond(ErrorResponse(status));
+  if (absl::Status status = CheckModelName(call->model, model_name_); !status.ok())
+    return responder->Respond(ErrorResponse(status));
   const Tokenizer* tokenizer = generator_->tokenizer();
   if (tokenizer == nullptr) {
     return responder->Respond(ErrorResponse(FieldError("tokens", "this model is served without a tokenizer")));
@@ -116,7 +111,8 @@ void OpenAiApi::Models(HttpRequest, Responder responder) const {
 
 void OpenAiApi::Model(HttpRequest request, Responder responder) const {
   const std::string name = request.path.substr(sizeof(kModelsPath) - 1);
-  if (absl::Status status = CheckModel(name); !status.ok()) return responder->Respond(ErrorResponse(status));
+  if (absl::Status status = CheckModelName(name, model_name_); !status.ok())
+    return responder->Respond(ErrorResponse(status));
   responder->Respond({.body = ModelJson(), .headers = {}});
 }
 

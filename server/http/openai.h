@@ -39,7 +39,6 @@ class OpenAiApi {
   void Health(HttpRequest request, Responder responder) const;
   void MetricsPage(HttpRequest request, Responder responder) const;
   std::string ModelJson() const;
-  absl::Status CheckModel(const std::string& name) const;
 
   Generator* const generator_;
   const Metrics* const metrics_;

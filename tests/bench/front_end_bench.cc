@@ -190,20 +190,34 @@ void Report(const char* name, const Setup& setup, double seconds, double cpu_sec
   std::fflush(stdout);
 }
 
+// All of HTTP between an engine and the clients, on a free port.
+class HttpFrontEnd {
+ public:
+  HttpFrontEnd(Engine* engine, const Tokenizer* tokenizer)
+      : generator_(engine, tokenizer, {.metrics = &metrics_}),
+        api_(&generator_, &metrics_, "model", "model", "0"),
+        server_({.port = 0}, HttpErrorResponse) {
+    api_.Register(&server_);
+    if (!server_.Bind().ok() || !server_.Start().ok()) Die("cannot listen");
+  }
+  ~HttpFrontEnd() {
+    generator_.Stop();
+    server_.Stop(absl::Seconds(1));
+  }
+  int port() const { return server_.port(); }
+
+ private:
+  Metrics metrics_;
+  Generator generator_;
+  OpenAiApi api_;
+  HttpServer server_;
+};
+
 void BenchHttp(const Setup& setup) {
   InstantEngine engine(setup.num_connections, setup.num_tokens, setup.steps_ahead, setup.vocabulary);
-  Metrics metrics;
-  Generator generator(&engine, setup.tokenizer, {.metrics = &metrics});
-  OpenAiApi api(&generator, &metrics, "model", "model", "0");
-  HttpServer server({.port = 0}, HttpErrorResponse);
-  api.Register(&server);
-  if (!server.Bind().ok() || !server.Start().ok()) Die("cannot listen");
+  HttpFrontEnd front_end(&engine, setup.tokenizer);
   std::vector<int> fds(setup.num_connections);
-  for (int& fd : fds) fd = Connect(server.port());
-  const std::string body =
-      absl::StrCat("{\"model\":\"model\",\"prompt\":[1],\"stream\":true,\"max_tokens\":", setup.num_tokens, "}");
-  const std::string request =
-      absl::StrCat("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ", body.size(), "\r\n\r\n", body);
+  for (int& fd : fds) fd = Connect(front_end.port());
   const double cpu = CpuSeconds();
   for (int fd : fds) Ask(fd, 1, setup.num_tokens);
   const Counts counts =
@@ -214,22 +228,15 @@ void BenchHttp(const Setup& setup) {
          absl::StrCat(", ", counts.bytes / counts.events, " bytes an event, ",
                       static_cast<double>(counts.events) / static_cast<double>(counts.reads), " events a read"));
   for (int fd : fds) close(fd);
-  generator.Stop();
-  server.Stop(absl::Seconds(1));
 }
 
 void BenchSlowClients(const Setup& setup) {
   constexpr int kNumOthers = 2000;
   const int num_tokens = setup.num_tokens * 20;
   MixedEngine engine(num_tokens, setup.steps_ahead, setup.vocabulary);
-  Metrics metrics;
-  Generator generator(&engine, setup.tokenizer, {.metrics = &metrics});
-  OpenAiApi api(&generator, &metrics, "model", "model", "0");
-  HttpServer server({.port = 0}, HttpErrorResponse);
-  api.Register(&server);
-  if (!server.Bind().ok() || !server.Start().ok()) Die("cannot listen");
+  HttpFrontEnd front_end(&engine, setup.tokenizer);
   const auto fast_rate = [&] {
-    const int fd = Connect(server.port());
+    const int fd = Connect(front_end.port());
     Ask(fd, 1, num_tokens);
     const auto begin = Clock::now();
     const Counts counts = CountEvents({fd}, std::vector<EventCounter>(1), [&](int64_t events) { engine.Seen(events); });
@@ -245,7 +252,7 @@ void BenchSlowClients(const Setup& setup) {
   const double alone = median();
   std::vector<int> fds;
   for (int i = 0; i < kNumOthers; ++i) {
-    fds.push_back(Connect(server.port()));
+    fds.push_back(Connect(front_end.port()));
     Ask(fds.back(), i % 2 == 0 ? 2 : 3, 1 << 19);
   }
   while (engine.num_arrived() < kNumOthers) std::this_thread::sleep_for(std::chrono::milliseconds(10));
@@ -255,8 +262,6 @@ void BenchSlowClients(const Setup& setup) {
               beside, kNumOthers, 100 * beside / alone);
   engine.Stop();
   for (int fd : fds) close(fd);
-  generator.Stop();
-  server.Stop(absl::Seconds(1));
 }
 
 // One thread sends kMessageBytes to each connection in turn, another reads and counts.
