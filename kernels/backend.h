@@ -3,6 +3,7 @@
 #ifndef CACHALOT_KERNELS_BACKEND_H_
 #define CACHALOT_KERNELS_BACKEND_H_
 
+#include <cstddef>
 #include <memory>
 #include <string>
 
@@ -15,20 +16,26 @@ namespace cachalot {
 
 struct BackendOptions {
   std::string device = "auto";  // auto | cpu | cuda; auto is CUDA where its library and a GPU are there
-  ActivationFormat activation = ActivationFormat::kF32;  // what norms, silu and attention emit
-  ScaleRule scale_rule = ScaleRule::kFP32;               // of fp8 activations; UE8M0 for V3.1
-  int num_threads = 0;                                   // CPU workers; 0: one per core
+  // What norms, silu and attention emit; on the GPU f32 stands for bf16.
+  ActivationFormat activation = ActivationFormat::kF32;
+  ScaleRule scale_rule = ScaleRule::kFP32;  // of fp8 activations; UE8M0 for V3.1
+  // On the CPU: bf16 rounds the residual, products and what attention multiplies as the GPU does, whose oracle it is.
+  DType value_dtype = DType::kF32;
+  int num_threads = 0;  // CPU workers; 0: one per core
   OpLimits limits;
 };
 
 class Backend {
  public:
   virtual ~Backend() = default;
-  virtual std::string name() const = 0;   // "cpu (2 threads, AVX3)"
-  virtual DType value_dtype() const = 0;  // of the residual and of products: f32 on the CPU, bf16 on the GPU
+  virtual std::string name() const = 0;  // "cpu (2 threads, AVX3)"
+  // Of the residual and of products: bf16 on the GPU, on the CPU what BackendOptions says.
+  virtual DType value_dtype() const = 0;
+  virtual bool is_gpu() const { return false; }  // memory of its own, graphs
   virtual Device& device() = 0;
   virtual Ops& ops() = 0;
   virtual Communicator& communicator() = 0;
+  virtual size_t workspace_bytes() const { return 0; }  // device memory that the operations hold; 0 where it is small
 };
 
 // NotFound when the device asked for is not there; ResourceExhausted when its workspace does not fit.

@@ -43,9 +43,16 @@ class Device {
   virtual void Upload(const Tensor& dst, const void* src) = 0;  // src: pinned host memory of dst.num_bytes()
   virtual void Download(void* dst, const Tensor& src) = 0;      // dst: pinned host memory
 
-  // Runs `body`, which issues operations (ops.h, communicator.h) and nothing else. What it does may depend on `key`
-  // and on device memory only: never on host values of this step, since a replay does not call it again.
+  // Runs `body`, which issues operations (ops.h, communicator.h), uploads and downloads, and nothing else. What it does
+  // may depend on `key`, on device memory and on what pinned memory holds by then: never on other host values of this
+  // step, since a replay does not call it again.
   virtual void Submit(const StepKey& key, std::function<void()> body) = 0;
+
+  // Before readiness: makes a graph of `body`, which Submit replays from then on where it gets the same key. Runs the
+  // body, perhaps more than once: the device memory that it depends on must make it harmless. The CPU does nothing.
+  virtual absl::Status Prepare(const StepKey&, std::function<void()> /*body*/) { return absl::OkStatus(); }
+  // What a replay of the key's graph launches; 0 where there is none.
+  virtual int NumKernels(const StepKey&) const { return 0; }
 
   virtual Event Record() = 0;
   virtual bool IsComplete(Event event) = 0;

@@ -18,6 +18,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "kernels/ops_types.h"
 
 namespace cachalot {
@@ -26,13 +27,17 @@ class Ops {
  public:
   virtual ~Ops() = default;
 
-  // ---- Weights. Sources are host memory that outlives the Ops (the mapped checkpoint); stored types are kept.
+  // ---- Weights. Sources are host memory that outlives the Ops (the mapped checkpoint); stored types are kept. On the
+  // GPU a source without data stands for random values: norms near 1, weights of deviation 1 / sqrt(cols).
   virtual std::unique_ptr<Weight> MakeVector(const Tensor& source) = 0;                        // norms, bias: [n]
   virtual std::unique_ptr<Weight> MakeLinear(const std::vector<WeightPart>& row_stacked) = 0;  // [sum of rows, cols]
   virtual std::unique_ptr<Weight> MakeKvUp(const WeightPart& kv_b, int num_heads, int nope_dim,
                                            int v_dim) = 0;  // kv_b_proj [H*(N+V), C] -> W_UK, W_UV of every head
   virtual std::unique_ptr<Weight> MakeExperts(
       const std::vector<std::vector<WeightPart>>& row_stacked_per_slot) = 0;  // G of [rows, cols]
+  // Once, after the last Make and before the first step: waits until every weight is where it is read from. A backend
+  // copies in the background until then. ResourceExhausted when a weight found no room; Internal with a device's fault.
+  virtual absl::Status FinishWeights() = 0;
 
   // ---- A step's begin. Block table entries first, in a submission of their own: (slot, index, block), slot -1
   // padding.

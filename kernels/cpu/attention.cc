@@ -8,6 +8,7 @@
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/elementwise_kernels.h"
 #include "kernels/cpu/linear_kernels.h"
+#include "kernels/cpu/quantize.h"
 
 namespace cachalot {
 namespace {
@@ -45,6 +46,10 @@ int64_t RowsPerBlock(const Dimensions& dims, int64_t max_rows) {
   return std::clamp<int64_t>(kRowBlockBytes / dims.bytes_per_row(), 1, std::max<int64_t>(max_rows, 1));
 }
 
+void RoundToBf16(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = Bf16ToFloat(FloatToBf16(x[i]));
+}
+
 int64_t MaxTiles(const Dimensions& dims, int64_t num_rows) { return num_rows * (dims.heads / 16 + 2); }
 
 }  // namespace
@@ -78,6 +83,7 @@ struct CpuOps::AttentionPlan {
   int64_t num_tiles, num_items;
   Arena slots_arena;  // partial results
   int64_t num_slots;
+  bool rounds_to_bf16;  // the GPU's oracle
 
   void MakeTiles(int64_t tile_queries);
   // Keys of group g that the tile's queries see.
@@ -137,6 +143,7 @@ void CpuOps::AttentionPlan::Attend(const QueryTile& tile, int64_t g, const Parti
   group.dtype = cache->dtype;
   group.kv_lora_rank = dims.latent;
   group.rope_dim = dims.rope;
+  group.rounds_to_bf16 = rounds_to_bf16;
   const int32_t num_keys = visible[tile.num_queries - 1];  // NOTE: positions rise within a tile
   const int32_t* table = state->block_table.row<int32_t>(tile.slot);
   for (int page = 0; page < kGroupPages && page * kBlockTokens < num_keys; ++page) {
@@ -155,7 +162,9 @@ void CpuOps::AttentionPlan::Merge(const QueryTile& tile, int64_t g, const Partia
     Visible(tile, g, visible);
     MergeAttention(TotalOf(tile), part, visible, tile.num_queries, dims.latent);
   }
-  if (g == tile.num_groups - 1) FinishAttention(TotalOf(tile), tile.num_queries, dims.latent);
+  if (g < tile.num_groups - 1) return;
+  FinishAttention(TotalOf(tile), tile.num_queries, dims.latent);
+  if (rounds_to_bf16) RoundToBf16(TotalOf(tile).latents, tile.num_queries * dims.latent_stride());
 }
 
 // Latent queries: q_nope * W_UK, then the rotated q_pe, both times the softmax scale.
@@ -167,8 +176,16 @@ void CpuOps::AbsorbQueries(const AttentionPlan& plan) {
     const int64_t h = task / slices, c = task % slices * kQuantGroup;
     float* out = plan.queries + h * d.query_stride();
     const Tensor nope = plan.q.Columns(h * head_width, d.nope);
-    AbsorbHead(plan.kv_up->w_uk(static_cast<int>(h)), nope, c, std::min<int64_t>(kQuantGroup, d.latent - c),
-               plan.softmax_scale, out, row_stride, WorkerArena(worker));
+    // NOTE: where queries are rounded, they are scaled after it.
+    const float factor = plan.rounds_to_bf16 ? 1.0f : plan.softmax_scale;
+    const int64_t width = std::min<int64_t>(kQuantGroup, d.latent - c);
+    AbsorbHead(plan.kv_up->w_uk(static_cast<int>(h)), nope, c, width, factor, out, row_stride, WorkerArena(worker));
+    const auto round = [&](float* values, int64_t n) {
+      if (!plan.rounds_to_bf16) return;
+      RoundToBf16(values, n);
+      for (int64_t i = 0; i < n; ++i) values[i] *= plan.softmax_scale;
+    };
+    for (int64_t t = 0; t < plan.num_rows; ++t) round(out + t * row_stride + c, width);
     // NOTE: the last slice may have written past C: the rotated part and the padding come after it.
     if (c + kQuantGroup < d.latent) return;
     for (int64_t t = 0; t < plan.num_rows; ++t) {
@@ -176,7 +193,8 @@ void CpuOps::AbsorbQueries(const AttentionPlan& plan) {
       if (plan.slots[t] >= 0) {
         CHECK(plan.positions[t] < plan.rope->cos_sin.dim(0), "position {}", plan.positions[t]);
         Rope(plan.q.row<float>(t) + h * head_width + d.nope, plan.rope->cos_sin.row<float>(plan.positions[t]), d.rope,
-             plan.softmax_scale, query + d.latent);
+             factor, query + d.latent);
+        round(query + d.latent, d.rope);
       }
       std::fill(query + d.latent + d.rope, query + d.query_stride(), 0.0f);
     }
@@ -237,6 +255,7 @@ void CpuOps::ProjectValues(const AttentionPlan& plan) {
   if (plan.values.data == plan.out.values.data) return;
   ForRows(plan.num_rows, d.heads * d.value, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
+      if (plan.rounds_to_bf16) RoundToBf16(plan.values.row<float>(t), d.heads * d.value);
       EmitActivationRow(plan.values.row<float>(t), plan.out, t, options_.scale_rule);
     }
   });
@@ -269,6 +288,7 @@ void CpuOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& 
     plan.state = &state;
     plan.rope = &rope;
     plan.softmax_scale = softmax_scale;
+    plan.rounds_to_bf16 = options_.value_dtype == DType::kBF16;
     plan.positions = rows.positions.as<int32_t>() + begin;
     plan.slots = rows.slots.as<int32_t>() + begin;
     plan.num_rows = n;

@@ -16,7 +16,7 @@ namespace {
 class CpuBackend : public Backend {
  public:
   explicit CpuBackend(const BackendOptions& options)
-      : pool_(options.num_threads), communicator_(options.limits, &pool_) {}
+      : value_dtype_(options.value_dtype), pool_(options.num_threads), communicator_(options.limits, &pool_) {}
   absl::Status Start(const BackendOptions& options) {
     absl::StatusOr<std::unique_ptr<CpuOps>> ops = CpuOps::Make(options, &device_, &pool_);
     if (!ops.ok()) return ops.status();
@@ -27,12 +27,13 @@ class CpuBackend : public Backend {
   std::string name() const override {
     return absl::StrFormat("cpu (%d threads, %s)", pool_.num_threads(), SimdTargetName());
   }
-  DType value_dtype() const override { return DType::kF32; }
+  DType value_dtype() const override { return value_dtype_; }
   Device& device() override { return device_; }
   Ops& ops() override { return *ops_; }
   Communicator& communicator() override { return communicator_; }
 
  private:
+  const DType value_dtype_;
   // NOTE: destroyed from the last to the first: workspace is freed into a device that is idle already.
   ThreadPool pool_;
   LocalCommunicator communicator_;

@@ -147,6 +147,7 @@ absl::Status CpuDevice::Wait(Event event, absl::Duration timeout) {
 }
 
 void CpuDevice::Enqueue(std::function<void()> work) {
+  if (std::this_thread::get_id() == thread_.get_id()) return work();  // a body's upload or download
   {
     std::lock_guard lock(mutex_);
     queue_.push_back(std::move(work));

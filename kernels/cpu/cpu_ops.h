@@ -29,6 +29,7 @@ class CpuOps : public Ops {
   std::unique_ptr<Weight> MakeLinear(const std::vector<WeightPart>& row_stacked) override;
   std::unique_ptr<Weight> MakeKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim) override;
   std::unique_ptr<Weight> MakeExperts(const std::vector<std::vector<WeightPart>>& row_stacked_per_slot) override;
+  absl::Status FinishWeights() override { return absl::OkStatus(); }
 
   void UpdateBlockTables(const SlotState& state, const Tensor& updates) override;
   void UpdateTokenBiases(const SlotState& state, const Tensor& updates) override;

@@ -49,6 +49,8 @@ class FakeOps : public Ops {
     return std::make_unique<FakeWeight>(Rows(experts[0]), experts[0][0].weight.dim(1), made);
   }
 
+  absl::Status FinishWeights() override { return absl::OkStatus(); }
+
   void UpdateBlockTables(const SlotState&, const Tensor&) override { Unused(); }
   void UpdateTokenBiases(const SlotState&, const Tensor&) override { Unused(); }
   void BeginStep(const StepRows&, const SlotState&, const StepInput&) override { Unused(); }

@@ -1,0 +1,583 @@
+// MLA kernels. One block of two warpgroups a work item: 64 rows of queries stay in shared memory, cache blocks of 64
+// keys stream through two buffers. Each warpgroup makes the scores of 32 keys, and from all 64 its half of the 512
+// columns of the result: a key's latent is also its value, so a block is loaded once.
+#include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/ptx.cuh"
+
+namespace cachalot {
+namespace {
+
+constexpr int kRows = 64;  // of a tile
+constexpr int kThreads = 256;
+constexpr int kSubTileBytes = kRows * 128;  // 64 rows of 64 bf16
+constexpr int kSubTiles = kEntryDim / 64;
+constexpr int kTileBytes = kSubTiles * kSubTileBytes;
+constexpr int kSharedBytes = 3 * kTileBytes + kSubTileBytes + 1024;
+constexpr int kMinSplitBlocks = 4;  // a split of fewer is not worth its partial result
+constexpr int kPlanThreads = 1024;
+constexpr int kMaxSplitsPerSm = 2;
+constexpr float kLog2E = 1.4426950408889634f;
+
+// ---- The plan.
+
+struct QueryTile {
+  int32_t first_token, num_rows;  // rows (token, head) of the sequence: [64 * index, ...) of num_rows
+  int32_t index, slot;
+  int32_t kv_len;                     // keys that its last row sees
+  int32_t num_splits, first_partial;  // first_partial -1: one item writes the result
+};
+
+struct WorkItem {
+  int32_t tile, block_begin, block_end, partial;
+};
+
+struct Plan {
+  int32_t* header;       // {items, next item, split tiles}
+  int32_t* first_tile;   // [S+1]
+  int32_t* split_tiles;  // [num_sms]
+  int32_t* order;        // items, the longest first
+  WorkItem* items;
+  QueryTile* tiles;
+};
+
+__host__ __device__ int64_t MaxTiles(int num_tokens, int num_sequences, int num_heads) {
+  return static_cast<int64_t>(num_tokens) * num_heads / kRows + num_sequences + 1;
+}
+
+__host__ __device__ Plan PlanAt(void* memory, int num_tokens, int num_sequences, int num_heads, int num_sms) {
+  Plan plan;
+  plan.header = static_cast<int32_t*>(memory);
+  plan.first_tile = plan.header + 8;
+  plan.split_tiles = plan.first_tile + (num_sequences + 8) / 8 * 8;
+  const int64_t max_items = MaxTiles(num_tokens, num_sequences, num_heads) + kMaxSplitsPerSm * num_sms;
+  plan.order = plan.split_tiles + (num_sms + 7) / 8 * 8;
+  plan.items = reinterpret_cast<WorkItem*>(plan.order + (max_items + 7) / 8 * 8);
+  plan.tiles = reinterpret_cast<QueryTile*>(plan.items + max_items);
+  return plan;
+}
+
+// The sum of `value` over the threads before this one; `total` over all. Called by all kPlanThreads threads.
+__device__ int32_t BlockScan(int32_t value, int32_t* total) {
+  __shared__ int32_t sums[kWarpSize];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int32_t sum = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  if (lane == kWarpSize - 1) sums[warp] = sum;
+  __syncthreads();
+  if (warp == 0) {
+    int32_t all = sums[lane];
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const int32_t other = __shfl_up_sync(0xffffffffu, all, offset);
+      if (lane >= offset) all += other;
+    }
+    sums[lane] = all;
+  }
+  __syncthreads();
+  *total = sums[kWarpSize - 1];
+  const int32_t before = (warp > 0 ? sums[warp - 1] : 0) + sum - value;
+  __syncthreads();
+  return before;
+}
+
+__device__ int32_t NumQueries(const AttentionArguments& a, int32_t s) {
+  return a.seq_slot[s] < 0 ? 0 : a.query_start[s + 1] - a.query_start[s];
+}
+
+// first_tile[s]: the tiles of sequences before s; returns their number.
+__device__ int32_t CountTiles(const AttentionArguments& a, const Plan& plan) {
+  int32_t total = 0;
+  for (int32_t base = 0; base < a.num_sequences; base += kPlanThreads) {
+    const int32_t s = base + static_cast<int32_t>(threadIdx.x);
+    const int32_t count = s < a.num_sequences ? (NumQueries(a, s) * a.num_heads + kRows - 1) / kRows : 0;
+    int32_t sum;
+    const int32_t before = BlockScan(count, &sum);
+    if (s < a.num_sequences) plan.first_tile[s] = total + before;
+    total += sum;
+  }
+  if (threadIdx.x == 0) plan.first_tile[a.num_sequences] = total;
+  __syncthreads();
+  return total;
+}
+
+__device__ QueryTile TileAt(const AttentionArguments& a, const Plan& plan, int32_t tile) {
+  int32_t low = 0, high = a.num_sequences;  // the last sequence that begins at or before the tile
+  while (high - low > 1) {
+    const int32_t middle = (low + high) / 2;
+    if (plan.first_tile[middle] <= tile) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  QueryTile t;
+  t.first_token = a.query_start[low];
+  t.num_rows = NumQueries(a, low) * a.num_heads;
+  t.index = tile - plan.first_tile[low];
+  t.slot = a.seq_slot[low];
+  const int32_t last_row = min((t.index + 1) * kRows, t.num_rows) - 1;
+  t.kv_len = a.positions[t.first_token + last_row / a.num_heads] + 1;
+  return t;
+}
+
+// Longest first, so that the blocks that take them one by one end together. Items as long as each other, nearly, come
+// in any order: it decides who works, not what comes out.
+__device__ void OrderItems(const Plan& plan, int32_t num_items) {
+  __shared__ int32_t next[kPlanThreads], longest;
+  next[threadIdx.x] = 0;
+  if (threadIdx.x == 0) longest = 1;
+  __syncthreads();
+  const auto length = [&](int32_t i) { return plan.items[i].block_end - plan.items[i].block_begin; };
+  for (int32_t i = threadIdx.x; i < num_items; i += kPlanThreads) atomicMax(&longest, length(i));
+  __syncthreads();
+  const auto bucket = [&](int32_t i) {
+    return kPlanThreads - 1 - static_cast<int32_t>(static_cast<int64_t>(length(i)) * (kPlanThreads - 1) / longest);
+  };
+  for (int32_t i = threadIdx.x; i < num_items; i += kPlanThreads) atomicAdd(&next[bucket(i)], 1);
+  __syncthreads();
+  int32_t total;
+  const int32_t before = BlockScan(next[threadIdx.x], &total);
+  next[threadIdx.x] = before;
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < num_items; i += kPlanThreads) plan.order[atomicAdd(&next[bucket(i)], 1)] = i;
+}
+
+__global__ void __launch_bounds__(kPlanThreads) PlanAttention(const AttentionArguments a) {
+  const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
+  const int32_t num_tiles = CountTiles(a, plan);
+  // How many blocks there are in all, and so how many an item should have.
+  int32_t blocks = 0, total_blocks;
+  for (int32_t i = threadIdx.x; i < num_tiles; i += kPlanThreads) {
+    plan.tiles[i] = TileAt(a, plan, i);
+    blocks += (plan.tiles[i].kv_len + kPageTokens - 1) / kPageTokens;
+  }
+  BlockScan(blocks, &total_blocks);
+  const int32_t per_item = max(kMinSplitBlocks, (total_blocks + a.num_sms - 1) / a.num_sms);
+
+  int32_t num_items = 0, num_partials = 0, num_split_tiles = 0;
+  for (int32_t base = 0; base < num_tiles; base += kPlanThreads) {
+    const int32_t i = base + static_cast<int32_t>(threadIdx.x);
+    int32_t splits = 0, tile_blocks = 0;
+    if (i < num_tiles) {
+      tile_blocks = (plan.tiles[i].kv_len + kPageTokens - 1) / kPageTokens;
+      splits = max(1, (tile_blocks + per_item / 2) / per_item);
+    }
+    const bool is_split = splits > 1;
+    int32_t items, partials, split_tiles;
+    const int32_t item = num_items + BlockScan(splits, &items);
+    const int32_t partial = num_partials + BlockScan(is_split ? splits : 0, &partials);
+    const int32_t split_tile = num_split_tiles + BlockScan(is_split ? 1 : 0, &split_tiles);
+    if (i < num_tiles) {
+      plan.tiles[i].num_splits = splits;
+      plan.tiles[i].first_partial = is_split ? partial : -1;
+      if (is_split) plan.split_tiles[split_tile] = i;
+      for (int32_t s = 0; s < splits; ++s) {
+        plan.items[item + s] = {i, static_cast<int32_t>(static_cast<int64_t>(tile_blocks) * s / splits),
+                                static_cast<int32_t>(static_cast<int64_t>(tile_blocks) * (s + 1) / splits),
+                                is_split ? partial + s : -1};
+      }
+    }
+    num_items += items;
+    num_partials += partials;
+    num_split_tiles += split_tiles;
+  }
+  OrderItems(plan, num_items);
+  if (threadIdx.x != 0) return;
+  plan.header[0] = num_items;
+  plan.header[1] = 0;
+  plan.header[2] = num_split_tiles;
+}
+
+// ---- Loading.
+
+// 64 rows of 576 bf16 from `src`, `num_rows` of them there, the others zeros.
+__device__ void LoadRows(uint32_t dst, const uint8_t* src, int64_t row_bytes, int num_rows) {
+  constexpr int kChunks = kEntryDim * 2 / 16;
+#pragma unroll
+  for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
+    const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+    const bool is_there = row < num_rows;
+    CopyAsync16(dst + chunk / 8 * kSubTileBytes + Swizzled(row, chunk % 8),
+                is_there ? src + row * row_bytes + chunk * 16 : src, is_there ? 16 : 0);
+  }
+}
+
+// A block of the fp8 cache on its way: latents wait in registers until they become bf16.
+struct Fp8Block {
+  static constexpr int kChunks = kLatentDim / 16;  // of 16 e4m3 a row
+  static constexpr int kPerThread = kRows * kChunks / kThreads;
+  uint4 values[kPerThread];
+  float scales[kPerThread];
+
+  __device__ void Load(uint32_t dst, const uint8_t* src, int64_t row_bytes, int num_rows) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+      values[i] = make_uint4(0, 0, 0, 0);
+      scales[i] = 0;
+      if (row >= num_rows) continue;
+      values[i] = __ldg(reinterpret_cast<const uint4*>(src + row * row_bytes + chunk * 16));
+      scales[i] = __ldg(reinterpret_cast<const float*>(src + row * row_bytes + kLatentDim) + chunk / 8);
+    }
+    constexpr int kRopeChunks = kRopeDim * 2 / 16;
+#pragma unroll
+    for (int i = 0; i < kRows * kRopeChunks / kThreads; ++i) {
+      const int index = i * kThreads + threadIdx.x, row = index / kRopeChunks, chunk = index % kRopeChunks;
+      const bool is_there = row < num_rows;
+      const uint8_t* rope = src + row * row_bytes + kLatentDim + kLatentDim / 128 * 4 + chunk * 16;
+      CopyAsync16(dst + kLatentDim / 64 * kSubTileBytes + Swizzled(row, chunk), is_there ? rope : src,
+                  is_there ? 16 : 0);
+    }
+  }
+
+  __device__ void Store(uint8_t* dst) const {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+      uint32_t packed[8];
+      const uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
+#pragma unroll
+      for (int w = 0; w < 8; ++w) {
+        const uint16_t pair = static_cast<uint16_t>(words[w / 2] >> (w % 2 * 16));
+        const float2 two = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+        const __nv_bfloat162 both = __floats2bfloat162_rn(two.x * scales[i], two.y * scales[i]);
+        packed[w] = *reinterpret_cast<const uint32_t*>(&both);
+      }
+      uint8_t* tile = dst + chunk / 4 * kSubTileBytes;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<uint4*>(tile + Swizzled(row, chunk % 4 * 2 + half)) =
+            make_uint4(packed[4 * half], packed[4 * half + 1], packed[4 * half + 2], packed[4 * half + 3]);
+      }
+    }
+  }
+};
+
+// ---- One work item.
+
+struct Shared {
+  uint8_t q[kTileBytes];
+  uint8_t kv[2][kTileBytes];
+  uint8_t p[kSubTileBytes];
+  float reduced[2][kRows];  // of each warpgroup: maxima, in the end sums
+  int32_t item;
+};
+static_assert(sizeof(Shared) <= kSharedBytes && kSharedBytes <= 227 * 1024);
+
+// What a thread knows of its two rows.
+struct RowState {
+  int32_t last_key[2];  // -1: the row is beyond the tile's end
+  float max[2], sum[2];
+};
+
+// Scores of this warpgroup's 32 keys, in the log2 domain, masked; max[i]: of this thread's row i, over its quad.
+__device__ void Scores(const Shared& sh, int buffer, int32_t first_key, float scale, const RowState& rows,
+                       float (&s)[16], float (&max)[2]) {
+  const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % kWarpSize;
+  const uint32_t q = SharedAddress(sh.q), k = SharedAddress(sh.kv[buffer]) + warpgroup * 32 * 128;
+  WgmmaFence();
+#pragma unroll
+  for (int tile = 0; tile < kSubTiles; ++tile) {
+    const uint64_t a = KMajorDescriptor(q + tile * kSubTileBytes), b = KMajorDescriptor(k + tile * kSubTileBytes);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) WgmmaBf16<32>(s, a + 2 * step, b + 2 * step, tile + step > 0);
+  }
+  WgmmaCommit();
+  WgmmaWait<0>();
+  max[0] = max[1] = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int32_t key = first_key + 32 * warpgroup + 8 * j + 2 * (lane % 4) + c;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = s[4 * j + 2 * i + c];
+        score = key <= rows.last_key[i] ? score * scale : -INFINITY;
+        max[i] = fmaxf(max[i], score);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    max[i] = fmaxf(max[i], __shfl_xor_sync(0xffffffffu, max[i], 1));
+    max[i] = fmaxf(max[i], __shfl_xor_sync(0xffffffffu, max[i], 2));
+  }
+}
+
+// exp2(score - max) into shared memory as bf16; adds to the rows' sums; by how much earlier results shrink.
+__device__ void Probabilities(Shared& sh, int row, const float (&s)[16], RowState& rows, float (&shrink)[2]) {
+  const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = row + 8 * i;
+    const float max = fmaxf(rows.max[i], fmaxf(sh.reduced[0][r], sh.reduced[1][r]));
+    const float base = max == -INFINITY ? 0.0f : max;  // nothing seen yet
+    shrink[i] = exp2f(rows.max[i] - base);
+    rows.max[i] = max;
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float p0 = exp2f(s[4 * j + 2 * i] - base), p1 = exp2f(s[4 * j + 2 * i + 1] - base);
+      sum += p0 + p1;
+      *reinterpret_cast<__nv_bfloat162*>(sh.p + Swizzled(r, 4 * warpgroup + j) + lane % 4 * 4) =
+          __floats2bfloat162_rn(p0, p1);
+    }
+    rows.sum[i] = rows.sum[i] * shrink[i] + sum;
+  }
+}
+
+// o = o * shrink + p * latents, this warpgroup's 256 columns.
+__device__ void AddValues(const Shared& sh, int buffer, const float (&shrink)[2], float (&o)[128]) {
+#pragma unroll
+  for (int j = 0; j < 32; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      o[4 * j + 2 * i] *= shrink[i];
+      o[4 * j + 2 * i + 1] *= shrink[i];
+    }
+  }
+  const uint64_t p = KMajorDescriptor(SharedAddress(sh.p));
+  const uint64_t v =
+      MnMajorDescriptor(SharedAddress(sh.kv[buffer]) + threadIdx.x / 128 * 4 * kSubTileBytes, kSubTileBytes);
+  WgmmaFence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) WgmmaBf16Transposed<256>(o, p + 2 * step, v + 128 * step, true);
+  WgmmaCommit();
+  WgmmaWait<0>();
+}
+
+// Where a split keeps its unscaled result [64,512], then its rows' maxima and sums.
+constexpr int64_t kPartialFloats = kRows * kLatentDim + 2 * kRows;
+
+__device__ void WriteResult(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item, Shared& sh,
+                            int row, RowState& rows, const float (&o)[128]) {
+  const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    rows.sum[i] += __shfl_xor_sync(0xffffffffu, rows.sum[i], 1);
+    rows.sum[i] += __shfl_xor_sync(0xffffffffu, rows.sum[i], 2);
+    if (lane % 4 == 0) sh.reduced[warpgroup][row + 8 * i] = rows.sum[i];
+  }
+  __syncthreads();
+  const int64_t first_row = static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = row + 8 * i;
+    if (rows.last_key[i] < 0) continue;
+    const float sum = sh.reduced[0][r] + sh.reduced[1][r];
+    const int column = 256 * warpgroup + 2 * (lane % 4);
+    if (item.partial < 0) {
+      bf16* out = static_cast<bf16*>(a.out) + (first_row + r) * kLatentDim + column;
+      const float factor = 1.0f / sum;
+#pragma unroll
+      for (int j = 0; j < 32; ++j) {
+        *reinterpret_cast<__nv_bfloat162*>(out + 8 * j) =
+            __floats2bfloat162_rn(o[4 * j + 2 * i] * factor, o[4 * j + 2 * i + 1] * factor);
+      }
+      continue;
+    }
+    float* partial = a.partials + item.partial * kPartialFloats;
+    float* out = partial + r * kLatentDim + column;
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+      *reinterpret_cast<float2*>(out + 8 * j) = make_float2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
+    }
+    if (warpgroup == 0 && lane % 4 == 0) {
+      partial[kRows * kLatentDim + r] = rows.max[i];
+      partial[kRows * kLatentDim + kRows + r] = sum;
+    }
+  }
+}
+
+template <bool kFp8>
+__device__ void Attend(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item, Shared& sh) {
+  const int lane = threadIdx.x % kWarpSize, row = threadIdx.x % 128 / kWarpSize * 16 + lane / 4;
+  const int32_t* pages = a.block_table + tile.slot * a.table_stride;
+  const int64_t page_bytes = a.token_bytes * kPageTokens;
+  const float scale = a.softmax_scale * kLog2E;
+  Fp8Block block;
+  const auto load = [&](int32_t index, int buffer) {
+    const uint8_t* page = a.cache + pages[index] * page_bytes;
+    const int num_keys = min(kPageTokens, tile.kv_len - index * kPageTokens);
+    if constexpr (kFp8) {
+      block.Load(SharedAddress(sh.kv[buffer]), page, a.token_bytes, num_keys);
+    } else {
+      LoadRows(SharedAddress(sh.kv[buffer]), page, a.token_bytes, num_keys);
+    }
+  };
+
+  const int64_t first_row = static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows;
+  const int num_rows = min(kRows, tile.num_rows - tile.index * kRows);
+  LoadRows(SharedAddress(sh.q), static_cast<const uint8_t*>(a.q) + first_row * kEntryDim * 2, kEntryDim * 2, num_rows);
+  load(item.block_begin, 0);
+  CopyAsyncCommit();
+  if constexpr (kFp8) block.Store(sh.kv[0]);
+  RowState rows;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = row + 8 * i;
+    rows.last_key[i] = r < num_rows ? a.positions[tile.first_token + (tile.index * kRows + r) / a.num_heads] : -1;
+    rows.max[i] = -INFINITY;
+    rows.sum[i] = 0;
+  }
+  float o[128];
+#pragma unroll
+  for (float& value : o) value = 0;
+
+  for (int32_t index = item.block_begin; index < item.block_end; ++index) {
+    const int buffer = (index - item.block_begin) & 1;
+    const bool has_next = index + 1 < item.block_end;
+    if (has_next) load(index + 1, buffer ^ 1);
+    CopyAsyncCommit();
+    CopyAsyncWait<1>();
+    FenceProxyAsync();
+    __syncthreads();
+    float s[16], max[2], shrink[2];
+    Scores(sh, buffer, index * kPageTokens, scale, rows, s, max);
+    if (lane % 4 == 0) {
+      sh.reduced[threadIdx.x / 128][row] = max[0];
+      sh.reduced[threadIdx.x / 128][row + 8] = max[1];
+    }
+    __syncthreads();
+    Probabilities(sh, row, s, rows, shrink);
+    FenceProxyAsync();
+    __syncthreads();
+    AddValues(sh, buffer, shrink, o);
+    if constexpr (kFp8) {
+      if (has_next) block.Store(sh.kv[buffer ^ 1]);
+    }
+    __syncthreads();
+  }
+  CopyAsyncWait<0>();
+  WriteResult(a, tile, item, sh, row, rows, o);
+}
+
+template <bool kFp8>
+__global__ void __launch_bounds__(kThreads, 1) MlaKernel(const AttentionArguments a) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  Shared& sh = *reinterpret_cast<Shared*>(memory);
+  const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
+  const int32_t num_items = plan.header[0];
+  while (true) {
+    if (threadIdx.x == 0) sh.item = atomicAdd(plan.header + 1, 1);
+    __syncthreads();
+    const int32_t index = sh.item;
+    if (index >= num_items) return;
+    const WorkItem item = plan.items[plan.order[index]];
+    const QueryTile tile = plan.tiles[item.tile];
+    Attend<kFp8>(a, tile, item, sh);
+    __syncthreads();
+  }
+}
+
+// Joins the splits of a tile, in their order. blockIdx: x split tile, y eight rows; a warp a row.
+__global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
+  const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
+  if (static_cast<int32_t>(blockIdx.x) >= plan.header[2]) return;
+  const QueryTile tile = plan.tiles[plan.split_tiles[blockIdx.x]];
+  const int lane = threadIdx.x % kWarpSize, r = blockIdx.y * 8 + threadIdx.x / kWarpSize;
+  if (tile.index * kRows + r >= tile.num_rows) return;
+  const float* partials = a.partials + tile.first_partial * kPartialFloats;
+  float max = -INFINITY;
+  for (int s = 0; s < tile.num_splits; ++s) max = fmaxf(max, partials[s * kPartialFloats + kRows * kLatentDim + r]);
+  float sum = 0, o[kLatentDim / kWarpSize] = {};
+  for (int s = 0; s < tile.num_splits; ++s) {
+    const float* partial = partials + s * kPartialFloats;
+    const float weight = exp2f(partial[kRows * kLatentDim + r] - max);
+    sum += weight * partial[kRows * kLatentDim + kRows + r];
+#pragma unroll
+    for (int i = 0; i < kLatentDim / kWarpSize; ++i) o[i] += weight * partial[r * kLatentDim + i * kWarpSize + lane];
+  }
+  bf16* out = static_cast<bf16*>(a.out) +
+              (static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows + r) * kLatentDim;
+#pragma unroll
+  for (int i = 0; i < kLatentDim / kWarpSize; ++i) out[i * kWarpSize + lane] = __float2bfloat16(o[i] / sum);
+}
+
+// ---- Before and after.
+
+// A warp a (token, head): a pair of the rotated part each lane.
+__global__ void __launch_bounds__(256) RopeQueries(const RopeQueriesArguments a) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  if (row >= static_cast<int64_t>(a.num_tokens) * a.num_heads) return;
+  const int64_t t = row / a.num_heads, h = row % a.num_heads;
+  const int64_t from = t * a.q.row_stride + h * (a.nope_dim + kRopeDim) + a.nope_dim + 2 * lane;
+  const float* angles = a.cos_sin + static_cast<int64_t>(a.positions[t]) * kRopeDim;
+  const float x = LoadNumber(a.q.data, from, a.q.type), y = LoadNumber(a.q.data, from + 1, a.q.type);
+  const float cosine = angles[lane], sine = angles[kRopeDim / 2 + lane];
+  reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(a.q_absorbed) + row * kEntryDim + kLatentDim)[lane] =
+      __floats2bfloat162_rn(x * cosine - y * sine, x * sine + y * cosine);
+  if (a.slots[t] >= 0) return;
+  uint4* out = reinterpret_cast<uint4*>(static_cast<bf16*>(a.out) + row * kLatentDim);
+  for (int i = lane; i < kLatentDim / 8; i += kWarpSize) out[i] = make_uint4(0, 0, 0, 0);
+}
+
+// A warp a group of 128.
+__global__ void __launch_bounds__(256)
+    Quantize(const ActivationRef out, const MatrixRef x, int64_t rows, int64_t cols) {
+  const int64_t groups = (cols + 127) / 128, index = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / kWarpSize;
+  if (index >= rows * groups) return;
+  const int64_t row = index / groups, group = index % groups;
+  float values[4], amax = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t col = group * 128 + i * kWarpSize + threadIdx.x % kWarpSize;
+    values[i] = col < cols ? LoadNumber(x.data, row * x.row_stride + col, x.type) : 0.0f;
+    amax = fmaxf(amax, fabsf(values[i]));
+  }
+  const float scale = QuantScale(WarpMax(amax), out.is_ue8m0);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t col = group * 128 + i * kWarpSize + threadIdx.x % kWarpSize;
+    if (col < cols) {
+      static_cast<uint8_t*>(out.values.data)[row * out.values.row_stride + col] = FloatToE4m3(values[i] / scale);
+    }
+  }
+  if (threadIdx.x % kWarpSize == 0) out.scales[row * out.scale_stride + group] = scale;
+}
+
+template <bool kFp8>
+void LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
+  static const cudaError_t configured =
+      cudaFuncSetAttribute(MlaKernel<kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  (void)configured;  // NOTE: where it failed, the launch fails too
+  MlaKernel<kFp8><<<a.num_sms, kThreads, kSharedBytes, stream>>>(a);
+}
+
+}  // namespace
+
+size_t AttentionPlanBytes(int max_tokens, int max_sequences, int num_heads, int num_sms) {
+  const Plan plan = PlanAt(nullptr, max_tokens, max_sequences, num_heads, num_sms);
+  return reinterpret_cast<size_t>(plan.tiles + MaxTiles(max_tokens, max_sequences, num_heads));
+}
+
+size_t AttentionPartialsBytes(int num_sms) { return kMaxSplitsPerSm * num_sms * kPartialFloats * sizeof(float); }
+
+void LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
+  PlanAttention<<<1, kPlanThreads, 0, stream>>>(a);
+  if (a.is_fp8) {
+    LaunchMla<true>(stream, a);
+  } else {
+    LaunchMla<false>(stream, a);
+  }
+  JoinSplits<<<dim3(a.num_sms, kRows / 8), 256, 0, stream>>>(a);
+}
+
+void LaunchRopeQueries(cudaStream_t stream, const RopeQueriesArguments& a) {
+  const int64_t rows = static_cast<int64_t>(a.num_tokens) * a.num_heads;
+  RopeQueries<<<static_cast<unsigned>((rows + 7) / 8), 256, 0, stream>>>(a);
+}
+
+void LaunchQuantize(cudaStream_t stream, const ActivationRef& out, const MatrixRef& x, int64_t rows, int64_t cols) {
+  const int64_t groups = rows * ((cols + 127) / 128);
+  Quantize<<<static_cast<unsigned>((groups + 7) / 8), 256, 0, stream>>>(out, x, rows, cols);
+}
+
+}  // namespace cachalot

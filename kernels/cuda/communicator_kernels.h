@@ -1,0 +1,44 @@
+// Launches of dispatch and combine within one rank.
+#ifndef CACHALOT_KERNELS_CUDA_COMMUNICATOR_KERNELS_H_
+#define CACHALOT_KERNELS_CUDA_COMMUNICATOR_KERNELS_H_
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/device_tensor.h"
+#include "kernels/cuda/row_copy.h"
+
+namespace cachalot {
+
+// Rows of a slot in order of tokens, then of choices: where every (token, choice) goes, and where slots begin.
+struct GroupRowsArgs {
+  const int32_t* topk_slots;  // [num_tokens, num_choices]; -1: nowhere
+  int64_t topk_slots_stride;
+  int32_t* row_of;   // [num_tokens, num_choices], contiguous; -1: nowhere
+  int32_t* offsets;  // [num_slots + 1]
+  int32_t num_tokens, num_choices, num_slots;
+  int32_t capacity;  // rows that there is room for; what comes after goes nowhere
+};
+void LaunchGroupRows(cudaStream_t stream, const GroupRowsArgs& args);
+
+// Row t of src to the rows row_of[t, 0..num_choices) of dst.
+struct ScatterRowsArgs {
+  RowCopy values, scales;
+  const int32_t* row_of;
+  int32_t num_choices;
+};
+void LaunchScatterRows(cudaStream_t stream, const ScatterRowsArgs& args, int64_t num_tokens);
+
+// out[t] <- shared[t] + sum over k, in order, of weights[t,k] * y[row_of[t,k]].
+struct CombineArgs {
+  MatrixRef out, y;
+  MatrixRef shared;  // may be absent
+  const float* weights;
+  int64_t weights_stride;
+  const int32_t* row_of;
+  int32_t num_choices, cols;
+};
+void LaunchCombine(cudaStream_t stream, const CombineArgs& args, int64_t num_tokens);
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_KERNELS_CUDA_COMMUNICATOR_KERNELS_H_

@@ -1,0 +1,103 @@
+// CudaOps: the verbs of ops.h on one stream of one GPU. One file a topic: X.cc checks shapes and queues, X_kernels.cu
+// computes; X_kernels.h is all they share, so that nvcc sees no library's headers.
+#ifndef CACHALOT_KERNELS_CUDA_CUDA_OPS_H_
+#define CACHALOT_KERNELS_CUDA_CUDA_OPS_H_
+
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/cuda_weights.h"
+#include "kernels/cuda/stream.h"
+#include "kernels/cuda/weight_loader.h"
+#include "kernels/device.h"
+#include "kernels/ops.h"
+
+namespace cachalot {
+
+class CudaOps : public Ops {
+ public:
+  // Unimplemented for dimensions that the attention kernels are not made for, ResourceExhausted when the workspace does
+  // not fit. `device`, `stream` and `loader` must outlive the result.
+  static absl::StatusOr<std::unique_ptr<CudaOps>> Make(const BackendOptions& options, Device* device,
+                                                       CudaStream* stream, WeightLoader* loader);
+
+  std::unique_ptr<Weight> MakeVector(const Tensor& source) override;
+  std::unique_ptr<Weight> MakeLinear(const std::vector<WeightPart>& row_stacked) override;
+  std::unique_ptr<Weight> MakeKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim) override;
+  std::unique_ptr<Weight> MakeExperts(const std::vector<std::vector<WeightPart>>& row_stacked_per_slot) override;
+  absl::Status FinishWeights() override;
+
+  void UpdateBlockTables(const SlotState& state, const Tensor& updates) override;
+  void UpdateTokenBiases(const SlotState& state, const Tensor& updates) override;
+  void BeginStep(const StepRows& rows, const SlotState& state, const StepInput& input) override;
+
+  void Embed(const Tensor& h, const Weight& embed_tokens, const StepRows& rows) override;
+  void AddRmsNorm(const Tensor& h, const Activation& x, const Tensor& plain, const Tensor& delta, const Weight& weight,
+                  float eps) override;
+  void Linear(const Tensor& y, const Activation& x, const Weight& w) override;
+  void LatentNormRopeWrite(const KvCache& cache, const SlotState& state, const Activation& q_latent, const Tensor& q_a,
+                           const Tensor& kv, const Weight* q_a_layernorm, const Weight& kv_a_layernorm,
+                           const StepRows& rows, const RopeTable& rope, float eps) override;
+  void MlaAttention(const Activation& out, const Tensor& q, const Weight& kv_up, const KvCache& cache,
+                    const SlotState& state, const StepInput& input, const StepRows& rows, const RopeTable& rope,
+                    float softmax_scale) override;
+  void SiluMul(const Activation& out, const Tensor& gate_up) override;
+  void Router(const Tensor& topk_slots, const Tensor& topk_weights, const Tensor& x, const Weight& gate,
+              const Weight* correction_bias, const Tensor& expert_slots, const StepRows& rows,
+              const RouterOptions& options) override;
+  void GroupedLinear(const Tensor& y, const Activation& x, const Weight& experts, const Tensor& offsets) override;
+  void GroupedSiluMul(const Activation& out, const Tensor& gate_up, const Tensor& offsets) override;
+  void GatherRows(const Activation& out, const Activation& x, const Tensor& row_token) override;
+
+  void Sample(const SampleOutput& out, const SlotState& state, const Tensor& logits, const Tensor& mask,
+              const StepInput& input, const StepRows& rows, int num_valid_tokens) override;
+
+ private:
+  CudaOps(const BackendOptions& options, Device* device, CudaStream* stream, WeightLoader* loader)
+      : options_(options), device_(*device), stream_(*stream), loader_(*loader) {}
+
+  // Workspace. Every kind is made once, for the maxima of OpLimits (workspace.cc); verbs run one after the other on the
+  // stream, so each may use all of its own.
+  struct Workspace {
+    float* router_logits = nullptr;  // [T,E]
+    void* q_absorbed = nullptr;      // [T,H,C+R] bf16
+    void* latent_out = nullptr;      // [T,H,C] bf16
+    void* attention_out = nullptr;   // [T,H*V] bf16, before quantisation
+    void* attention_plan = nullptr;  // attention_kernels.h: AttentionPlan's arrays
+    float* attention_partials = nullptr;
+    float* processed_logits = nullptr;  // [L,W], what rows draw from
+  };
+  absl::Status MakeWorkspace();
+
+  // kernels/cuda/gemm.cc: y = x * w^T for every group; `offsets` null: all rows of x for each group.
+  void Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
+                const WeightRef& w, const int32_t* offsets);
+
+  // kernels/cuda/weights.cc: groups of alike parts, stacked by rows. Without data when there is no room.
+  std::unique_ptr<CudaLinear> MakeMatrices(const std::vector<std::vector<WeightPart>>& groups);
+  Buffer AllocateWeight(int64_t bytes);
+  void CopyPart(const WeightRef& w, const WeightPart& part, int64_t group, int64_t first_row, int64_t scale_row);
+  void CopyFromHost(void* dst, const void* src, int64_t bytes);
+
+  const BackendOptions options_;
+  Device& device_;
+  CudaStream& stream_;
+  WeightLoader& loader_;
+  int num_sms_ = 0;
+  Workspace workspace_;
+  std::vector<Buffer> buffers_;
+  PendingWeights pending_;
+};
+
+// Conversions that every verb needs (cuda_ops.cc). CHECK that the weight was made by the right Make.
+MatrixRef RefOf(const Tensor& tensor);
+ActivationRef RefOf(const Activation& activation, ScaleRule rule);
+void CheckActivation(const Activation& x, int64_t rows, int64_t cols);
+const float* VectorValues(const Weight& w, int64_t size);
+const WeightRef& LinearRef(const Weight& w);
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_KERNELS_CUDA_CUDA_OPS_H_

@@ -1,0 +1,458 @@
+// GEMM kernels. The tensor core kernel takes 128 rows of the weight as M of wgmma and a few tokens as N, so that few
+// tokens waste nothing: y^T = w * x^T. FP8 sums are promoted to fp32 every 128 of the inner dimension, times the scales
+// (DeepSeek-V3 report, 3.3.2).
+#include <cooperative_groups.h>
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/gemm_kernels.h"
+#include "kernels/cuda/ptx.cuh"
+
+namespace cachalot {
+namespace {
+
+constexpr int kTileRows = 128;    // of the weight
+constexpr int kBlockBytes = 128;  // of the inner dimension: one step
+constexpr int kThreads = 256;
+constexpr int kMaxSplits = 8;  // of the inner dimension: blocks of a cluster
+constexpr int kMaxGroups = 512;
+
+// ---- Which tile is next.
+
+struct Work {
+  GemmArguments g;
+  int32_t token_tiles;  // without offsets: of every group
+  int32_t num_splits;
+  int32_t num_blocks;  // of the inner dimension
+};
+
+struct Item {
+  int32_t group, token_tile, weight_tile, split;
+  int64_t first_row;  // of x and y, within the group's pointers
+  int32_t num_tokens;
+};
+
+// first_item[g]: the items of groups before g. Called by the whole block.
+template <int kTokens>
+__device__ int32_t ScanGroups(const Work& work, int32_t* first_item) {
+  const int32_t groups = work.g.w.num_groups, tiles = work.g.w.num_tiles;
+  if (work.g.offsets == nullptr) return groups * work.token_tiles * tiles * work.num_splits;
+  const int lane = threadIdx.x % kWarpSize;
+  if (threadIdx.x < kWarpSize) {
+    int32_t total = 0;
+    for (int32_t base = 0; base < groups; base += kWarpSize) {
+      const int32_t g = base + lane;
+      int32_t count = 0;
+      if (g < groups) count = (work.g.offsets[g + 1] - work.g.offsets[g] + kTokens - 1) / kTokens * tiles;
+      int32_t sum = count;
+#pragma unroll
+      for (int offset = 1; offset < kWarpSize; offset *= 2) {
+        const int32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
+        if (lane >= offset) sum += other;
+      }
+      if (g < groups) first_item[g] = total + sum - count;
+      total += __shfl_sync(0xffffffffu, sum, kWarpSize - 1);
+    }
+    if (lane == 0) first_item[groups] = total;
+  }
+  __syncthreads();
+  return first_item[groups];
+}
+
+// Neighbours in order share a tile of the weight.
+template <int kTokens>
+__device__ Item ItemAt(const Work& work, const int32_t* first_item, int32_t index) {
+  Item item;
+  int32_t token_tiles = work.token_tiles, rest = index;
+  int64_t num_rows = work.g.num_rows;
+  item.first_row = 0;
+  if (work.g.offsets == nullptr) {
+    const int32_t per_group = token_tiles * work.g.w.num_tiles * work.num_splits;
+    item.group = index / per_group;
+    rest = index - item.group * per_group;
+  } else {
+    int32_t low = 0, high = work.g.w.num_groups;  // the last group that begins at or before the item
+    while (high - low > 1) {
+      const int32_t middle = (low + high) / 2;
+      if (first_item[middle] <= index) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    item.group = low;
+    rest = index - first_item[low];
+    item.first_row = work.g.offsets[low];
+    num_rows = work.g.offsets[low + 1] - item.first_row;
+    token_tiles = static_cast<int32_t>((num_rows + kTokens - 1) / kTokens);
+  }
+  item.split = rest % work.num_splits;
+  rest /= work.num_splits;
+  item.token_tile = rest % token_tiles;
+  item.weight_tile = rest / token_tiles;
+  item.first_row += static_cast<int64_t>(item.token_tile) * kTokens;
+  item.num_tokens = static_cast<int32_t>(min(static_cast<int64_t>(kTokens), num_rows - item.token_tile * kTokens));
+  return item;
+}
+
+// ---- The tensor core kernel.
+
+template <int kTokens, bool kFp8>
+struct Tile {
+  static constexpr int kStages = kTokens <= 16 ? 6 : kTokens == 32 ? 5 : 4;
+  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kWeightBytes = kTileRows * kBlockBytes;
+  static constexpr int kTokenBytes = kTokens * kBlockBytes;
+  static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
+  static constexpr int kScaleBytes = kFp8 ? kTokens * 4 : 0;  // of a stage, behind all stages
+  static constexpr int kElementBytes = kFp8 ? 1 : 2;
+  // The product, on its way out, lies where the stages were: [kTokens][128 + padding] f32.
+  static constexpr int kOutStride = kTileRows + 4;
+  static constexpr int kSharedBytes = kStages * (kStageBytes + kScaleBytes);
+  static_assert(kTokens * kOutStride * 4 <= kStages * kStageBytes);
+};
+
+// Where one item's bytes come from.
+template <int kTokens, bool kFp8>
+struct Source {
+  using T = Tile<kTokens, kFp8>;
+  const uint8_t* weight;
+  const uint8_t* x;
+  const float* x_scales;
+  const float* w_scales;
+  int64_t weight_row_bytes, x_row_bytes, x_bytes, scale_stride;
+  int32_t num_rows, num_tokens;
+
+  __device__ Source(const Work& work, const Item& item, const RowTile& tile) {
+    const WeightRef& w = work.g.w;
+    weight_row_bytes = w.row_bytes;
+    weight = static_cast<const uint8_t*>(w.data) + item.group * w.group_bytes + tile.first_row * w.row_bytes;
+    w_scales = w.scales + item.group * w.group_scales + static_cast<int64_t>(tile.scale_row) * w.scale_cols;
+    x_row_bytes = work.g.x.values.row_stride * T::kElementBytes;
+    x = static_cast<const uint8_t*>(work.g.x.values.data) + item.group * work.g.x_group_stride * T::kElementBytes +
+        item.first_row * x_row_bytes;
+    x_bytes = static_cast<int64_t>(w.cols) * T::kElementBytes;
+    scale_stride = work.g.x.scale_stride;
+    x_scales = work.g.x.scales + item.first_row * scale_stride;
+    num_rows = tile.num_rows;
+    num_tokens = item.num_tokens;
+  }
+
+  // Queues the copies of step `block` into a stage: zeros beyond rows, tokens and the inner dimension's end.
+  __device__ void Load(uint32_t base, int slot, int32_t block) const {
+    const uint32_t stage = base + slot * T::kStageBytes;
+    const int64_t offset = static_cast<int64_t>(block) * kBlockBytes;
+#pragma unroll
+    for (int i = 0; i < T::kWeightBytes / 16 / kThreads; ++i) {
+      const int index = i * kThreads + threadIdx.x, row = index / 8, chunk = index % 8;
+      const int64_t at = offset + chunk * 16;
+      const bool is_there = row < num_rows && at < weight_row_bytes;
+      CopyAsync16(stage + Swizzled(row, chunk), is_there ? weight + row * weight_row_bytes + at : weight,
+                  is_there ? 16 : 0);
+    }
+    const uint32_t tokens = stage + T::kWeightBytes;
+#pragma unroll
+    for (int i = 0; i < (T::kTokenBytes / 16 + kThreads - 1) / kThreads; ++i) {
+      const int index = i * kThreads + threadIdx.x, row = index / 8, chunk = index % 8;
+      if (index >= T::kTokenBytes / 16) break;
+      const int64_t at = offset + chunk * 16;
+      const int bytes = row < num_tokens ? static_cast<int>(max(int64_t{0}, min(int64_t{16}, x_bytes - at))) : 0;
+      CopyAsync16(tokens + Swizzled(row, chunk), bytes > 0 ? x + row * x_row_bytes + at : x, bytes);
+    }
+    if constexpr (kFp8) {
+      const int row = threadIdx.x;
+      if (row < kTokens) {
+        const bool is_there = row < num_tokens;
+        CopyAsync4(base + T::kStages * T::kStageBytes + slot * T::kScaleBytes + row * 4,
+                   is_there ? x_scales + row * scale_stride + block : x_scales, is_there ? 4 : 0);
+      }
+    }
+  }
+};
+
+// sum += part times the scales of step `slot` of the tile's rows and of the tokens.
+template <int kTokens>
+__device__ __forceinline__ void Promote(const float* x_scales, float w_scale, const float (&part)[kTokens / 2],
+                                        float (&sum)[kTokens / 2]) {
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) {
+    const float2 scale = *reinterpret_cast<const float2*>(x_scales + 8 * j + 2 * (threadIdx.x % 4));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[4 * j + 2 * i] += part[4 * j + 2 * i] * (w_scale * scale.x);
+      sum[4 * j + 2 * i + 1] += part[4 * j + 2 * i + 1] * (w_scale * scale.y);
+    }
+  }
+}
+
+// The products of one step, queued.
+template <int kTokens, bool kFp8>
+__device__ __forceinline__ void Multiply(uint32_t stage, float (&d)[kTokens / 2]) {
+  const uint64_t a = KMajorDescriptor(stage + threadIdx.x / 128 * 64 * kBlockBytes);
+  const uint64_t b = KMajorDescriptor(stage + Tile<kTokens, kFp8>::kWeightBytes);
+  WgmmaFence();
+#pragma unroll
+  for (int k = 0; k < kBlockBytes / 32; ++k) {
+    if constexpr (kFp8) {
+      WgmmaE4m3<kTokens>(d, a + 2 * k, b + 2 * k, k > 0);
+    } else {
+      WgmmaBf16<kTokens>(d, a + 2 * k, b + 2 * k, true);
+    }
+  }
+  WgmmaCommit();
+}
+
+// The sum over steps begin .. end of this thread's part of the product.
+// NOTE: promoting one step's fp8 sums while tensor cores make the next ones would want two sets of them, which ptxas
+// answers by serialising the products: the SM's other block fills the gap instead.
+template <int kTokens, bool kFp8>
+__device__ void MainLoop(const Source<kTokens, kFp8>& source, uint8_t* shared, int32_t begin, int32_t end,
+                         float (&sum)[kTokens / 2]) {
+  using T = Tile<kTokens, kFp8>;
+  constexpr int kAhead = T::kStages - 2;
+  const uint32_t base = SharedAddress(shared);
+  const float* scales = reinterpret_cast<const float*>(shared + T::kStages * T::kStageBytes);
+#pragma unroll
+  for (float& value : sum) value = 0;
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    if (begin + s < end) source.Load(base, s, begin + s);
+    CopyAsyncCommit();
+  }
+  int stage = 0;
+  // Waits for a step's bytes and queues the load of a later one.
+  const auto arrive = [&](int32_t block) {
+    CopyAsyncWait<kAhead - 1>();
+    FenceProxyAsync();
+    __syncthreads();
+    // NOTE: the stage before the last is free: every warp has waited for its products.
+    if (block + kAhead < end) source.Load(base, (stage + kAhead) % T::kStages, block + kAhead);
+    CopyAsyncCommit();
+  };
+  for (int32_t block = begin; block < end; ++block) {
+    const float w_scale = kFp8 ? __ldg(source.w_scales + block) : 1.0f;
+    arrive(block);
+    if constexpr (kFp8) {
+      float part[kTokens / 2];
+      Multiply<kTokens, true>(base + stage * T::kStageBytes, part);
+      WgmmaWait<0>();
+      Promote<kTokens>(scales + stage * kTokens, w_scale, part, sum);
+    } else {
+      Multiply<kTokens, false>(base + stage * T::kStageBytes, sum);
+      WgmmaWait<1>();
+    }
+    stage = (stage + 1) % T::kStages;
+  }
+  WgmmaWait<0>();
+  CopyAsyncWait<0>();
+  __syncthreads();
+}
+
+// out[token][row] in shared memory.
+template <int kTokens>
+__device__ void StageOut(float* out, int stride, const float (&sum)[kTokens / 2]) {
+  const int row = threadIdx.x / kWarpSize * 16 + threadIdx.x % kWarpSize / 4, token = 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) out[(8 * j + token + c) * stride + row + 8 * i] = sum[4 * j + 2 * i + c];
+    }
+  }
+  __syncthreads();
+}
+
+// Four neighbours of the product: where the inner dimension is split, the blocks of the cluster have a part each, which
+// are added in their order.
+__device__ float4 SumOfSplits(float* out, int num_splits) {
+  if (num_splits == 1) return *reinterpret_cast<const float4*>(out);
+  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (int s = 0; s < num_splits; ++s) {
+    const float4 part = *reinterpret_cast<const float4*>(cluster.map_shared_rank(out, s));
+    sum.x += part.x;
+    sum.y += part.y;
+    sum.z += part.z;
+    sum.w += part.w;
+  }
+  return sum;
+}
+
+// Each block of a cluster writes its share of the tile.
+__device__ void WriteOut(const Work& work, const Item& item, const RowTile& tile, float* out, int stride) {
+  constexpr int kWidth = 4;
+  const MatrixRef& y = work.g.y;
+  const int64_t first = item.group * work.g.y_group_stride + item.first_row * y.row_stride + tile.first_row;
+  const bool is_aligned = y.type == NumberType::kBF16 && tile.num_rows % kWidth == 0 && y.row_stride % kWidth == 0 &&
+                          (reinterpret_cast<uintptr_t>(y.data) + first * 2) % 8 == 0;
+  for (int i = item.split * kThreads + threadIdx.x; i < item.num_tokens * (kTileRows / kWidth);
+       i += work.num_splits * kThreads) {
+    const int token = i / (kTileRows / kWidth), row = i % (kTileRows / kWidth) * kWidth;
+    if (row >= tile.num_rows) continue;
+    const float4 sum = SumOfSplits(out + token * stride + row, work.num_splits);
+    const int64_t at = first + token * y.row_stride + row;
+    if (is_aligned) {
+      const __nv_bfloat162 packed[2] = {__floats2bfloat162_rn(sum.x, sum.y), __floats2bfloat162_rn(sum.z, sum.w)};
+      *reinterpret_cast<uint2*>(static_cast<bf16*>(y.data) + at) = *reinterpret_cast<const uint2*>(packed);
+      continue;
+    }
+    const float values[kWidth] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      if (row + k < tile.num_rows) StoreNumber(y.data, at + k, y.type, values[k]);
+    }
+  }
+}
+
+template <int kTokens, bool kFp8>
+__global__ void __launch_bounds__(kThreads, Tile<kTokens, kFp8>::kBlocksPerSm) TensorGemm(const Work work) {
+  using T = Tile<kTokens, kFp8>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  __shared__ int32_t first_item[kMaxGroups + 1];
+  const int32_t num_items = ScanGroups<kTokens>(work, first_item);
+  float* out = reinterpret_cast<float*>(shared);
+  // NOTE: the splits of a tile are neighbours in order, so the blocks of a cluster go through the loop together.
+  for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
+    const Item item = ItemAt<kTokens>(work, first_item, index);
+    const RowTile tile = work.g.w.tiles[item.weight_tile];
+    const Source<kTokens, kFp8> source(work, item, tile);
+    const int32_t begin = static_cast<int32_t>(static_cast<int64_t>(work.num_blocks) * item.split / work.num_splits);
+    const int32_t end =
+        static_cast<int32_t>(static_cast<int64_t>(work.num_blocks) * (item.split + 1) / work.num_splits);
+    float sum[kTokens / 2];
+    MainLoop<kTokens, kFp8>(source, shared, begin, end, sum);
+    StageOut<kTokens>(out, T::kOutStride, sum);
+    if (work.num_splits > 1) cooperative_groups::this_cluster().sync();
+    WriteOut(work, item, tile, out, T::kOutStride);
+    if (work.num_splits > 1) {
+      cooperative_groups::this_cluster().sync();
+    } else {
+      __syncthreads();
+    }
+  }
+}
+
+// ---- The plain kernel: every type, every alignment. 32 rows of the weight times 32 tokens a block.
+
+constexpr int kPlain = 32;
+
+__device__ float WeightValue(const WeightRef& w, int32_t group, const RowTile& tile, int32_t row, int32_t col) {
+  const uint8_t* data =
+      static_cast<const uint8_t*>(w.data) + group * w.group_bytes + (tile.first_row + row) * w.row_bytes;
+  const float value = LoadNumber(data, col, w.type);
+  if (w.type != NumberType::kE4M3) return value;
+  return value * w.scales[group * w.group_scales + static_cast<int64_t>(tile.scale_row) * w.scale_cols + col / 128];
+}
+
+// blockIdx: x 32 rows of a row tile, y 32 tokens, z group. 256 threads, four products each.
+__global__ void __launch_bounds__(256) PlainGemm(const GemmArguments g) {
+  __shared__ float xs[kPlain][kPlain + 1], ws[kPlain][kPlain + 1];
+  const int32_t group = blockIdx.z;
+  const int64_t begin = g.offsets != nullptr ? g.offsets[group] : 0;
+  const int64_t count = g.offsets != nullptr ? g.offsets[group + 1] - begin : g.num_rows;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.y) * kPlain;
+  const RowTile tile = g.w.tiles[blockIdx.x / (kTileRows / kPlain)];
+  const int32_t first_row = blockIdx.x % (kTileRows / kPlain) * kPlain;
+  if (first_token >= count || first_row >= tile.num_rows) return;
+  const int column = threadIdx.x % kPlain, line = threadIdx.x / kPlain;
+  float sum[4] = {};
+  for (int32_t k = 0; k < g.w.cols; k += kPlain) {
+    for (int i = line; i < kPlain; i += 8) {
+      const int32_t col = k + column;
+      float x = 0, w = 0;
+      if (col < g.w.cols && first_token + i < count) {
+        const int64_t row = begin + first_token + i;
+        x = LoadNumber(g.x.values.data, group * g.x_group_stride + row * g.x.values.row_stride + col, g.x.values.type);
+        if (g.x.scales != nullptr) x *= g.x.scales[row * g.x.scale_stride + col / 128];
+      }
+      if (col < g.w.cols && first_row + i < tile.num_rows) w = WeightValue(g.w, group, tile, first_row + i, col);
+      xs[i][column] = x;
+      ws[i][column] = w;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kPlain; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = fmaf(xs[line + 8 * i][j], ws[column][j], sum[i]);
+    }
+    __syncthreads();
+  }
+  if (first_row + column >= tile.num_rows) return;
+  for (int i = 0; i < 4; ++i) {
+    const int64_t token = first_token + line + 8 * i;
+    if (token >= count) continue;
+    StoreNumber(g.y.data,
+                group * g.y_group_stride + (begin + token) * g.y.row_stride + tile.first_row + first_row + column,
+                g.y.type, sum[i]);
+  }
+}
+
+// ---- Launching.
+
+template <int kTokens, bool kFp8>
+void LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
+  using T = Tile<kTokens, kFp8>;
+  Work work;
+  work.g = g;
+  work.num_blocks = (g.w.cols * T::kElementBytes + kBlockBytes - 1) / kBlockBytes;
+  work.token_tiles = static_cast<int32_t>((g.num_rows + kTokens - 1) / kTokens);
+  work.num_splits = 1;
+  int64_t items = static_cast<int64_t>(g.w.num_groups) * g.w.num_tiles * work.token_tiles;
+  if (g.offsets == nullptr) {
+    // Few tiles: split the inner dimension, at least four steps each. NOTE: the same for all kTokens, so that up to 64
+    // rows their number does not change the order of the sum.
+    while (work.num_splits < kMaxSplits && items * work.num_splits * 2 <= g.num_sms + g.num_sms / 16 &&
+           work.num_blocks >= work.num_splits * 8) {
+      work.num_splits *= 2;
+    }
+    items *= work.num_splits;
+  } else {
+    // At most: every group begins one tile more than its share of the rows fills.
+    items = (g.num_rows / kTokens + g.w.num_groups) * g.w.num_tiles;
+  }
+  static const cudaError_t configured =
+      cudaFuncSetAttribute(TensorGemm<kTokens, kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
+  (void)configured;  // NOTE: where it failed, the launch fails too
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(
+      work.num_splits > 1 ? items : min(items, static_cast<int64_t>(g.num_sms) * T::kBlocksPerSm)));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = T::kSharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = work.num_splits;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = work.num_splits > 1 ? 1 : 0;
+  (void)cudaLaunchKernelEx(&config, TensorGemm<kTokens, kFp8>, work);  // NOTE: the caller looks at the last error
+}
+
+template <bool kFp8>
+void LaunchByTokens(cudaStream_t stream, const GemmArguments& g) {
+  const int64_t rows = g.offsets == nullptr ? g.num_rows : (g.num_rows + g.w.num_groups - 1) / g.w.num_groups;
+  if (rows <= 8) return LaunchTensorGemm<8, kFp8>(stream, g);
+  if (rows <= 16) return LaunchTensorGemm<16, kFp8>(stream, g);
+  if (rows <= 32) return LaunchTensorGemm<32, kFp8>(stream, g);
+  LaunchTensorGemm<64, kFp8>(stream, g);
+}
+
+bool IsAligned(const GemmArguments& g, int element_bytes) {
+  return reinterpret_cast<uintptr_t>(g.x.values.data) % 16 == 0 && g.x.values.row_stride * element_bytes % 16 == 0 &&
+         g.x_group_stride * element_bytes % 16 == 0 && g.w.num_groups <= kMaxGroups;
+}
+
+}  // namespace
+
+void LaunchGemm(cudaStream_t stream, const GemmArguments& g) {
+  const NumberType x = g.x.values.type, w = g.w.type;
+  if (x == NumberType::kE4M3 && w == x && IsAligned(g, 1) && g.x_group_stride == 0) {
+    return LaunchByTokens<true>(stream, g);
+  }
+  if (x == NumberType::kBF16 && w == x && IsAligned(g, 2)) return LaunchByTokens<false>(stream, g);
+  const dim3 grid(g.w.num_tiles * (kTileRows / kPlain), static_cast<unsigned>((g.num_rows + kPlain - 1) / kPlain),
+                  g.w.num_groups);
+  PlainGemm<<<grid, 256, 0, stream>>>(g);
+}
+
+}  // namespace cachalot

@@ -1,0 +1,110 @@
+// The norm of one row by one block, shared by AddRmsNorm and the latent path.
+#ifndef CACHALOT_KERNELS_CUDA_RMS_NORM_CUH_
+#define CACHALOT_KERNELS_CUDA_RMS_NORM_CUH_
+
+#include "kernels/cuda/elementwise_kernels.h"
+#include "kernels/cuda/rows.cuh"
+
+namespace cachalot {
+
+inline constexpr int kNormChunks = 2;  // that a thread holds
+inline constexpr int kScalarNormThreads = 256;
+
+// The vector path holds the row in registers, as bf16: that is how the residual is stored, and what the norm is of.
+inline bool IsVectorNorm(const RmsNormArgs& a) {
+  return a.h.type == NumberType::kBF16 && IsBf16OrAbsent(a.delta) && a.cols % kChunk == 0 &&
+         a.cols <= 1024 * kNormChunks * kChunk && MovesByChunks(a.h) && MovesByChunks(a.delta) &&
+         MovesByChunks(a.plain) && MovesByChunks(a.x.values) && reinterpret_cast<uintptr_t>(a.weight) % 16 == 0;
+}
+inline int NormThreads(const RmsNormArgs& a, bool is_vector) {
+  if (!is_vector) return kScalarNormThreads;
+  const int threads = (a.cols + kNormChunks * kChunk - 1) / (kNormChunks * kChunk);
+  return (threads + kWarpSize - 1) / kWarpSize * kWarpSize;
+}
+
+__device__ __forceinline__ float NormFactor(float squares, int n, float eps) {
+  return 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
+}
+
+// Needs blockDim.x * kNormChunks * kChunk >= cols.
+__device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, float* shared) {
+  const int num_chunks = a.cols / kChunk;
+  uint4 h[kNormChunks], delta[kNormChunks];
+#pragma unroll
+  for (int i = 0; i < kNormChunks; ++i) {
+    const int chunk = threadIdx.x + i * blockDim.x;
+    h[i] = delta[i] = make_uint4(0, 0, 0, 0);
+    if (chunk >= num_chunks) continue;
+    h[i] = *ChunkOf(a.h, t, chunk);
+    if (a.delta.data != nullptr) delta[i] = *ChunkOf(a.delta, t, chunk);
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kNormChunks; ++i) {
+    const int chunk = threadIdx.x + i * blockDim.x;
+    float v[kChunk];
+    UnpackBf16(h[i], v);
+    if (a.delta.data != nullptr && chunk < num_chunks) {
+      float d[kChunk];
+      UnpackBf16(delta[i], d);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) v[j] += d[j];
+      h[i] = PackBf16(v);
+      *ChunkOf(a.h, t, chunk) = h[i];
+      UnpackBf16(h[i], v);
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) squares = fmaf(v[j], v[j], squares);
+  }
+  const float factor = NormFactor(BlockSum(squares, shared), a.cols, a.eps);
+#pragma unroll
+  for (int i = 0; i < kNormChunks; ++i) {
+    const int chunk = threadIdx.x + i * blockDim.x;
+    const bool is_valid = chunk < num_chunks;
+    float v[kChunk];
+    UnpackBf16(h[i], v);
+    if (is_valid) {
+      const float4* w = reinterpret_cast<const float4*>(a.weight) + 2 * chunk;
+      const float4 w0 = __ldg(w), w1 = __ldg(w + 1);
+      const float weight[kChunk] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) v[j] = v[j] * factor * weight[j];
+    }
+    EmitChunk(a.x, t, chunk, is_valid, v);
+    if (is_valid && a.plain.data != nullptr) StoreChunk(a.plain, t, chunk, v);
+  }
+}
+
+// Any type, width and alignment.
+__device__ __forceinline__ void NormRowScalar(const RmsNormArgs& a, int64_t t, float* shared) {
+  const int64_t row = t * a.h.row_stride;
+  float squares = 0.0f;
+  for (int c = threadIdx.x; c < a.cols; c += blockDim.x) {
+    float v = LoadNumber(a.h.data, row + c, a.h.type);
+    if (a.delta.data != nullptr) {
+      v += LoadNumber(a.delta.data, t * a.delta.row_stride + c, a.delta.type);
+      if (a.h.type != NumberType::kF32) v = __bfloat162float(__float2bfloat16(v));
+      StoreNumber(a.h.data, row + c, a.h.type, v);
+    }
+    squares = fmaf(v, v, squares);
+  }
+  // NOTE: the sum's barrier also lets other threads read what was stored.
+  const float factor = NormFactor(BlockSum(squares, shared), a.cols, a.eps);
+  const int lane = threadIdx.x % kWarpSize, num_groups = (a.cols + kScaleGroup - 1) / kScaleGroup;
+  for (int group = threadIdx.x / kWarpSize; group < num_groups; group += blockDim.x / kWarpSize) {
+    float v[kLaneValues];
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
+      const int c = group * kScaleGroup + kWarpSize * i + lane;
+      v[i] = 0.0f;
+      if (c >= a.cols) continue;
+      v[i] = LoadNumber(a.h.data, row + c, a.h.type) * factor * a.weight[c];
+      if (a.plain.data != nullptr) StoreNumber(a.plain.data, t * a.plain.row_stride + c, a.plain.type, v[i]);
+    }
+    EmitGroup(a.x, t, group, a.cols, v);
+  }
+}
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_KERNELS_CUDA_RMS_NORM_CUH_

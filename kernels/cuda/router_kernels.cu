@@ -1,0 +1,152 @@
+// The router's selection: a warp a token.
+#include <cmath>
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/router_kernels.h"
+
+namespace cachalot {
+namespace {
+
+constexpr int kWarps = 4;  // tokens of a block
+constexpr int kNone = 0x7fffffff;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// The warp's index of the largest value that is not taken, the lowest among equals; NaN counts as -inf. Lane l looks at
+// l, l + 32, ..; bit i of its `taken` stands for l + 32 i. kNone when all are taken.
+__device__ int LargestFree(const float* values, int n, uint32_t taken) {
+  const int lane = threadIdx.x % kWarpSize;
+  float best = -INFINITY;
+  int index = kNone;
+  for (int i = 0; i * kWarpSize + lane < n; ++i) {
+    if (taken >> i & 1) continue;
+    const float value = values[i * kWarpSize + lane];
+    if (index == kNone || value > best) {
+      best = isnan(value) ? -INFINITY : value;
+      index = i * kWarpSize + lane;
+    }
+  }
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, best, offset);
+    const int other_index = __shfl_xor_sync(kAllLanes, index, offset);
+    if (other > best || (other == best && other_index < index)) {
+      best = other;
+      index = other_index;
+    }
+  }
+  return index;
+}
+
+__device__ __forceinline__ void Take(int index, uint32_t& taken) {
+  if (index % kWarpSize == static_cast<int>(threadIdx.x % kWarpSize)) taken |= 1u << (index / kWarpSize);
+}
+
+// How good a group is: its best expert, or its two best together.
+__device__ float GroupScore(const float* biased, int size, bool is_top2_sum) {
+  float first = -INFINITY, second = -INFINITY;
+  for (int i = 0; i < size; ++i) {
+    const float value = biased[i];
+    if (value > first) {
+      second = first;
+      first = value;
+    } else if (value > second) {
+      second = value;
+    }
+  }
+  return is_top2_sum && size > 1 ? first + second : first;
+}
+
+// Experts outside of the best groups are masked with -inf. `group_scores` and `is_kept`: [n_group].
+__device__ void MaskGroups(const SelectArgs& a, float* biased, float* group_scores, uint8_t* is_kept) {
+  const int lane = threadIdx.x % kWarpSize, size = a.num_experts / a.n_group;
+  for (int g = lane; g < a.n_group; g += kWarpSize) {
+    group_scores[g] = GroupScore(biased + g * size, size, a.is_top2_sum);
+    is_kept[g] = 0;
+  }
+  __syncwarp();
+  uint32_t taken = 0;
+  for (int i = 0; i < a.topk_group; ++i) {
+    const int g = LargestFree(group_scores, a.n_group, taken);
+    if (g == kNone) break;
+    Take(g, taken);
+    if (lane == 0) is_kept[g] = 1;
+  }
+  __syncwarp();
+  for (int e = lane; e < a.num_experts; e += kWarpSize) {
+    if (is_kept[e / size] == 0) biased[e] = -INFINITY;
+  }
+  __syncwarp();
+}
+
+// `scores` <- sigmoid of each logit, or the softmax of all; `biased` <- with the correction.
+__device__ void Scores(const SelectArgs& a, const float* logits, float* scores, float* biased) {
+  const int lane = threadIdx.x % kWarpSize, n = a.num_experts;
+  float max = -INFINITY, sum = 0.0f;
+  if (a.is_softmax) {
+    for (int e = lane; e < n; e += kWarpSize) max = fmaxf(max, logits[e]);
+    max = WarpMax(max);
+  }
+  for (int e = lane; e < n; e += kWarpSize) {
+    scores[e] = a.is_softmax ? expf(logits[e] - max) : 1.0f / (1.0f + expf(-logits[e]));
+    sum += scores[e];
+  }
+  if (a.is_softmax) sum = WarpSum(sum);
+  for (int e = lane; e < n; e += kWarpSize) {
+    if (a.is_softmax) scores[e] /= sum;
+    biased[e] = a.bias != nullptr ? scores[e] + a.bias[e] : scores[e];
+  }
+  __syncwarp();
+}
+
+// Chosen by biased score, weighted by the unbiased one. Lane k % 32 writes choice k.
+__device__ void Choose(const SelectArgs& a, const float* scores, const float* biased, int32_t* chosen, float* weights) {
+  const int lane = threadIdx.x % kWarpSize;
+  uint32_t taken = 0;
+  float sum = 0.0f;
+  for (int k = 0; k < a.top_k; ++k) {
+    const int e = LargestFree(biased, a.num_experts, taken);
+    if (e == kNone) break;
+    Take(e, taken);
+    sum += scores[e];
+    if (lane != k % kWarpSize) continue;
+    chosen[k] = a.expert_slots[e];
+    weights[k] = scores[e];
+  }
+  for (int k = lane; k < a.top_k; k += kWarpSize) {
+    if (a.normalises) weights[k] /= sum + 1e-20f;
+    weights[k] *= a.factor;
+  }
+}
+
+__global__ void __launch_bounds__(kWarps* kWarpSize) SelectExpertsKernel(SelectArgs a) {
+  extern __shared__ float memory[];
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  if (t >= a.num_rows) return;
+  int32_t* chosen = a.topk_slots + t * a.topk_slots_stride;
+  float* weights = a.topk_weights + t * a.topk_weights_stride;
+  if (a.slots[t] < 0) {
+    for (int k = lane; k < a.top_k; k += kWarpSize) {
+      chosen[k] = -1;
+      weights[k] = 0.0f;
+    }
+    return;
+  }
+  const int words = 2 * a.num_experts + 2 * a.n_group;
+  float* scores = memory + warp * words;
+  float* biased = scores + a.num_experts;
+  float* group_scores = biased + a.num_experts;
+  Scores(a, a.logits + t * a.num_experts, scores, biased);
+  if (a.n_group > 1) MaskGroups(a, biased, group_scores, reinterpret_cast<uint8_t*>(group_scores + a.n_group));
+  Choose(a, scores, biased, chosen, weights);
+}
+
+}  // namespace
+
+void LaunchSelectExperts(cudaStream_t stream, const SelectArgs& args) {
+  const size_t shared = sizeof(float) * kWarps * (2 * args.num_experts + 2 * args.n_group);
+  const unsigned blocks = static_cast<unsigned>((args.num_rows + kWarps - 1) / kWarps);
+  SelectExpertsKernel<<<blocks, kWarps * kWarpSize, shared, stream>>>(args);
+}
+
+}  // namespace cachalot
