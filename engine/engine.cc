@@ -3,13 +3,17 @@
 
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/memory_plan.h"
+#include "engine/model/random_checkpoint.h"
 #include "engine/model/runner.h"
 #include "engine/schedule/scheduler.h"
 #include "engine/validation.h"
@@ -22,10 +26,11 @@ constexpr absl::Duration kStepTimeout = absl::Minutes(10);
 // While a step takes longer than this, arrivals, cancels and deadlines are seen to in between.
 constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
 
-int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
   if (name.empty()) return on_cpu ? KvDType::kF32 : KvDType::kBF16;
+  if (name == "f32" && !on_cpu) {
+    return absl::InvalidArgumentError("kv-cache-dtype: found \"f32\", expected bf16 or fp8 on the GPU");
+  }
   if (name == "f32") return KvDType::kF32;
   if (name == "bf16") return KvDType::kBF16;
   if (name == "fp8") return KvDType::kFP8;
@@ -56,36 +61,6 @@ OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
   return limits;
 }
 
-// How long a sequence may be and how many blocks the cache has.
-struct CachePlan {
-  int max_model_len = 0;
-  int num_blocks = 0;
-};
-
-absl::StatusOr<CachePlan> PlanCache(const ModelConfig& config, const EngineOptions& options, KvDType dtype,
-                                    int64_t free_memory) {
-  const int64_t block_bytes =
-      KvTokenBytes(dtype, config.kv_lora_rank, config.qk_rope_head_dim) * kBlockTokens * config.num_hidden_layers;
-  const int64_t wanted_len = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
-  if (wanted_len > config.max_position_embeddings) {
-    return absl::InvalidArgumentError(absl::StrFormat("max-model-len: found %d, expected at most the model's %d",
-                                                      wanted_len, config.max_position_embeddings));
-  }
-  int64_t num_blocks = options.kv_cache_bytes / block_bytes;
-  if (options.kv_cache_bytes == 0) {
-    num_blocks = std::min(DivideUp(wanted_len, kBlockTokens) * options.max_sequences, free_memory / 4 / block_bytes);
-  }
-  num_blocks = std::min<int64_t>(num_blocks, 1 << 24);
-  const int64_t max_len = std::min<int64_t>(wanted_len, num_blocks * kBlockTokens);
-  if (num_blocks < 1 || (options.max_model_len > 0 && max_len < options.max_model_len)) {
-    return absl::ResourceExhaustedError(absl::StrFormat(
-        "KV cache: %d tokens fit (%d bytes a token), but one sequence may have %d: raise --kv-cache-memory or lower "
-        "--max-model-len",
-        num_blocks * kBlockTokens, block_bytes / kBlockTokens, wanted_len));
-  }
-  return CachePlan{static_cast<int>(max_len), static_cast<int>(num_blocks)};
-}
-
 class EngineImpl : public Engine {
  public:
   explicit EngineImpl(const EngineOptions& options) : options_(options) {}
@@ -99,6 +74,9 @@ class EngineImpl : public Engine {
   absl::Status health() const override;
 
  private:
+  absl::Status Open();
+  bool WantsFp8() const { return options_.activation == "fp8" || options_.activation == "fp8-f32"; }
+  absl::StatusOr<MemoryDemand> ChooseBackend();
   absl::Status Load(int valid_tokens);
   absl::Status WarmUp();
   void RunSteps();
@@ -108,6 +86,7 @@ class EngineImpl : public Engine {
   void RunOutput();
 
   const EngineOptions options_;
+  ModelConfig config_;
   ModelInfo model_info_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Backend> backend_;
@@ -125,6 +104,8 @@ class EngineImpl : public Engine {
   EngineStats stats_;  // as of the last step
   absl::Status health_;
 
+  absl::Duration host_time_;  // of the step thread: EngineStats::host_seconds
+
   // Delta queue: step thread -> output thread.
   std::mutex output_mutex_;
   std::condition_variable output_filled_;
@@ -135,71 +116,105 @@ class EngineImpl : public Engine {
   std::thread step_thread_, output_thread_;
 };
 
-absl::Status EngineImpl::Load(int valid_tokens) {
+// Everything that comes before the backend: it may take seconds to make, mistakes should not.
+absl::Status EngineImpl::Open() {
   auto config = ModelConfig::Load(options_.model_dir);
   if (!config.ok()) return config.status();
+  config_ = *std::move(config);
+  if (WantsFp8() && !config_.is_fp8) {
+    return absl::InvalidArgumentError("activation: fp8 needs a checkpoint with FP8 weights");
+  }
+  if (options_.random_weights) {
+    checkpoint_ = MakeRandomCheckpoint(config_);
+    return absl::OkStatus();
+  }
   auto checkpoint = Checkpoint::Open(options_.model_dir);
   if (!checkpoint.ok()) return checkpoint.status();
   checkpoint_ = *std::move(checkpoint);
+  return absl::OkStatus();
+}
 
-  const bool on_cpu = options_.device != "cuda";
-  auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, on_cpu);
-  if (!kv_dtype.ok()) return kv_dtype.status();
-  if (options_.activation == "fp8" && !config->is_fp8) {
-    return absl::InvalidArgumentError("activation: fp8 needs a checkpoint with FP8 weights");
+// What the model runs on, and in which types.
+absl::StatusOr<MemoryDemand> EngineImpl::ChooseBackend() {
+  // NOTE: before the backend is known; it decides for the CPU, where the GPU's rounding is imitated.
+  BackendOptions options;
+  options.device = options_.device;
+  options.activation = WantsFp8() ? ActivationFormat::kFP8 : ActivationFormat::kF32;
+  options.value_dtype = options_.activation == "fp8" ? DType::kBF16 : DType::kF32;
+  options.scale_rule = config_.scale_rule;
+  options.num_threads = options_.num_threads;
+  options.limits = MakeLimits(config_, options_);
+  options.limits.max_context = options_.max_model_len > 0 ? options_.max_model_len : config_.max_position_embeddings;
+  if (options_.device == "cpu") {  // whatever is wrong is known before anything is made
+    if (auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, true); !kv_dtype.ok()) return kv_dtype.status();
   }
-  const bool is_quantised =
-      options_.activation == "fp8" || (options_.activation == "auto" && !on_cpu && config->is_fp8);
-
-  BackendOptions backend_options;
-  backend_options.device = options_.device;
-  backend_options.activation = is_quantised ? ActivationFormat::kFP8 : ActivationFormat::kF32;
-  backend_options.scale_rule = config->scale_rule;
-  backend_options.num_threads = options_.num_threads;
-  backend_options.limits = MakeLimits(*config, options_);
-  backend_options.limits.max_context =
-      options_.max_model_len > 0 ? options_.max_model_len : config->max_position_embeddings;
-  auto backend = MakeBackend(backend_options);
+  auto backend = MakeBackend(options);
+  if (absl::IsResourceExhausted(backend.status())) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(backend.status().message(), ": lower --max-batch-tokens, --max-sequences or --max-model-len"));
+  }
   if (!backend.ok()) return backend.status();
   backend_ = *std::move(backend);
 
-  auto cache = PlanCache(*config, options_, *kv_dtype, static_cast<int64_t>(backend_->device().FreeMemory()));
-  if (!cache.ok()) return cache.status();
+  const bool on_cpu = !backend_->is_gpu();
+  if (options_.random_weights && on_cpu) {
+    return absl::InvalidArgumentError("random-weights: needs the CUDA backend");
+  }
+  auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, on_cpu);
+  if (!kv_dtype.ok()) return kv_dtype.status();
+  const bool is_quantised = WantsFp8() || (options_.activation == "auto" && !on_cpu && config_.is_fp8);
+  const ActivationFormat plain = on_cpu ? ActivationFormat::kF32 : ActivationFormat::kBF16;
+  return MemoryDemand{options.limits, *kv_dtype, is_quantised ? ActivationFormat::kFP8 : plain};
+}
+
+absl::Status EngineImpl::Load(int valid_tokens) {
+  if (absl::Status status = Open(); !status.ok()) return status;
+  auto demand = ChooseBackend();
+  if (!demand.ok()) return demand.status();
+  auto plan = PlanMemory(config_, *checkpoint_, options_, *demand, *backend_);
+  if (!plan.ok()) return plan.status();
+  if (plan->weights > 0) spdlog::info("{}", plan->ToString());
+
   RunnerOptions runner_options;
-  runner_options.limits = backend_options.limits;
-  runner_options.limits.max_context = cache->max_model_len;
-  runner_options.kv_dtype = *kv_dtype;
-  runner_options.format = is_quantised                             ? ActivationFormat::kFP8
-                          : backend_->value_dtype() == DType::kF32 ? ActivationFormat::kF32
-                                                                   : ActivationFormat::kBF16;
-  runner_options.num_blocks = cache->num_blocks;
-  runner_options.num_valid_tokens = valid_tokens > 0 ? std::min(valid_tokens, config->vocab_size) : config->vocab_size;
-  auto runner = Runner::Create(*config, *checkpoint_, runner_options, *backend_);
+  runner_options.limits = demand->limits;
+  runner_options.limits.max_context = plan->max_model_len;
+  runner_options.kv_dtype = demand->kv_dtype;
+  runner_options.format = demand->format;
+  runner_options.num_blocks = plan->num_blocks;
+  runner_options.num_valid_tokens = valid_tokens > 0 ? std::min(valid_tokens, config_.vocab_size) : config_.vocab_size;
+  const absl::Time begin = absl::Now();
+  auto runner = Runner::Create(config_, *checkpoint_, runner_options, *backend_);
   if (!runner.ok()) return runner.status();
   runner_ = *std::move(runner);
+  if (plan->weights > 0) {
+    const double seconds = absl::ToDoubleSeconds(absl::Now() - begin), gigabytes = plan->weights * 1e-9;
+    spdlog::info("{:.2f} GB of weights in {:.1f} s: {:.2f} GB/s", gigabytes, seconds, gigabytes / seconds);
+  }
 
-  pool_ = std::make_unique<BlockPool>(cache->num_blocks);
+  pool_ = std::make_unique<BlockPool>(plan->num_blocks);
   const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, runner_options.limits.max_rows,
-                                  cache->max_model_len, config->eos_token_ids};
+                                  plan->max_model_len, config_.eos_token_ids};
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
-  model_info_.model_type = config->model_type;
+  model_info_.model_type = config_.model_type;
   model_info_.backend = backend_->name();
-  model_info_.vocab_size = config->vocab_size;
-  model_info_.max_model_len = cache->max_model_len;
+  model_info_.vocab_size = config_.vocab_size;
+  model_info_.max_model_len = plan->max_model_len;
   model_info_.max_waiting = options_.max_waiting;
-  model_info_.kv_cache_tokens = cache->num_blocks * kBlockTokens;
-  model_info_.kv_bytes_per_token =
-      KvTokenBytes(*kv_dtype, config->kv_lora_rank, config->qk_rope_head_dim) * config->num_hidden_layers;
-  model_info_.bos_token_id = config->bos_token_id;
+  model_info_.kv_cache_tokens = plan->num_blocks * kBlockTokens;
+  model_info_.kv_bytes_per_token = plan->block_bytes / kBlockTokens;
+  model_info_.bos_token_id = config_.bos_token_id;
   return absl::OkStatus();
 }
 
 // A real step or two: everything that serving will touch has been touched before anybody is told that we are ready.
 absl::Status EngineImpl::WarmUp() {
+  const auto graphs = runner_->Prepare();
+  if (!graphs.ok()) return graphs.status();
+  if (!graphs->empty()) spdlog::info("{}", *graphs);
   auto sequence = std::make_unique<Sequence>();
-  sequence->tokens = {0};
-  sequence->num_prompt_tokens = 1;
-  sequence->sampling.max_tokens = std::min(2, model_info_.max_model_len - 1);
+  sequence->num_prompt_tokens = std::clamp(model_info_.max_model_len - 2, 1, 5);  // more rows than a decode step's
+  sequence->tokens.assign(sequence->num_prompt_tokens, 0);
+  sequence->sampling.max_tokens = std::min(2, model_info_.max_model_len - sequence->num_prompt_tokens);
   sequence->sampling.ignore_eos = true;
   sequence->sampling.logit_bias = {{0, 0.0f}};
   Scheduler scheduler(scheduler_->limits(), pool_.get());  // its own, lest these steps be counted
@@ -323,8 +338,10 @@ void EngineImpl::RunSteps() {
   absl::Status status;
   Scheduler::Deltas deltas;
   while (TakeInbox(is_idle, &deltas)) {
-    const StepPlan plan = scheduler_->Plan(absl::Now());
+    absl::Time begin = absl::Now();
+    const StepPlan plan = scheduler_->Plan(begin);
     if (!plan.empty()) runner_->Launch(plan);
+    host_time_ += absl::Now() - begin;
     // NOTE: a commit frees blocks and slots, so only a turn that neither planned nor committed has nothing to do: then
     // nothing waits either, and no deadline need wake us.
     is_idle = plan.empty() && scheduler_->num_in_flight() == 0;
@@ -334,7 +351,9 @@ void EngineImpl::RunSteps() {
         status = result.status();
         break;
       }
-      scheduler_->Commit(*result, absl::Now(), &deltas);
+      begin = absl::Now();
+      scheduler_->Commit(*result, begin, &deltas);
+      host_time_ += absl::Now() - begin;
     }
     Publish(&deltas);
   }
@@ -363,6 +382,7 @@ void EngineImpl::Publish(Scheduler::Deltas* deltas) {
   {
     std::lock_guard lock(inbox_mutex_);
     stats_ = scheduler_->stats();
+    stats_.host_seconds = absl::ToDoubleSeconds(host_time_);
   }
   if (deltas->empty()) return;
   std::lock_guard lock(output_mutex_);

@@ -13,15 +13,21 @@ inline constexpr int kMaxWaiting = 1 << 24, kMaxThreads = 1 << 12;
 
 struct EngineOptions {
   std::string model_dir;
-  std::string device = "auto";      // auto | cpu | cuda
-  int num_threads = 0;              // CPU workers; 0: one per core
-  int max_model_len = 0;            // tokens of one sequence; 0: the model's, as far as the cache allows
-  int max_sequences = 64;           // running at once
-  int max_batch_tokens = 512;       // rows of one step: bounds a prefill chunk
-  int max_waiting = 4096;           // queued requests; one more is refused
-  int64_t kv_cache_bytes = 0;       // 0: what max_sequences * max_model_len needs, at most a quarter of free memory
-  std::string kv_cache_dtype;       // f32 | bf16 | fp8; empty: f32 on the CPU, bf16 on the GPU
-  std::string activation = "auto";  // auto | f32 | fp8; f32 on the CPU by default; fp8 quantises 1x128 as the GPU does
+  std::string device = "auto";  // auto | cpu | cuda
+  int num_threads = 0;          // CPU workers; 0: one per core
+  int max_model_len = 0;        // tokens of one sequence; 0: the model's, as far as the cache allows
+  int max_sequences = 64;       // running at once
+  int max_batch_tokens = 512;   // rows of one step: bounds a prefill chunk
+  int max_waiting = 4096;       // queued requests; one more is refused
+  // Of the KV cache: bytes; or a share of the device's memory that the model leaves free, 0 to 1. Neither: what
+  // max_sequences * max_model_len needs, at most a quarter of the free memory on the CPU, 90% on the GPU.
+  int64_t kv_cache_bytes = 0;
+  double kv_cache_share = 0;
+  std::string kv_cache_dtype;  // f32 | bf16 | fp8; empty: f32 on the CPU, bf16 on the GPU
+  // auto | f32 | fp8 | fp8-f32. On the CPU f32 by default; fp8 quantises 1x128 and rounds everything else to bf16 where
+  // the GPU does, fp8-f32 quantises alone.
+  std::string activation = "auto";
+  bool random_weights = false;  // the model of config.json alone, its weights made up; GPU only
 };
 
 }  // namespace cachalot

@@ -2,6 +2,7 @@
 #include "engine/validation.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -54,10 +55,14 @@ absl::Status ValidateOptions(const EngineOptions& options) {
   status.Update(within("max-batch-tokens", options.max_batch_tokens, 1, kMaxBatchTokens));
   status.Update(within("max-waiting", options.max_waiting, 1, kMaxWaiting));
   status.Update(within("kv-cache-memory", options.kv_cache_bytes, 0, std::numeric_limits<int64_t>::max()));
+  if (!(options.kv_cache_share >= 0 && options.kv_cache_share <= 1)) {
+    status.Update(Bad("kv-cache-memory: found a share of %g, expected 0 to 1", options.kv_cache_share));
+  }
   status.Update(within("threads", options.num_threads, 0, kMaxThreads));
-  if (options.activation != "auto" && options.activation != "f32" && options.activation != "fp8") {
+  const std::array activations = {"auto", "f32", "fp8", "fp8-f32"};
+  if (std::find(activations.begin(), activations.end(), options.activation) == activations.end()) {
     status.Update(absl::InvalidArgumentError(
-        absl::StrFormat("activation: found \"%s\", expected auto, f32 or fp8", options.activation)));
+        absl::StrFormat("activation: found \"%s\", expected auto, f32, fp8 or fp8-f32", options.activation)));
   }
   return status;
 }

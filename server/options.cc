@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
-#include <fstream>
 #include <limits>
 #include <optional>
 #include <string>
@@ -107,12 +106,16 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
   MustBeWithin(
       app->add_option("--max-waiting", engine->max_waiting, "requests that wait; one more is refused with 429"), 1,
       kMaxWaiting);
-  app->add_option("--kv-cache-memory", *kv_cache_memory, "8GiB, or 80% of the host's available memory [what is needed]")
+  app->add_option("--kv-cache-memory", *kv_cache_memory,
+                  "8GiB, or 80% of the memory that the model leaves free [what is needed]")
       ->type_name("SIZE");
   MustBeOneOf(app->add_option("--kv-cache-dtype", engine->kv_cache_dtype,
                               "type of the KV cache [f32 on the CPU, bf16 on the GPU]"),
               {"f32", "bf16", "fp8"});
-  MustBeOneOf(app->add_option("--activation", engine->activation, "type of activations"), {"auto", "f32", "fp8"});
+  MustBeOneOf(app->add_option("--activation", engine->activation, "type of activations"),
+              {"auto", "f32", "fp8", "fp8-f32"});
+  app->add_flag("--random-weights", engine->random_weights,
+                "make weights up: a model of config.json alone, to measure with (GPU)");
   MustBeWithin(app->add_option("--threads", engine->num_threads, "CPU threads of the model; 0: one per core"), 0,
                kMaxThreads);
 }
@@ -146,11 +149,12 @@ void FinishLogs(const LogTexts& texts, ServeOptions* options) {
 // Sizes and names that need more than CLI11's checks; an error's text is for stderr.
 std::optional<ExitNow> FinishServe(const char* command, const std::string& kv_cache_memory, ServeOptions* options) {
   if (!kv_cache_memory.empty()) {
-    const absl::StatusOr<int64_t> bytes = ParseMemory(kv_cache_memory, AvailableMemoryBytes());
-    if (!bytes.ok()) {
-      return ExitNow{1, absl::StrCat("cachalot ", command, ": --kv-cache-memory: ", bytes.status().message(), "\n")};
+    const absl::StatusOr<MemorySize> size = ParseMemory(kv_cache_memory);
+    if (!size.ok()) {
+      return ExitNow{1, absl::StrCat("cachalot ", command, ": --kv-cache-memory: ", size.status().message(), "\n")};
     }
-    options->engine.kv_cache_bytes = *bytes;
+    options->engine.kv_cache_bytes = size->bytes;
+    options->engine.kv_cache_share = size->share;
   }
   if (options->served_model_name.empty()) options->served_model_name = DirectoryName(options->engine.model_dir);
   if (FindInvalidUtf8(options->served_model_name).has_value()) {
@@ -262,13 +266,6 @@ Command ParseInspect(std::vector<std::string> arguments) {
   return options;
 }
 
-// The first number in a file, or `fallback` if there is none.
-int64_t ReadNumber(const std::string& path, int64_t fallback) {
-  std::ifstream file(path);
-  int64_t value = 0;
-  return file >> value ? value : fallback;
-}
-
 }  // namespace
 
 Command ParseCommandLine(std::vector<std::string> arguments) {
@@ -283,7 +280,7 @@ Command ParseCommandLine(std::vector<std::string> arguments) {
   return ExitNow{1, absl::StrCat("cachalot: there is no command '", command, "' (--help lists them)\n")};
 }
 
-absl::StatusOr<int64_t> ParseMemory(std::string_view text, int64_t available_bytes) {
+absl::StatusOr<MemorySize> ParseMemory(std::string_view text) {
   constexpr struct {
     std::string_view name;
     double bytes;
@@ -295,25 +292,14 @@ absl::StatusOr<int64_t> ParseMemory(std::string_view text, int64_t available_byt
       absl::AsciiStrToLower(absl::StripAsciiWhitespace(absl::string_view(text.data() + digits, text.size() - digits)));
   double number = 0, scale = 0;
   const bool is_number = absl::SimpleAtod(absl::string_view(text.data(), digits), &number);
-  if (unit == "%") scale = number <= 100 ? static_cast<double>(available_bytes) / 100 : 0;
+  if (unit == "%" && is_number && number > 0 && number <= 100) return MemorySize{.share = number / 100};
   for (const auto& known : kUnits) {
     if (unit == known.name) scale = known.bytes;
   }
   const double bytes = number * scale;
-  if (is_number && bytes >= 1 && bytes < 9e18) return static_cast<int64_t>(bytes);
+  if (is_number && bytes >= 1 && bytes < 9e18) return MemorySize{.bytes = static_cast<int64_t>(bytes)};
   return absl::InvalidArgumentError(
       absl::StrCat("'", absl::string_view(text.data(), text.size()), "' is no size: write 8GiB, 512MiB or 80%"));
-}
-
-int64_t AvailableMemoryBytes() {
-  int64_t available = std::numeric_limits<int64_t>::max();
-  std::ifstream meminfo("/proc/meminfo");
-  for (std::string line; std::getline(meminfo, line);) {
-    if (line.rfind("MemAvailable:", 0) == 0) available = std::atoll(line.c_str() + sizeof("MemAvailable:")) * 1024;
-  }
-  const int64_t limit = ReadNumber("/sys/fs/cgroup/memory.max", -1);
-  if (limit < 0) return available;
-  return std::min(available, std::max<int64_t>(0, limit - ReadNumber("/sys/fs/cgroup/memory.current", 0)));
 }
 
 std::string_view Version() { return CACHALOT_VERSION; }

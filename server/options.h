@@ -60,12 +60,13 @@ using Command = std::variant<ServeOptions, ChatOptions, InspectOptions, ExitNow>
 // `arguments` are those after the program's name. Values on the command line go before the config file's.
 Command ParseCommandLine(std::vector<std::string> arguments);
 
-// "8GiB", "512 MiB", "2000000" (bytes), or "80%" of `available_bytes`. InvalidArgument for anything else, and for
-// what is no positive number of bytes.
-absl::StatusOr<int64_t> ParseMemory(std::string_view text, int64_t available_bytes);
-
-// What this process may still allocate: the machine's available memory, or its control group's limit if that is less.
-int64_t AvailableMemoryBytes();
+// A size in bytes, or a share, 0 to 1, of what is free where it is used.
+struct MemorySize {
+  int64_t bytes = 0;
+  double share = 0;
+};
+// "8GiB", "512 MiB", "2000000" (bytes), or "80%". InvalidArgument for anything else, and for what is nothing at all.
+absl::StatusOr<MemorySize> ParseMemory(std::string_view text);
 
 // One line, as `cachalot --version` prints it, without the name.
 std::string_view Version();

@@ -8,46 +8,59 @@ namespace cachalot {
 absl::StatusOr<std::unique_ptr<ActivationBuffers>> ActivationBuffers::Create(const ModelConfig& config,
                                                                              Backend& backend, const OpLimits& limits,
                                                                              ActivationFormat format) {
-  std::unique_ptr<ActivationBuffers> buffers(new ActivationBuffers(config, backend, limits, format));
-  ActivationBuffers& b = *buffers;
-  Activations& a = b.full_;
-  const DType value = backend.value_dtype();
+  std::unique_ptr<ActivationBuffers> buffers(new ActivationBuffers(&backend.device(), limits));
+  buffers->MakeAll(config, backend.value_dtype(), format);
+  if (!buffers->status_.ok()) return buffers->status_;
+  return buffers;
+}
+
+int64_t ActivationBuffers::Bytes(const ModelConfig& config, DType value_dtype, const OpLimits& limits,
+                                 ActivationFormat format) {
+  ActivationBuffers buffers(nullptr, limits);
+  buffers.MakeAll(config, value_dtype, format);
+  return buffers.bytes_;
+}
+
+void ActivationBuffers::MakeAll(const ModelConfig& config, DType value, ActivationFormat format) {
+  const OpLimits& limits = limits_;
+  Activations& a = full_;
   const ActivationFormat plain = value == DType::kF32 ? ActivationFormat::kF32 : ActivationFormat::kBF16;
   const int64_t T = limits.max_tokens, L = limits.max_rows, D = limits.hidden_size, M = T * limits.num_experts_per_tok;
   const int64_t q_width = static_cast<int64_t>(limits.num_heads) * (limits.qk_nope_head_dim + limits.qk_rope_head_dim);
   const int64_t q_a_width = limits.q_lora_rank > 0 ? limits.q_lora_rank : q_width;
 
-  a.h = b.NewTensor(value, T, D);
-  a.x = b.NewActivation(format, T, D);
-  if (format == ActivationFormat::kFP8) a.plain = b.NewTensor(value, T, D);
-  a.q_kv_a = b.NewTensor(value, T, q_a_width + limits.kv_lora_rank + limits.qk_rope_head_dim);
+  a.h = NewTensor(value, T, D);
+  a.x = NewActivation(format, T, D);
+  if (format == ActivationFormat::kFP8) a.plain = NewTensor(value, T, D);
+  a.q_kv_a = NewTensor(value, T, q_a_width + limits.kv_lora_rank + limits.qk_rope_head_dim);
   if (limits.q_lora_rank > 0) {
-    a.q_latent = b.NewActivation(format, T, limits.q_lora_rank);
-    a.q = b.NewTensor(value, T, q_width);
+    a.q_latent = NewActivation(format, T, limits.q_lora_rank);
+    a.q = NewTensor(value, T, q_width);
   }
-  a.attention = b.NewActivation(format, T, static_cast<int64_t>(limits.num_heads) * limits.v_head_dim);
-  a.delta = b.NewTensor(value, T, D);
-  a.gate_up = b.NewTensor(value, T, 2 * limits.max_ffn_width);
-  a.intermediate = b.NewActivation(format, T, limits.max_ffn_width);
+  a.attention = NewActivation(format, T, static_cast<int64_t>(limits.num_heads) * limits.v_head_dim);
+  a.delta = NewTensor(value, T, D);
+  a.gate_up = NewTensor(value, T, 2 * limits.max_ffn_width);
+  a.intermediate = NewActivation(format, T, limits.max_ffn_width);
   if (M > 0) {
     const int64_t F = config.moe_intermediate_size;
-    a.shared = b.NewTensor(value, T, D);
-    a.topk_slots = b.NewTensor(DType::kI32, T, limits.num_experts_per_tok);
-    a.topk_weights = b.NewTensor(DType::kF32, T, limits.num_experts_per_tok);
-    a.expert_rows = {b.NewActivation(format, M, D), b.NewTensor(DType::kI32, 1, limits.num_local_experts + 1)};
-    a.expert_gate_up = b.NewTensor(value, M, 2 * F);
-    a.expert_intermediate = b.NewActivation(format, M, F);
-    a.expert_out = b.NewTensor(value, M, D);
+    a.shared = NewTensor(value, T, D);
+    a.topk_slots = NewTensor(DType::kI32, T, limits.num_experts_per_tok);
+    a.topk_weights = NewTensor(DType::kF32, T, limits.num_experts_per_tok);
+    a.expert_rows = {NewActivation(format, M, D), NewTensor(DType::kI32, 1, limits.num_local_experts + 1)};
+    a.expert_gate_up = NewTensor(value, M, 2 * F);
+    a.expert_intermediate = NewActivation(format, M, F);
+    a.expert_out = NewTensor(value, M, D);
   }
-  a.normed = b.NewActivation(plain, T, D);
-  a.head_in = b.NewActivation(plain, L, D);
-  a.logits = b.NewTensor(DType::kF32, L, limits.vocab_size);
-  if (!b.status_.ok()) return b.status_;
-  return buffers;
+  a.normed = NewActivation(plain, T, D);
+  a.head_in = NewActivation(plain, L, D);
+  a.logits = NewTensor(DType::kF32, L, limits.vocab_size);
 }
 
 Tensor ActivationBuffers::NewTensor(DType dtype, int64_t rows, int64_t cols) {
-  auto buffer = backend_.device().Allocate(rows * cols * DTypeBytes(dtype), Device::Memory::kDevice);
+  const int64_t bytes = rows * cols * DTypeBytes(dtype);
+  bytes_ += bytes;
+  if (device_ == nullptr) return Tensor(nullptr, dtype, {rows, cols});
+  auto buffer = device_->Allocate(bytes, Device::Memory::kDevice);
   if (!buffer.ok()) {
     status_.Update(buffer.status());
     return Tensor();

@@ -40,23 +40,24 @@ class ActivationBuffers {
   // ResourceExhausted when they do not fit.
   static absl::StatusOr<std::unique_ptr<ActivationBuffers>> Create(const ModelConfig& config, Backend& backend,
                                                                    const OpLimits& limits, ActivationFormat format);
+  // Device memory that Create allocates; `value_dtype`: the backend's.
+  static int64_t Bytes(const ModelConfig& config, DType value_dtype, const OpLimits& limits, ActivationFormat format);
 
   // Views for a step of T rows and L logits rows; their addresses depend on nothing.
   Activations View(int num_tokens, int num_rows) const;
 
  private:
-  ActivationBuffers(const ModelConfig& config, Backend& backend, const OpLimits& limits, ActivationFormat format)
-      : config_(config), backend_(backend), limits_(limits), format_(format) {}
+  ActivationBuffers(Device* device, const OpLimits& limits) : device_(device), limits_(limits) {}
 
+  void MakeAll(const ModelConfig& config, DType value, ActivationFormat format);
   Tensor NewTensor(DType dtype, int64_t rows, int64_t cols);
   Activation NewActivation(ActivationFormat format, int64_t rows, int64_t cols);
 
-  const ModelConfig& config_;
-  Backend& backend_;
+  Device* const device_;  // null: nothing is allocated, only counted
   const OpLimits limits_;
-  const ActivationFormat format_;
   Activations full_;  // at the maxima
   std::vector<Buffer> buffers_;
+  int64_t bytes_ = 0;
   absl::Status status_;
 };
 

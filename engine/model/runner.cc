@@ -4,10 +4,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "absl/strings/str_format.h"
+
 namespace cachalot {
 namespace {
 
-enum SubmitKind { kStep = 0, kBlockUpdates = 1, kBiasUpdates = 2 };
+// NOTE: a step's kinds are kStep + its staging set, whose addresses are part of it.
+enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kStep = 2 };
 
 // A row of Ops::UpdateTokenBiases.
 struct BiasUpdate {
@@ -129,6 +132,19 @@ absl::Status Runner::MakeState() {
   return status;
 }
 
+// As MakeState, MakeStaging and Create have it.
+int64_t Runner::StateBytes(const OpLimits& limits, int rope_dim) {
+  const int64_t U = limits.max_sequences, max_blocks = (limits.max_context + kBlockTokens - 1) / kBlockTokens;
+  const int64_t slot = (max_blocks + 2 + limits.max_drafts) * 4 + static_cast<int64_t>(sizeof(SlotParams)) +
+                       limits.vocab_size * 2 +
+                       kMaxTokenBiases * static_cast<int64_t>(sizeof(TokenBias) + sizeof(BiasUpdate));
+  Packer input(nullptr), output(nullptr);
+  PackInput(&input, limits.max_tokens, U, limits.max_rows);
+  PackOutput(&output, U, limits.max_rows);
+  return U * slot + limits.max_tokens * 12 + input.bytes() + output.bytes() +
+         static_cast<int64_t>(limits.max_context) * rope_dim * 4;
+}
+
 absl::Status Runner::MakeStaging() {
   const OpLimits& limits = options_.limits;
   const Shape max = {limits.max_tokens, limits.max_sequences, limits.max_rows};
@@ -227,23 +243,16 @@ void Runner::UploadTokenBiases(const std::vector<SequenceStep>& sequences, int s
   device_.Submit({padded, 0, 0, kBiasUpdates}, [this, target] { backend_.ops().UpdateTokenBiases(state_, target); });
 }
 
-void Runner::Launch(const StepPlan& plan) {
-  CHECK(pending_.size() < kMaxStepsInFlight, "{} steps in flight", pending_.size());
+Runner::Shape Runner::PaddedShape(int num_tokens, int num_sequences, int num_rows) const {
   const OpLimits& limits = options_.limits;
-  const int num_sequences = static_cast<int>(plan.sequences.size());
-  const int num_rows = static_cast<int>(plan.logits_rows.size());
-  CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= limits.max_rows);
-  const Shape shape = {std::min(device_.Bucket(plan.num_rows), limits.max_tokens),
-                       std::min(device_.Bucket(num_sequences), limits.max_sequences),
-                       std::min(device_.Bucket(num_rows), limits.max_rows)};
-  const int set = next_set_;
-  next_set_ = (next_set_ + 1) % kMaxStepsInFlight;
+  return {std::min(device_.Bucket(num_tokens), limits.max_tokens),
+          std::min(device_.Bucket(num_sequences), limits.max_sequences),
+          std::min(device_.Bucket(num_rows), limits.max_rows)};
+}
 
-  UploadBlockUpdates(plan.block_updates, set);
-  UploadTokenBiases(plan.sequences, set);
-  FillInput(plan, shape, InputAt(staging_[set].input, shape));
-  device_.Upload(PackedInput(shape), staging_[set].input);
-  device_.Submit({shape.T, shape.S, shape.L, kStep}, [this, shape] {
+std::function<void()> Runner::StepBody(Shape shape, int set) {
+  return [this, shape, set] {
+    device_.Upload(PackedInput(shape), staging_[set].input);
     const StepRows rows = {rows_.tokens.Rows(0, shape.T), rows_.positions.Rows(0, shape.T),
                            rows_.slots.Rows(0, shape.T)};
     const StepArrays step = {InputAt(input_.data, shape), rows, state_};
@@ -252,8 +261,50 @@ void Runner::Launch(const StepPlan& plan) {
     const Tensor logits = model_->Forward(step);
     ops.Sample(OutputAt(output_.data, shape), step.state, logits, Tensor(), step.input, step.rows,
                options_.num_valid_tokens);
-  });
-  device_.Download(staging_[set].output, PackedOutput(shape));
+    device_.Download(staging_[set].output, PackedOutput(shape));
+  };
+}
+
+int Runner::NumGraphs(const Device& device, const OpLimits& limits) {
+  int count = 0;
+  for (int n = 1; n <= std::min(limits.max_sequences, limits.max_tokens); n = device.Bucket(n) + 1) ++count;
+  return count * kMaxStepsInFlight;
+}
+
+// NOTE: every step that is prepared runs on padding only, which changes nothing.
+absl::StatusOr<std::string> Runner::Prepare() {
+  int num_graphs = 0, num_kernels = 0;
+  const int largest = std::min(options_.limits.max_sequences, options_.limits.max_tokens);
+  for (int n = 1; n <= largest; n = device_.Bucket(n) + 1) {
+    const Shape shape = PaddedShape(n, n, n);
+    for (int set = 0; set < kMaxStepsInFlight; ++set) {
+      const StepKey key = {shape.T, shape.S, shape.L, kStep + set};
+      FillInput(StepPlan(), shape, InputAt(staging_[set].input, shape));
+      if (absl::Status status = device_.Prepare(key, StepBody(shape, set)); !status.ok()) return status;
+      if (absl::Status status = device_.Wait(device_.Record(), absl::Minutes(1)); !status.ok()) return status;
+      if (device_.NumKernels(key) == 0) return "";  // the CPU: there is nothing to prepare
+      ++num_graphs;
+      num_kernels = device_.NumKernels(key);
+    }
+  }
+  return absl::StrFormat("%d graphs of decode steps, the largest of %d kernels for %d sequences", num_graphs,
+                         num_kernels, largest);
+}
+
+void Runner::Launch(const StepPlan& plan) {
+  CHECK(pending_.size() < kMaxStepsInFlight, "{} steps in flight", pending_.size());
+  const OpLimits& limits = options_.limits;
+  const int num_sequences = static_cast<int>(plan.sequences.size());
+  const int num_rows = static_cast<int>(plan.logits_rows.size());
+  CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= limits.max_rows);
+  const Shape shape = PaddedShape(plan.num_rows, num_sequences, num_rows);
+  const int set = next_set_;
+  next_set_ = (next_set_ + 1) % kMaxStepsInFlight;
+
+  UploadBlockUpdates(plan.block_updates, set);
+  UploadTokenBiases(plan.sequences, set);
+  FillInput(plan, shape, InputAt(staging_[set].input, shape));
+  device_.Submit({shape.T, shape.S, shape.L, kStep + set}, StepBody(shape, set));
   pending_.push_back({plan.step, shape, num_rows, num_sequences, set, device_.Record()});
 }
 

@@ -4,7 +4,9 @@
 
 #include <array>
 #include <deque>
+#include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -28,6 +30,17 @@ class Runner {
   // Loads the weights and makes the cache, the slots and every buffer. The checkpoint and the backend must outlive it.
   static absl::StatusOr<std::unique_ptr<Runner>> Create(const ModelConfig& config, const Checkpoint& checkpoint,
                                                         const RunnerOptions& options, Backend& backend);
+
+  // Device memory that the slots, the tables and a step's input and output take; the cache's blocks not included, but
+  // what comes with each of them.
+  static int64_t StateBytes(const OpLimits& limits, int rope_dim);
+  static constexpr int64_t kStateBytesPerBlock = 3 * sizeof(int32_t);
+
+  // Before the first step: has the device make graphs of decode steps of every size, where it replays graphs. What was
+  // made, for a log; empty where it does not.
+  absl::StatusOr<std::string> Prepare();
+  // How many graphs that will be.
+  static int NumGraphs(const Device& device, const OpLimits& limits);
 
   // Queues the step and returns. At most kMaxStepsInFlight are launched and not yet waited for.
   void Launch(const StepPlan& plan);
@@ -57,6 +70,8 @@ class Runner {
   SampleOutput OutputAt(void* base, Shape shape) const;
   Tensor PackedInput(Shape shape) const;  // the device's input arrays as one run of bytes
   Tensor PackedOutput(Shape shape) const;
+  Shape PaddedShape(int num_tokens, int num_sequences, int num_rows) const;
+  std::function<void()> StepBody(Shape shape, int set);
   void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;
   void UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set);
   void UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set);

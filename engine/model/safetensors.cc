@@ -344,6 +344,13 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
   return CheckpointReader(model_dir).Read();
 }
 
+std::unique_ptr<Checkpoint> Checkpoint::WithoutData(absl::flat_hash_map<std::string, CheckpointTensor> tensors) {
+  std::unique_ptr<Checkpoint> checkpoint(new Checkpoint());
+  checkpoint->tensors_ = std::move(tensors);
+  checkpoint->has_data_ = false;
+  return checkpoint;
+}
+
 Checkpoint::~Checkpoint() {
   for (const Mapping& mapping : mappings_) munmap(mapping.data, mapping.bytes);
 }

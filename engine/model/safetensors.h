@@ -32,12 +32,15 @@ class Checkpoint {
   // offsets that overlap, leave gaps or leave the file, a byte count that contradicts dtype and shape, an unknown
   // dtype, an index that names absent tensors or files, a tensor that two files hold.
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& model_dir);
+  // Tensors that are known by type and shape alone: their data is null.
+  static std::unique_ptr<Checkpoint> WithoutData(absl::flat_hash_map<std::string, CheckpointTensor> tensors);
   ~Checkpoint();
   Checkpoint(const Checkpoint&) = delete;
   Checkpoint& operator=(const Checkpoint&) = delete;
 
   const CheckpointTensor* Find(const std::string& name) const;  // null when absent
   const absl::flat_hash_map<std::string, CheckpointTensor>& tensors() const { return tensors_; }
+  bool has_data() const { return has_data_; }
   const std::string& model_dir() const { return model_dir_; }
   const std::vector<std::string>& files() const { return files_; }  // paths, model_dir included
   uint64_t file_bytes(int file_idx) const { return mappings_[file_idx].bytes; }
@@ -56,6 +59,7 @@ class Checkpoint {
   std::vector<Mapping> mappings_;
   absl::flat_hash_map<std::string, CheckpointTensor> tensors_;
   std::vector<std::string> unindexed_;
+  bool has_data_ = true;
 };
 
 }  // namespace cachalot

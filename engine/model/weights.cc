@@ -126,7 +126,10 @@ class Loader {
     if (config_.has_correction_bias()) {
       const CheckpointTensor& bias = Get("mlp.gate.e_score_correction_bias");
       Tensor view = View(bias);
-      if (bias.dtype != "F32") {  // computed in f32 whatever it is stored as
+      if (bias.data == nullptr) {  // made up: every expert's chance is the same
+        std::vector<float>& values = converted->emplace_back(bias.shape[0]);
+        view = Tensor(values.data(), DType::kF32, {bias.shape[0]});
+      } else if (bias.dtype != "F32") {  // computed in f32 whatever it is stored as
         std::vector<float>& values = converted->emplace_back(ToFloats(bias));
         view = Tensor(values.data(), DType::kF32, {bias.shape[0]});
       }
@@ -159,13 +162,16 @@ absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const
               share.first_expert + share.num_experts <= config.n_routed_experts,
           "experts {}+{} of {}", share.first_expert, share.num_experts, config.n_routed_experts);
   }
-  const std::vector<std::string> problems = Problems(config, checkpoint, /*deep=*/false);
+  std::vector<std::string> problems;
+  if (checkpoint.has_data()) problems = Problems(config, checkpoint, /*deep=*/false);
   if (!problems.empty()) {
     return absl::InvalidArgumentError(
         problems.size() == 1 ? problems[0]
                              : absl::StrCat(problems[0], " (and ", problems.size() - 1, " more problems)"));
   }
-  return Loader(config, checkpoint, share, ops).Load();
+  ModelWeights weights = Loader(config, checkpoint, share, ops).Load();
+  if (absl::Status status = ops.FinishWeights(); !status.ok()) return status;
+  return weights;
 }
 
 }  // namespace cachalot

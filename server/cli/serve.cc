@@ -17,7 +17,9 @@
 namespace cachalot {
 namespace {
 
-constexpr absl::Duration kHealthPeriod = absl::Seconds(1);
+constexpr absl::Duration kHealthPeriod = absl::Milliseconds(100);
+// What is in flight when the engine fails has this long to hear of it.
+constexpr absl::Duration kLastWords = absl::Milliseconds(600);
 
 // SIGTERM and SIGINT as something to wait for.
 class StopSignals {
@@ -74,6 +76,17 @@ void Drain(const Serving& serving, absl::Duration timeout) {
   }
 }
 
+// NOTE: a device that failed may hang whoever touches it, destructors and exit handlers included, and a client may
+// never take what it is sent: the process ends here, whatever is left.
+[[noreturn]] void ExitAfterFailure(Serving* serving) {
+  std::thread([] {
+    absl::SleepFor(kLastWords + absl::Milliseconds(200));
+    std::_Exit(1);
+  }).detach();
+  serving->Abandon(kLastWords);
+  std::_Exit(1);
+}
+
 }  // namespace
 
 int Serve(const ServeOptions& options) {
@@ -97,12 +110,12 @@ int Serve(const ServeOptions& options) {
     spdlog::info("stopping: {} generations have {} to end\trunning={}", serving.num_running(),
                  absl::FormatDuration(options.drain_timeout), serving.num_running());
     Drain(serving, options.drain_timeout);
-    spdlog::info("stopped\taborted={}", serving.num_running());
-  } else {
-    spdlog::error("stopping: the engine failed");
+    health = serving.health();
   }
+  if (!health.ok()) ExitAfterFailure(&serving);
+  spdlog::info("stopped\taborted={}", serving.num_running());
   serving.Stop();
-  return health.ok() ? 0 : 1;
+  return 0;
 }
 
 }  // namespace cachalot

@@ -9,6 +9,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "server/http/openai_error.h"
 #include "server/text/chat_template.h"
 
@@ -115,6 +116,15 @@ void Serving::Stop() {
   engine_.reset();
   http_.Stop(kStopGrace);
   if (grpc_ != nullptr) grpc_->Stop(kStopGrace);
+}
+
+void Serving::Abandon(absl::Duration grace) {
+  const absl::Time deadline = absl::Now() + grace;
+  http_.StopAccepting();
+  if (grpc_ != nullptr) grpc_->SetServing(false);
+  while (num_running() > 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(5));
+  if (grpc_ != nullptr) grpc_->Stop((deadline - absl::Now()) / 2);
+  http_.Stop(std::max(deadline - absl::Now(), absl::Milliseconds(50)));
 }
 
 }  // namespace cachalot

@@ -42,6 +42,9 @@ class Serving {
   int num_running() const { return generator_->num_running(); }
   // Ends what is left with an error, which is still sent, and closes the ports.
   void Stop();
+  // After the engine failed, which ended everything in flight with an error: gives these `grace` to be sent and closes
+  // the ports. The engine is left as it is, its device with it: the process is to end.
+  void Abandon(absl::Duration grace);
 
  private:
   void LoadChatTemplate();

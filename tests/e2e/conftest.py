@@ -28,10 +28,10 @@ def pytest_addoption(parser):
 class Server:
     """`cachalot serve` on free ports. Its log lines are in `log`; stop() returns its exit code."""
 
-    def __init__(self, binary, checkpoint, *arguments):
+    def __init__(self, binary, checkpoint, *arguments, env=None):
         command = [binary, "serve", "--model", checkpoint, "--port", "0", "--grpc-port", "0", "--device", "cpu", *arguments]
         self.log = []
-        self.process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE)
+        self.process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, env=env)
         match = self._wait_for_ready()
         self.port, self.model = int(match[2]), match[4]
         self.grpc_address = f"127.0.0.1:{match[3]}" if match[3] else None
@@ -107,8 +107,8 @@ def start(binary, checkpoint):
     """Starts servers of the test's own: start(*arguments, model_dir=...). They are killed after it if still running."""
     servers = []
 
-    def start(*arguments, model_dir=checkpoint):
-        servers.append(Server(binary, model_dir, *arguments))
+    def start(*arguments, model_dir=checkpoint, env=None):
+        servers.append(Server(binary, model_dir, *arguments, env=env))
         return servers[-1]
 
     yield start

@@ -31,7 +31,7 @@ def test_with_a_server(binary, client, server):
 
 
 def test_it_loads_a_model_itself(binary, checkpoint):
-    result = chat(binary, ["Hello"], "--model", checkpoint, "--max-tokens", "4", "--system", "Be brief.")
+    result = chat(binary, ["Hello"], "--model", checkpoint, "--device", "cpu", "--max-tokens", "4", "--system", "Be brief.")
     assert result.returncode == 0, result.stderr
     assert "[4 tokens" in result.stderr or "tokens, " in result.stderr
     assert result.stdout
@@ -45,7 +45,7 @@ def test_failures(binary, server, tmp_path):
     result = chat(binary, ["Hello", "long " * 30000, "Hello"], "--url", server.url, "--max-tokens", "2")
     assert result.returncode == 1 and "context" in result.stderr
     assert result.stderr.count("tok/s") == 2  # the turns around the one that failed
-    result = chat(binary, ["Hello"], "--model", tmp_path)
+    result = chat(binary, ["Hello"], "--model", tmp_path, "--device", "cpu")
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     result = chat(binary, ["Hello"])
     assert result.returncode == 1 and "--model or --url" in result.stderr

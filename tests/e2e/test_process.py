@@ -1,6 +1,7 @@
 """The program: start, stop, mistakes, checkpoints that cannot be served."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -78,6 +79,24 @@ def test_what_is_in_flight_after_the_drain_ends_with_an_error(start):
     reader.join(10)
     assert len(errors) == 1
     assert errors[0].body["type"] == "server_error"
+
+
+def test_a_dead_device_ends_the_process_after_the_last_error(start, binary):
+    """Its stand-in hangs whoever touches it once it is dead."""
+    folder = binary.parent / "tests/e2e"
+    if not (folder / "libcachalot_cuda.so").exists():
+        pytest.skip("the CUDA backend was not built, and so the faulty one was not")
+    server = start("--device", "cuda", env={**os.environ, "LD_LIBRARY_PATH": str(folder)})
+    with pytest.raises(openai.APIError) as died:
+        for _ in server.client().completions.create(
+            model=server.model, prompt="Hello", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        ):
+            pass
+    begin = time.monotonic()
+    assert died.value.body["type"] == "server_error"
+    assert server.process.wait(10) == 1
+    assert time.monotonic() - begin < 1.5
+    assert "the rank is dead" in server.process.stderr.read().decode()
 
 
 def test_a_drain_lets_requests_in_flight_end(start):

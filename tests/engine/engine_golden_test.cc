@@ -117,7 +117,7 @@ TEST_P(QuantisedTest, ActivationsAreRoundedAsTheGpuWill) {
   const Golden golden = LoadGolden(GetParam(), "aq.");
   const Golden plain = LoadGolden(GetParam());
   EngineOptions options = OptionsFor(golden);
-  options.activation = "fp8";
+  options.activation = "fp8-f32";
   auto engine = MakeEngine(options);
   std::vector<double> to_quantised, to_plain;
   for (size_t i = 0; i < golden.prompts.size(); ++i) {

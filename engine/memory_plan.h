@@ -1,0 +1,50 @@
+// MemoryPlan: what of the device's memory goes where, settled before anything large is allocated.
+#ifndef CACHALOT_ENGINE_MEMORY_PLAN_H_
+#define CACHALOT_ENGINE_MEMORY_PLAN_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/model/config.h"
+#include "engine/model/safetensors.h"
+#include "engine/options.h"
+#include "kernels/backend.h"
+
+namespace cachalot {
+
+// Bytes. On the CPU only the cache is planned: weights are mapped files, and memory is touched when it is used.
+struct MemoryPlan {
+  int64_t free = 0;  // before anything but the workspace
+  int64_t weights = 0, activations = 0, state = 0, workspace = 0, reserve = 0, cache = 0;
+  int64_t block_bytes = 0;  // of all layers
+  int num_blocks = 0;
+  int max_model_len = 0;  // of one sequence
+
+  std::string ToString() const;  // a line for the log
+};
+
+// What the plan depends on, besides the options.
+struct MemoryDemand {
+  OpLimits limits;
+  KvDType kv_dtype = KvDType::kF32;
+  ActivationFormat format = ActivationFormat::kF32;
+};
+
+// Weights in device memory as the CUDA backend lays them out: rows padded, kv_b_proj in bf16, every weight an
+// allocation.
+int64_t DeviceWeightBytes(const ModelConfig& config, const Checkpoint& checkpoint, const OpLimits& limits);
+
+// The cache, given what is left for it. `left` < 0: the rest alone does not fit. InvalidArgument or ResourceExhausted,
+// naming the option to change. `limits.max_context` is not used.
+absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, KvDType kv_dtype,
+                                     int64_t left, double default_share);
+
+// The whole: PlanCache of what a backend's free memory leaves.
+absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoint& checkpoint,
+                                      const EngineOptions& options, const MemoryDemand& demand, Backend& backend);
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_ENGINE_MEMORY_PLAN_H_
