@@ -2,6 +2,7 @@
 //
 //   python3 tests/golden/make_checkpoint.py --out build/bench-checkpoint --preset bench
 //   build/release/tests/bench/engine_bench --model build/bench-checkpoint
+//   build/release/tests/bench/engine_bench --model DIR --device cuda [--random-weights]
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -108,20 +109,48 @@ Timing Run(Engine& engine, int num_requests, int prompt_tokens, int max_tokens) 
   return timing;
 }
 
+// Many requests at once, and what the host does in a step beside waiting for the GPU.
+void RunOnGpu(Engine& engine) {
+  Run(engine, 64, 64, 8);
+  for (int batch : {1, 8, 64, 256}) {
+    const Timing t = Run(engine, batch, 512, 1);
+    std::printf("prefill B=%-3d x 512 tokens: %9.0f tok/s\n", batch, batch * 512 / t.first_token);
+  }
+  for (int batch : {1, 8, 64, 128, 256}) {
+    const EngineStats before = engine.stats();
+    const Timing t = Run(engine, batch, 64, 257);
+    const EngineStats after = engine.stats();
+    std::printf("decode B=%-3d             : %9.0f tok/s, host %.1f us a step\n", batch, t.num_tokens / t.rest,
+                1e6 * (after.host_seconds - before.host_seconds) / static_cast<double>(after.steps - before.steps));
+  }
+}
+
 int Main(int argc, char** argv) {
   EngineOptions options;
   options.device = "cpu";
   options.max_model_len = 4096;
   options.max_sequences = 16;
-  for (int i = 1; i + 1 < argc; i += 2) {
-    if (std::strcmp(argv[i], "--model") == 0) options.model_dir = argv[i + 1];
-    if (std::strcmp(argv[i], "--threads") == 0) options.num_threads = std::atoi(argv[i + 1]);
-    if (std::strcmp(argv[i], "--max-batch-tokens") == 0) options.max_batch_tokens = std::atoi(argv[i + 1]);
+  for (int i = 1; i < argc; ++i) {
+    const auto value = [&] { return i + 1 < argc ? argv[++i] : ""; };
+    if (std::strcmp(argv[i], "--random-weights") == 0)
+      options.random_weights = true;
+    else if (std::strcmp(argv[i], "--model") == 0)
+      options.model_dir = value();
+    else if (std::strcmp(argv[i], "--device") == 0)
+      options.device = value();
+    else if (std::strcmp(argv[i], "--threads") == 0)
+      options.num_threads = std::atoi(value());
+    else if (std::strcmp(argv[i], "--max-batch-tokens") == 0)
+      options.max_batch_tokens = std::atoi(value());
   }
   if (options.model_dir.empty()) {
-    std::fprintf(stderr, "usage: engine_bench --model DIR [--threads N] [--max-batch-tokens N]\n");
+    std::fprintf(stderr,
+                 "usage: engine_bench --model DIR [--device cpu|cuda] [--random-weights] [--threads N] "
+                 "[--max-batch-tokens N]\n");
     return 1;
   }
+  const bool on_gpu = options.device == "cuda";
+  if (on_gpu) options.max_sequences = 256, options.max_model_len = 1024;
   const auto begin = Clock::now();
   auto engine = Engine::Create(options);
   if (!engine.ok()) {
@@ -130,6 +159,10 @@ int Main(int argc, char** argv) {
   }
   std::printf("%s: ready after %.2f s\n", (*engine)->model().backend.c_str(), Seconds(begin, Clock::now()));
 
+  if (on_gpu) {
+    RunOnGpu(**engine);
+    return 0;
+  }
   const int num_threads = options.num_threads > 0 ? options.num_threads : std::thread::hardware_concurrency();
   const double bandwidth = ReadBandwidth(num_threads);
   const auto config = ModelConfig::Load(options.model_dir);

@@ -1,6 +1,6 @@
-"""Writes a large random checkpoint in the official layout: for trying the server out (tiny) and for benchmarks (bench).
+"""Writes a large random checkpoint in the official layout: for trying the server out (tiny) and for benchmarks (bench; v3_slice: 8.9 GB at real dimensions).
 
-Usage: make_checkpoint.py --out DIR --preset tiny|bench [--seed N]
+Usage: make_checkpoint.py --out DIR --preset tiny|bench|v3_slice [--seed N]
 
 Weights go to disk tensor by tensor. Each tensor has its own generator, seeded by its name: random bytes are mapped to the 256
 quantiles of a normal distribution, so that activations stay sane at any size. There is no reference for these.
@@ -22,7 +22,7 @@ import tokenizer
 from checkpoint import FP8, YARN_V3, Tensor, make_config
 
 HERE = Path(__file__).parent
-SHARD_BYTES = {"tiny": 8 << 20, "bench": 512 << 20}
+SHARD_BYTES = {"tiny": 8 << 20, "bench": 512 << 20, "v3_slice": 2 << 30}
 REAL_HEADS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 V3 = {**REAL_HEADS, "num_nextn_predict_layers": 1, "max_position_embeddings": 163840, "rope_scaling": YARN_V3, "quantization_config": FP8}
 
@@ -34,6 +34,11 @@ PRESETS = {
     "bench": make_config(
         **V3, hidden_size=2048, num_hidden_layers=8, num_attention_heads=16, q_lora_rank=768, intermediate_size=8192,
         moe_intermediate_size=1024, n_routed_experts=32, num_experts_per_tok=8, n_group=8, topk_group=4, vocab_size=32768,
+    ),
+    "v3_slice": make_config(
+        **{**V3, "num_nextn_predict_layers": 0}, hidden_size=7168, num_hidden_layers=5, first_k_dense_replace=3, num_attention_heads=128,
+        q_lora_rank=1536, intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=64, num_experts_per_tok=8, n_group=8,
+        topk_group=4, vocab_size=32768,
     ),
 }  # fmt: skip
 

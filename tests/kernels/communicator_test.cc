@@ -47,7 +47,7 @@ std::vector<std::pair<int64_t, int64_t>> RowsBySlot(const std::vector<int32_t>& 
 
 TEST(LocalCommunicator, GroupsRowsAndCombinesThem) {
   Random random(1);
-  const auto backend = testing::MakeCpu(testing::CpuOptions());
+  const auto backend = testing::MakeTestBackend(testing::CpuOptions());
   for (int64_t rows : {0, 1, 7, 129}) {
     for (int64_t cols : {320, 77}) {
       for (DType dtype : {DType::kF32, DType::kBF16}) {
@@ -88,7 +88,7 @@ TEST(LocalCommunicator, GroupsRowsAndCombinesThem) {
 
 TEST(LocalCommunicator, QuantisedRowsTravelWithTheirScales) {
   Random random(3);
-  const auto backend = testing::MakeCpu(testing::CpuOptions());
+  const auto backend = testing::MakeTestBackend(testing::CpuOptions());
   const int64_t rows = 11, cols = 300;
   OwnedActivation x(ActivationFormat::kFP8, rows, cols), grouped(ActivationFormat::kFP8, rows * kChoices, cols);
   x.values.FillNormal(random);
@@ -107,7 +107,7 @@ TEST(LocalCommunicator, QuantisedRowsTravelWithTheirScales) {
 // The sum is in order of k and in fp32: exactly what a loop of fused multiply-adds gives.
 TEST(LocalCommunicator, AddsInOrderOfChoice) {
   Random random(2);
-  const auto backend = testing::MakeCpu(testing::CpuOptions());
+  const auto backend = testing::MakeTestBackend(testing::CpuOptions());
   Owned x(DType::kF32, {1, 64}), grouped(DType::kF32, {4, 64}), topk_slots(DType::kI32, {1, 4}),
       offsets(DType::kI32, {5}), weights(DType::kF32, {1, 4}), shared(DType::kF32, {1, 64}), out(DType::kF32, {1, 64}),
       y(DType::kF32, {4, 64});

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <fstream>
 
-#include "kernels/cpu/highway_targets.h"
 #include "nlohmann/json.hpp"
 #include "tests/kernels/testing.h"
 
@@ -26,8 +25,8 @@ constexpr ActivationFormat kFormats[] = {ActivationFormat::kF32, ActivationForma
 
 class ElementwiseTest : public ::testing::TestWithParam<std::string> {
  protected:
-  void SetUp() override { ForceSimdTarget(GetParam()); }
-  void TearDown() override { ForceSimdTarget(""); }
+  void SetUp() override { testing::UseTarget(GetParam()); }
+  void TearDown() override { testing::UseTarget(""); }
 
   // `got` holds `want` (in double, exact) in its format. FP8 values may fall to a neighbour when fp32 rounding moves a
   // tie, which is why single elements are compared at e4m3's step.
@@ -66,7 +65,7 @@ std::vector<double> RmsNormRow(const std::vector<double>& x, const std::vector<d
 TEST_P(ElementwiseTest, AddRmsNorm) {
   Random random(1);
   for (ScaleRule rule : {ScaleRule::kFP32, ScaleRule::kUE8M0}) {
-    const auto backend = testing::MakeCpu(Options(rule));
+    const auto backend = testing::MakeTestBackend(Options(rule));
     for (auto [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{{0, 320}, {1, 7168}, {7, 144}, {129, 130}}) {
       Owned w(DType::kBF16, {cols});
       w.FillNormal(random);
@@ -97,7 +96,7 @@ TEST_P(ElementwiseTest, AddRmsNorm) {
 
 TEST_P(ElementwiseTest, SiluMul) {
   Random random(2);
-  const auto backend = testing::MakeCpu(Options(ScaleRule::kFP32));
+  const auto backend = testing::MakeTestBackend(Options(ScaleRule::kFP32));
   for (auto [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{{0, 128}, {1, 2048}, {5, 144}, {33, 77}}) {
     for (DType dtype : {DType::kF32, DType::kBF16}) {
       Owned gate_up(dtype, {rows, 2 * cols});
@@ -132,7 +131,7 @@ TEST_P(ElementwiseTest, SiluMul) {
 
 TEST_P(ElementwiseTest, QuantisedValuesAreTheDefinition) {
   // Values that are exact in fp32 leave no room for rounding: bytes and scales must match.
-  const auto backend = testing::MakeCpu(Options(ScaleRule::kUE8M0));
+  const auto backend = testing::MakeTestBackend(Options(ScaleRule::kUE8M0));
   Random random(3);
   Owned gate_up(DType::kF32, {1, 2 * 300}), up(DType::kF32, {1, 300});
   std::vector<double> values(600, 100.0);  // silu(100) is 100 in fp32
@@ -147,7 +146,7 @@ TEST_P(ElementwiseTest, QuantisedValuesAreTheDefinition) {
 
 TEST_P(ElementwiseTest, EmbedAndGather) {
   Random random(4);
-  const auto backend = testing::MakeCpu(Options(ScaleRule::kFP32));
+  const auto backend = testing::MakeTestBackend(Options(ScaleRule::kFP32));
   const int64_t cols = 300;
   for (DType dtype : {DType::kBF16, DType::kF8E4M3, DType::kF32}) {
     const OwnedWeight table(dtype, 200, cols, random);
@@ -243,7 +242,7 @@ class LatentStep {
 
 TEST_P(ElementwiseTest, LatentNormRopeWrite) {
   Random random(5);
-  const auto backend = testing::MakeCpu(Options(ScaleRule::kFP32));
+  const auto backend = testing::MakeTestBackend(Options(ScaleRule::kFP32));
   const Owned rope = testing::MakeRopeTable(700, 64);
   for (auto [rank, q_rank] : std::vector<std::pair<int64_t, int64_t>>{{512, 1536}, {144, 0}, {100, 130}}) {
     for (KvDType dtype : {KvDType::kF32, KvDType::kBF16, KvDType::kFP8}) {
@@ -303,7 +302,7 @@ TEST_P(ElementwiseTest, RopeIsTheOfficialLayout) {
   positions.Set({static_cast<int32_t>(position)});
   SlotState state;
   state.block_table = table.Set({0});
-  const auto backend = testing::MakeCpu(Options(ScaleRule::kFP32));
+  const auto backend = testing::MakeTestBackend(Options(ScaleRule::kFP32));
   const auto norm = backend->ops().MakeVector(weight);
   const KvCache cache = {blocks, KvDType::kF32};
   backend->ops().LatentNormRopeWrite(cache, state, Activation{}, Tensor(), kv, nullptr, *norm,
@@ -312,7 +311,7 @@ TEST_P(ElementwiseTest, RopeIsTheOfficialLayout) {
   EXPECT_TRUE(CloseF32({got.begin() + 128, got.end()}, want));
 }
 
-INSTANTIATE_TEST_SUITE_P(Targets, ElementwiseTest, ::testing::ValuesIn(SupportedSimdTargets()),
+INSTANTIATE_TEST_SUITE_P(Targets, ElementwiseTest, ::testing::ValuesIn(testing::TestTargets()),
                          [](const auto& info) { return info.param; });
 
 }  // namespace

@@ -9,20 +9,21 @@ namespace {
 
 using testing::CloseBf16;
 using testing::CloseF32;
+using testing::CloseProduct;
 using testing::Element;
 using testing::MatMul;
 using testing::Owned;
 using testing::OwnedActivation;
 using testing::OwnedWeight;
 using testing::Random;
-using testing::SameRow;
+using testing::SameProduct;
 using testing::Values;
 
 constexpr DType kWeightTypes[] = {DType::kF32, DType::kBF16, DType::kF16, DType::kF8E4M3};
 
 class LinearTest : public ::testing::Test {
  protected:
-  void TearDown() override { ForceSimdTarget(""); }
+  void TearDown() override { testing::UseTarget(""); }
   Ops& ops() { return backend_->ops(); }
 
   // y in `y_type` is the product of x and the stacked parts.
@@ -38,11 +39,50 @@ class LinearTest : public ::testing::Test {
     Owned y(y_type, {rows, weight->rows()});
     ops().Linear(y, x, *weight);
     const std::vector<double> want = MatMul(Values(x), w, rows, weight->rows(), weight->cols());
-    EXPECT_TRUE(y_type == DType::kF32 ? CloseF32(Values(y), want) : CloseBf16(Values(y), want))
+    const bool has_fp8 = !x.scales.empty() || row_stacked[0].weight.dtype == DType::kF8E4M3;
+    EXPECT_TRUE(y_type == DType::kF32 ? CloseProduct(Values(y), want, has_fp8) : CloseBf16(Values(y), want))
         << rows << " rows, " << weight->rows() << "x" << weight->cols() << " " << row_stacked[0].weight.ToString();
   }
 
-  std::unique_ptr<Backend> backend_ = testing::MakeCpu(testing::CpuOptions());
+  // Rows offsets[g] .. offsets[g+1] of x meet expert g, gate stacked on up; rows past the last offset stay as they are.
+  void CheckGroups(const std::vector<OwnedWeight>& gate, const std::vector<OwnedWeight>& up, const Weight& experts,
+                   const Activation& x, const std::vector<int32_t>& offsets, DType y_type) {
+    const int64_t out = experts.rows() / 2, in = experts.cols();
+    const bool has_fp8 = !x.scales.empty() || gate[0].weight->dtype == DType::kF8E4M3;
+    Owned y(y_type, {x.rows(), 2 * out}), ends(DType::kI32, {static_cast<int64_t>(offsets.size())});
+    ops().GroupedLinear(y, x, experts, ends.Set(offsets));
+    const auto is_close = [&](const Tensor& got, const std::vector<double>& want) {
+      return y_type == DType::kF32 ? CloseProduct(Values(got), want, has_fp8) : CloseBf16(Values(got), want);
+    };
+    for (size_t g = 0; g < gate.size(); ++g) {
+      const int64_t begin = offsets[g], count = offsets[g + 1] - begin;
+      if (count == 0) continue;
+      const std::vector<double> rows = Values(x.Rows(begin, count));
+      EXPECT_TRUE(
+          is_close(y->Rows(begin, count).Columns(0, out), MatMul(rows, Values(gate[g].part()), count, out, in)));
+      EXPECT_TRUE(
+          is_close(y->Rows(begin, count).Columns(out, out), MatMul(rows, Values(up[g].part()), count, out, in)));
+      // And as a Linear of its own gives it.
+      const std::unique_ptr<Weight> alone = ops().MakeLinear({gate[g].part(), up[g].part()});
+      Owned other(y_type, {count, 2 * out});
+      ops().Linear(other, x.Rows(begin, count), *alone);
+      for (int64_t t = 0; t < count; ++t) ASSERT_TRUE(SameProduct(other, t, y, begin + t));
+    }
+    for (int64_t t = offsets.back(); t < x.rows(); ++t) EXPECT_TRUE(std::isnan(Element(y, t, 0)));
+  }
+
+  static OwnedActivation RandomActivation(ActivationFormat format, int64_t rows, int64_t cols, Random& random) {
+    OwnedActivation x(format, rows, cols);
+    x.values.FillNormal(random, format == ActivationFormat::kFP8 ? 40 : 1);
+    if (format == ActivationFormat::kFP8) {
+      std::vector<double> scales(x.scales->num_elements());
+      for (double& s : scales) s = 0.001 + 0.05 * random.Uniform();
+      x.scales.Fill(scales);
+    }
+    return x;
+  }
+
+  std::unique_ptr<Backend> backend_ = testing::MakeTestBackend(testing::CpuOptions());
 };
 
 TEST_F(LinearTest, EveryWeightTypeAndRowCount) {
@@ -80,6 +120,7 @@ TEST_F(LinearTest, StackedPartsAtRealShape) {
     x.FillNormal(random);
     Check(rows, {&q_a, &kv_a}, Activation{x, Tensor()}, DType::kF32);
   }
+  if (testing::TestsOnGpu()) return;  // it stacks parts of one type only, as the loader demands
   const OwnedWeight bf16(DType::kBF16, 40, 7168, random), f32(DType::kF32, 24, 7168, random);
   Owned x(DType::kF32, {5, 7168});
   x.FillNormal(random);
@@ -116,6 +157,19 @@ TEST_F(LinearTest, QuantisedActivations) {
   }
 }
 
+// As a GPU serves them: whole blocks of scales, and rows from a decode step's to a prefill chunk's.
+TEST_F(LinearTest, ServedShapes) {
+  Random random(11);
+  for (auto [dtype, format] :
+       {std::pair{DType::kF8E4M3, ActivationFormat::kFP8}, {DType::kBF16, ActivationFormat::kBF16}}) {
+    const OwnedWeight first(dtype, 256, 2048, random), second(dtype, 64, 2048, random);
+    for (int64_t rows : {1, 7, 16, 33, 64, 65, 128, 200}) {
+      const OwnedActivation x = RandomActivation(format, rows, 2048, random);
+      Check(rows, {&first, &second}, x.view(), rows == 33 ? DType::kF32 : DType::kBF16);
+    }
+  }
+}
+
 TEST_F(LinearTest, ColumnSlicesAreTensors) {
   Random random(6);
   const OwnedWeight w(DType::kBF16, 70, 130, random);
@@ -145,7 +199,7 @@ TEST_F(LinearTest, RowsDoNotDependOnTheirCompany) {
         const int64_t begin = 77;
         Owned some(DType::kF32, {count, out});
         ops().Linear(some, Activation{x->Rows(begin, count), Tensor()}, *weight);
-        for (int64_t t = 0; t < count; ++t) ASSERT_TRUE(SameRow(some, t, together, begin + t)) << count;
+        for (int64_t t = 0; t < count; ++t) ASSERT_TRUE(SameProduct(some, t, together, begin + t)) << count;
       }
     }
   }
@@ -160,7 +214,7 @@ TEST_F(LinearTest, ThreadsChangeNothing) {
   Owned want(DType::kF32, {9, 700});
   ops().Linear(want, Activation{x, Tensor()}, *weight);
   for (int num_threads : {1, 3, 5}) {
-    const auto other = testing::MakeCpu(testing::CpuOptions(num_threads));
+    const auto other = testing::MakeTestBackend(testing::CpuOptions(num_threads));
     Owned got(DType::kF32, {9, 700});
     other->ops().Linear(got, Activation{x, Tensor()}, *weight);
     EXPECT_EQ(got.bytes(), want.bytes()) << num_threads;
@@ -169,11 +223,11 @@ TEST_F(LinearTest, ThreadsChangeNothing) {
 
 TEST_F(LinearTest, EverySimdTarget) {
   Random random(9);
-  const std::vector<std::string> targets = SupportedSimdTargets();
+  const std::vector<std::string> targets = testing::TestTargets();
   EXPECT_GE(targets.size(), 1u);
   for (const std::string& target : targets) {
-    ForceSimdTarget(target);
-    EXPECT_EQ(SimdTargetName(), target);
+    testing::UseTarget(target);
+    EXPECT_TRUE(testing::TestsOnGpu() || SimdTargetName() == target) << target;
     for (DType dtype : kWeightTypes) {
       const OwnedWeight w(dtype, 150, 1100, random);
       for (int64_t rows : {1, 2, 4, 21}) {
@@ -207,26 +261,11 @@ TEST_F(LinearTest, GroupedRowsMeetTheirExpert) {
     // No rows, one, a few, many; then one expert with all; then nothing at all.
     for (const std::vector<int32_t>& offsets : std::vector<std::vector<int32_t>>{
              {0, 0, 1, 4, 4, 104, 106, 106}, {0, 0, 0, 0, 120, 120, 120, 120}, {0, 0, 0, 0, 0, 0, 0, 0}}) {
-      const int64_t capacity = 130;
-      Owned x(DType::kF32, {capacity, in}), y(DType::kF32, {capacity, 2 * out}), ends(DType::kI32, {kExperts + 1});
-      x.FillNormal(random);
-      ends.Set(offsets);
-      ops().GroupedLinear(y, Activation{x, Tensor()}, *experts, ends);
-      for (int g = 0; g < kExperts; ++g) {
-        const int64_t begin = offsets[g], count = offsets[g + 1] - begin;
-        if (count == 0) continue;
-        const std::vector<double> rows = Values(x->Rows(begin, count));
-        EXPECT_TRUE(CloseF32(Values(y->Rows(begin, count).Columns(0, out)),
-                             MatMul(rows, Values(gate[g].part()), count, out, in)));
-        EXPECT_TRUE(CloseF32(Values(y->Rows(begin, count).Columns(out, out)),
-                             MatMul(rows, Values(up[g].part()), count, out, in)));
-        // And as a Linear of its own gives it.
-        const std::unique_ptr<Weight> alone = ops().MakeLinear(parts[g]);
-        Owned other(DType::kF32, {count, 2 * out});
-        ops().Linear(other, Activation{x->Rows(begin, count), Tensor()}, *alone);
-        for (int64_t t = 0; t < count; ++t) ASSERT_TRUE(SameRow(other, t, y, begin + t));
+      for (ActivationFormat format : {ActivationFormat::kF32, ActivationFormat::kBF16, ActivationFormat::kFP8}) {
+        const OwnedActivation x = RandomActivation(format, 130, in, random);
+        CheckGroups(gate, up, *experts, x.view(), offsets,
+                    format == ActivationFormat::kF32 ? DType::kF32 : DType::kBF16);
       }
-      for (int64_t t = offsets.back(); t < capacity; ++t) EXPECT_TRUE(std::isnan(Element(y, t, 0)));
     }
   }
 }

@@ -24,7 +24,7 @@ class StepsTest : public ::testing::Test {
     ops().Sample(step.out, world.state, logits, Tensor(), step.input, step.step_rows, static_cast<int>(vocab));
   }
 
-  std::unique_ptr<Backend> backend_ = testing::MakeCpu(testing::CpuOptions());
+  std::unique_ptr<Backend> backend_ = testing::MakeTestBackend(testing::CpuOptions());
 };
 
 TEST_F(StepsTest, UpdateBlockTables) {

@@ -197,6 +197,14 @@ std::vector<double> MatMul(const std::vector<double>& x, const std::vector<doubl
   return ::testing::AssertionSuccess();
 }
 
+::testing::AssertionResult CloseF32(const std::vector<double>& got, const std::vector<double>& want) {
+  return TestsOnGpu() ? Close(got, want, 1e-9, 1e-4) : Close(got, want, 1e-11, 2e-5);
+}
+
+::testing::AssertionResult CloseProduct(const std::vector<double>& got, const std::vector<double>& want, bool has_fp8) {
+  return TestsOnGpu() && has_fp8 ? Close(got, want, 1e-6, 2e-3) : CloseF32(got, want);
+}
+
 ::testing::AssertionResult SameRow(const Tensor& a, int64_t row_a, const Tensor& b, int64_t row_b) {
   const int64_t element = DTypeBytes(a.dtype);
   const char* pa = static_cast<const char*>(a.data) + row_a * a.row_stride * element;
@@ -206,6 +214,12 @@ std::vector<double> MatMul(const std::vector<double>& x, const std::vector<doubl
     return ::testing::AssertionFailure() << "rows " << row_a << " and " << row_b << " differ at " << i;
   }
   return ::testing::AssertionSuccess();
+}
+
+::testing::AssertionResult SameProduct(const Tensor& a, int64_t row_a, const Tensor& b, int64_t row_b) {
+  if (!TestsOnGpu()) return SameRow(a, row_a, b, row_b);
+  const std::vector<double> got = Values(a.Rows(row_a, 1)), want = Values(b.Rows(row_b, 1));
+  return a.dtype == DType::kF32 ? CloseProduct(got, want, true) : CloseBf16(got, want);
 }
 
 BackendOptions CpuOptions(int num_threads) {

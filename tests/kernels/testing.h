@@ -84,18 +84,29 @@ std::vector<double> MatMul(const std::vector<double>& x, const std::vector<doubl
 // `tolerance` of the reference, relative to it and to the root mean square.
 ::testing::AssertionResult Close(const std::vector<double>& got, const std::vector<double>& want, double difference,
                                  double tolerance);
-inline ::testing::AssertionResult CloseF32(const std::vector<double>& got, const std::vector<double>& want) {
-  return Close(got, want, 1e-11, 2e-5);
-}
+// What was computed and stored in fp32; on a GPU, where sums are taken in other orders, a little less exact.
+::testing::AssertionResult CloseF32(const std::vector<double>& got, const std::vector<double>& want);
 inline ::testing::AssertionResult CloseBf16(const std::vector<double>& got, const std::vector<double>& want) {
   return Close(got, want, 1e-5, 6e-3);
 }
+// A product in fp32. On a GPU one with an fp8 operand may pass through bf16.
+::testing::AssertionResult CloseProduct(const std::vector<double>& got, const std::vector<double>& want, bool has_fp8);
 
 // The bytes of a row of each.
 ::testing::AssertionResult SameRow(const Tensor& a, int64_t row_a, const Tensor& b, int64_t row_b);
+// The same product of a row in other company: the bytes on the CPU; close on a GPU, where company may change sums.
+::testing::AssertionResult SameProduct(const Tensor& a, int64_t row_a, const Tensor& b, int64_t row_b);
 
 BackendOptions CpuOptions(int num_threads = 2);
 std::unique_ptr<Backend> MakeCpu(const BackendOptions& options);
+
+// The backend that this program tests, which takes host tensors: the CPU's as it is (cpu_backend_under_test.cc), or
+// the GPU's behind MakeOnDevice (cuda_backend_under_test.cc).
+std::unique_ptr<Backend> MakeTestBackend(const BackendOptions& options);
+bool TestsOnGpu();
+// The ways it can compute, each of which a test goes through: SIMD targets, or "cuda" alone; "" is the usual one.
+std::vector<std::string> TestTargets();
+void UseTarget(const std::string& target);
 
 // cos and sin for `positions` positions at dimension `rope_dim`.
 Owned MakeRopeTable(int64_t positions, int64_t rope_dim);

@@ -1,0 +1,423 @@
+// rank_bench: one decode step of one rank of an expert-parallel DeepSeek-V3, on one GPU: all layers, its share of the
+// routed experts, head and sampling, less the network. See --help.
+#include <fmt/core.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <numeric>
+#include <random>
+#include <sstream>
+
+#include "engine/model/deepseek.h"
+#include "engine/model/random_checkpoint.h"
+#include "tests/bench/cuda_ceilings.h"
+#include "tests/bench/kernel_trace.h"
+
+namespace cachalot::bench {
+namespace {
+
+struct Options {
+  std::string config = "tests/bench/deepseek_v3.json", kv_dtype = "bf16", cells;
+  int layers = 61, local_experts = 8, replays = 20, max_batch = 256;
+  bool has_trace = false;
+};
+
+struct Cell {
+  int batch = 0, context = 0;
+};
+
+[[noreturn]] void Die(const std::string& message) {
+  fmt::print(stderr, "rank_bench: {}\n", message);
+  std::exit(1);
+}
+void Must(const absl::Status& status) {
+  if (!status.ok()) Die(status.ToString());
+}
+template <typename T>
+T Must(absl::StatusOr<T> value) {
+  if (!value.ok()) Die(value.status().ToString());
+  return *std::move(value);
+}
+
+// Dispatches rows as a balanced router would: every resident expert gets the same number. The router's own choice, made
+// among all experts, is not used; its weights are.
+class BalancedCommunicator : public Communicator {
+ public:
+  BalancedCommunicator(Communicator& inner, const Tensor& slots) : inner_(inner), slots_(slots) {}
+  int rank() const override { return inner_.rank(); }
+  int num_ranks() const override { return inner_.num_ranks(); }
+  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots) override {
+    inner_.Dispatch(rows, x, slots_.Rows(0, topk_slots.dim(0)));
+  }
+  void Combine(const Tensor& out, const Tensor& y, const Tensor& topk_weights, const Tensor& shared) override {
+    inner_.Combine(out, y, topk_weights, shared);
+  }
+
+ private:
+  Communicator& inner_;
+  const Tensor slots_;
+};
+
+class BalancedBackend : public Backend {
+ public:
+  BalancedBackend(Backend& inner, const Tensor& slots) : inner_(inner), communicator_(inner.communicator(), slots) {}
+  std::string name() const override { return inner_.name(); }
+  DType value_dtype() const override { return inner_.value_dtype(); }
+  bool is_gpu() const override { return inner_.is_gpu(); }
+  Device& device() override { return inner_.device(); }
+  Ops& ops() override { return inner_.ops(); }
+  Communicator& communicator() override { return communicator_; }
+
+ private:
+  Backend& inner_;
+  BalancedCommunicator communicator_;
+};
+
+OpLimits MakeLimits(const ModelConfig& config, const Options& options) {
+  OpLimits limits;
+  limits.max_tokens = limits.max_sequences = limits.max_rows = options.max_batch;
+  limits.max_context = config.max_position_embeddings;
+  limits.hidden_size = config.hidden_size;
+  limits.num_heads = config.num_attention_heads;
+  limits.q_lora_rank = config.q_lora_rank;
+  limits.kv_lora_rank = config.kv_lora_rank;
+  limits.qk_rope_head_dim = config.qk_rope_head_dim;
+  limits.qk_nope_head_dim = config.qk_nope_head_dim;
+  limits.v_head_dim = config.v_head_dim;
+  limits.num_experts = config.n_routed_experts;
+  limits.num_local_experts = options.local_experts;
+  limits.num_experts_per_tok = config.num_experts_per_tok;
+  limits.max_ffn_width = config.intermediate_size;
+  limits.vocab_size = config.vocab_size;
+  return limits;
+}
+
+class RankBench {
+ public:
+  RankBench(const ModelConfig& config, const Options& options, Backend& backend)
+      : config_(config),
+        options_(options),
+        limits_(MakeLimits(config, options)),
+        inner_(backend),
+        device_(backend.device()) {}
+
+  void Load() {
+    checkpoint_ = MakeRandomCheckpoint(config_);
+    auto weights = Must(ModelWeights::Load(config_, *checkpoint_, {0, options_.local_experts}, inner_.ops()));
+    MakeState();
+    backend_ = std::make_unique<BalancedBackend>(inner_, balanced_);
+    const RopeTable rope{MakeRope()};
+    std::vector<KvCache> caches = MakeCaches();
+    model_ =
+        Must(DeepSeek::Create(config_, std::move(weights), caches, rope, *backend_, limits_, ActivationFormat::kFP8));
+  }
+
+  int64_t cache_tokens() const { return num_blocks_ * kBlockTokens; }
+
+  // Microseconds of a step; prints what it found.
+  void Run(const Cell& cell, const Ceilings& ceilings);
+
+ private:
+  Tensor New(DType dtype, std::initializer_list<int64_t> dims) {
+    Tensor tensor(nullptr, dtype, dims);
+    Buffer buffer = Must(device_.Allocate(std::max<int64_t>(tensor.num_bytes(), 1), Device::Memory::kDevice));
+    tensor.data = buffer.data();
+    buffers_.push_back(std::move(buffer));
+    return tensor;
+  }
+  void Put(const Tensor& dst, const void* bytes) {
+    Buffer staging = Must(device_.Allocate(dst.num_bytes(), Device::Memory::kPinnedHost));
+    std::memcpy(staging.data(), bytes, dst.num_bytes());
+    device_.Upload(dst, staging.data());
+    Must(device_.Wait(device_.Record(), absl::Minutes(1)));
+  }
+  template <typename T>
+  std::vector<T> Get(const Tensor& src) {
+    Buffer staging = Must(device_.Allocate(src.num_bytes(), Device::Memory::kPinnedHost));
+    device_.Download(staging.data(), src);
+    Must(device_.Wait(device_.Record(), absl::Minutes(1)));
+    const T* data = static_cast<const T*>(staging.data());
+    return std::vector<T>(data, data + src.num_bytes() / sizeof(T));
+  }
+
+  void MakeState();
+  Tensor MakeRope();
+  std::vector<KvCache> MakeCaches();
+  void Fill(const Cell& cell);
+  void Reset(const Cell& cell);
+  StepArrays Arrays(const Cell& cell) const;
+  SampleOutput Output(const Cell& cell) const;
+  void Body(const Cell& cell);
+  double Roofline(const Cell& cell, const Ceilings& ceilings) const;
+
+  const ModelConfig& config_;
+  const Options& options_;
+  const OpLimits limits_;
+  Backend& inner_;
+  Device& device_;
+  std::vector<Buffer> buffers_;
+  std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<BalancedBackend> backend_;
+  std::unique_ptr<DeepSeek> model_;
+  int64_t num_blocks_ = 0;
+  Tensor balanced_;
+  StepInput input_;
+  StepRows rows_;
+  SlotState state_;
+  SampleOutput output_;
+  std::vector<int32_t> lengths_;
+};
+
+void RankBench::MakeState() {
+  const int64_t B = limits_.max_sequences, K = limits_.num_experts_per_tok;
+  balanced_ = New(DType::kI32, {B, K});
+  std::vector<int32_t> slots(B * K);
+  for (int64_t i = 0; i < B * K; ++i) slots[i] = static_cast<int32_t>((i / K + i % K) % options_.local_experts);
+  Put(balanced_, slots.data());
+  input_ = {New(DType::kI32, {B}),     New(DType::kI32, {B}),
+            New(DType::kI32, {B + 1}), New(DType::kU8, {B, static_cast<int64_t>(sizeof(SlotParams))}),
+            New(DType::kI32, {B}),     New(DType::kI32, {B}),
+            New(DType::kI32, {B}),     New(DType::kI32, {B})};
+  rows_ = {New(DType::kI32, {B}), New(DType::kI32, {B}), New(DType::kI32, {B})};
+  state_.block_table = New(DType::kI32, {B, (limits_.max_context + kBlockTokens - 1) / kBlockTokens});
+  state_.length = New(DType::kI32, {B});
+  state_.last_token = New(DType::kI32, {B});
+  state_.params = New(DType::kU8, {B, static_cast<int64_t>(sizeof(SlotParams))});
+  state_.counts = New(DType::kU16, {B, limits_.vocab_size});
+  output_ = {New(DType::kI32, {B}), New(DType::kF32, {B}), New(DType::kI32, {B, kMaxTopLogprobs}),
+             New(DType::kF32, {B, kMaxTopLogprobs}), New(DType::kI32, {B})};
+}
+
+Tensor RankBench::MakeRope() {
+  const std::vector<float> angles = MakeRopeTable(config_, limits_.max_context);
+  const Tensor table = New(DType::kF32, {limits_.max_context, config_.qk_rope_head_dim});
+  Put(table, angles.data());
+  return table;
+}
+
+// All memory that is left but 6 GB, for activations.
+std::vector<KvCache> RankBench::MakeCaches() {
+  const KvDType dtype = options_.kv_dtype == "fp8" ? KvDType::kFP8 : KvDType::kBF16;
+  const int64_t token_bytes = KvTokenBytes(dtype, config_.kv_lora_rank, config_.qk_rope_head_dim);
+  const int64_t free = static_cast<int64_t>(device_.FreeMemory()) - (int64_t{6} << 30);
+  num_blocks_ = free / (token_bytes * kBlockTokens * config_.num_hidden_layers);
+  if (num_blocks_ < 1) Die("no room for a cache");
+  std::vector<KvCache> caches;
+  for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    const Tensor blocks = New(DType::kU8, {num_blocks_, kBlockTokens, token_bytes});
+    if (dtype == KvDType::kFP8) {
+      FillFp8Entries(blocks.data, num_blocks_ * kBlockTokens, layer);
+    } else {
+      FillNormalBf16(blocks.data, blocks.num_bytes() / 2, layer, 1.0f);
+    }
+    caches.push_back({blocks, dtype});
+  }
+  return caches;
+}
+
+// Lengths even over [context / 2, 3 context / 2], pages in random order, the parameters of ordinary sampling.
+void RankBench::Fill(const Cell& cell) {
+  std::mt19937 random(7);
+  lengths_.assign(cell.batch, cell.context);
+  for (int i = 0; i < cell.batch && cell.batch > 1; ++i) {
+    lengths_[i] = std::min(limits_.max_context - 64, cell.context / 2 + cell.context * i / (cell.batch - 1));
+  }
+  std::shuffle(lengths_.begin(), lengths_.end(), random);
+  std::vector<int32_t> pages(num_blocks_);
+  std::iota(pages.begin(), pages.end(), 0);
+  std::shuffle(pages.begin(), pages.end(), random);
+  const int64_t width = state_.block_table.dim(1);
+  std::vector<int32_t> table(state_.block_table.num_elements(), 0);
+  size_t next = 0;
+  for (int i = 0; i < cell.batch; ++i) {
+    for (int64_t page = 0; page * kBlockTokens < lengths_[i] + 64; ++page) {
+      table[i * width + page] = pages[next++ % pages.size()];
+    }
+  }
+  Put(state_.block_table, table.data());
+
+  std::vector<int32_t> sequence(limits_.max_sequences), decode(limits_.max_sequences, -1);
+  std::iota(sequence.begin(), sequence.end(), 0);
+  std::vector<int32_t> starts(limits_.max_sequences + 1);
+  std::iota(starts.begin(), starts.end(), 0);
+  Put(input_.seq_slot, sequence.data());
+  Put(input_.seq_start, decode.data());
+  Put(input_.query_start, starts.data());
+  Put(input_.row_token, sequence.data());
+  Put(input_.row_seq, sequence.data());
+  Put(input_.row_target, decode.data());
+  std::vector<SlotParams> params(limits_.max_sequences);
+  for (size_t i = 0; i < params.size(); ++i) {
+    params[i].temperature = 0.7f;
+    params[i].top_p = 0.95f;
+    params[i].seed = i;
+  }
+  Put(state_.params, params.data());
+  Put(input_.seq_params, params.data());
+}
+
+// The slots as they were before the first step.
+void RankBench::Reset(const Cell& cell) {
+  std::vector<int32_t> lengths(limits_.max_sequences, 1), tokens(limits_.max_sequences);
+  std::copy(lengths_.begin(), lengths_.begin() + cell.batch, lengths.begin());
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(1000 + 97 * i);
+  Put(state_.length, lengths.data());
+  Put(state_.last_token, tokens.data());
+}
+
+StepArrays RankBench::Arrays(const Cell& cell) const {
+  const int64_t B = cell.batch;
+  const auto head = [B](const Tensor& t) { return t.Rows(0, B); };
+  StepInput input = {head(input_.seq_slot),   head(input_.seq_start), input_.query_start.Rows(0, B + 1),
+                     head(input_.seq_params), head(input_.tokens),    head(input_.row_token),
+                     head(input_.row_seq),    head(input_.row_target)};
+  return {input, {head(rows_.tokens), head(rows_.positions), head(rows_.slots)}, state_};
+}
+
+SampleOutput RankBench::Output(const Cell& cell) const {
+  const int64_t B = cell.batch;
+  return {output_.tokens.Rows(0, B), output_.logprobs.Rows(0, B), output_.top_tokens.Rows(0, B),
+          output_.top_logprobs.Rows(0, B), output_.num_accepted.Rows(0, B)};
+}
+
+void RankBench::Body(const Cell& cell) {
+  const StepArrays step = Arrays(cell);
+  Ops& ops = backend_->ops();
+  ops.BeginStep(step.rows, step.state, step.input);
+  const Tensor logits = model_->Forward(step);
+  ops.Sample(Output(cell), step.state, logits, Tensor(), step.input, step.rows, config_.vocab_size);
+}
+
+// Seconds: of every part the larger of its bytes and its operations, at the ceilings of this run.
+double RankBench::Roofline(const Cell& cell, const Ceilings& ceilings) const {
+  const double B = cell.batch, D = config_.hidden_size, H = config_.num_attention_heads;
+  const double C = config_.kv_lora_rank, R = config_.qk_rope_head_dim, N = config_.qk_nope_head_dim;
+  const double V = config_.v_head_dim, Q = config_.q_lora_rank, F = config_.moe_intermediate_size;
+  const double keys = std::accumulate(lengths_.begin(), lengths_.end(), 0.0);
+  const double fp8_flops = 1.6 * ceilings.bf16_flops_per_s;  // 1.28 to 1.69 measured, by the kind of scales
+  const auto part = [&](double bytes, double flops, double rate) {
+    return std::max(bytes / ceilings.read_bytes_per_s, flops / rate);
+  };
+  const auto product = [&](double rows, double weights) { return part(weights, 2 * rows * weights, fp8_flops); };
+  const int dense = std::min(config_.first_k_dense_replace, config_.num_hidden_layers);
+  const int moe = config_.num_hidden_layers - dense;
+  const double entry = options_.kv_dtype == "fp8" ? C + 16 + 2 * R : 2 * (C + R);
+  const double attention = product(B, D * (Q + C + R)) + product(B, Q * H * (N + R)) + product(B, H * V * D) +
+                           part(2 * H * C * (N + V), 2 * B * H * C * (N + V), ceilings.bf16_flops_per_s) +
+                           part(keys * entry, 2 * keys * H * (2 * C + R), ceilings.bf16_flops_per_s);
+  const double rows = B * config_.num_experts_per_tok / options_.local_experts;
+  const double experts = options_.local_experts * product(rows, 3 * D * F) + product(B, 3 * D * F) +
+                         part(2 * D * config_.n_routed_experts, 0, 1);
+  const double head = part(2.0 * D * config_.vocab_size, 2 * B * D * config_.vocab_size, ceilings.bf16_flops_per_s);
+  return config_.num_hidden_layers * attention + moe * experts + dense * product(B, 3 * D * config_.intermediate_size) +
+         head;
+}
+
+void RankBench::Run(const Cell& cell, const Ceilings& ceilings) {
+  const double wanted = 1.0 * cell.batch * (cell.context + 128);
+  if (wanted > static_cast<double>(cache_tokens())) {
+    fmt::print("| {} | {} | does not fit: {} tokens of cache, {} wanted |\n", cell.batch, cell.context, cache_tokens(),
+               wanted);
+    return;
+  }
+  Fill(cell);
+  Reset(cell);
+  const StepKey eager = {cell.batch, cell.batch, cell.batch, 1}, graph = {cell.batch, cell.batch, cell.batch, 2};
+  // Operation by operation first, then replayed from the same state: the same numbers.
+  device_.Submit(eager, [&] { Body(cell); });
+  const auto tokens = Get<int32_t>(Output(cell).tokens);
+  const auto top = Get<float>(Output(cell).top_logprobs);
+  Must(device_.Prepare(graph, [&] { Body(cell); }));
+  Reset(cell);
+  device_.Submit(graph, [&] { Body(cell); });
+  const bool is_same = tokens == Get<int32_t>(Output(cell).tokens) && top == Get<float>(Output(cell).top_logprobs);
+  const bool is_finite = std::all_of(top.begin(), top.end(), [](float x) { return std::isfinite(x); });
+
+  std::vector<double> times;
+  for (int i = 0; i < options_.replays + 3; ++i) {
+    const absl::Time begin = absl::Now();
+    device_.Submit(graph, [&] { Body(cell); });
+    Must(device_.Wait(device_.Record(), absl::Minutes(1)));
+    if (i >= 3) times.push_back(absl::ToDoubleSeconds(absl::Now() - begin));
+  }
+  std::sort(times.begin(), times.end());
+  const double median = times[times.size() / 2], floor = Roofline(cell, ceilings);
+  fmt::print("| {} | {} | {:.2f} | {:.2f} | {:.0f} % | {:.0f} | {} | {} |\n", cell.batch, cell.context, median * 1e3,
+             floor * 1e3, 100 * floor / median, cell.batch / median, device_.NumKernels(graph),
+             !is_finite ? "NOT FINITE"
+             : is_same  ? "same"
+                        : "DIFFERENT");
+  std::fflush(stdout);
+  if (!options_.has_trace) return;
+  Reset(cell);
+  if (!StartTrace()) Die("CUPTI records nothing");
+  constexpr int kSteps = 3;
+  for (int i = 0; i < kSteps; ++i) device_.Submit(graph, [&] { Body(cell); });
+  Must(device_.Wait(device_.Record(), absl::Minutes(1)));
+  fmt::print("\n{}\n", Summary(StopTrace(), kSteps));
+}
+
+std::vector<Cell> Cells(const Options& options) {
+  std::vector<Cell> cells;
+  if (options.cells.empty()) {
+    for (int context : {1024, 4096, 32768}) {
+      for (int batch : {1, 8, 32, 64, 128, 256}) cells.push_back({batch, context});
+    }
+    cells.push_back({1, 131072});
+    cells.push_back({8, 131072});
+    return cells;
+  }
+  std::stringstream list(options.cells);
+  for (std::string cell; std::getline(list, cell, ',');) {
+    const size_t x = cell.find('x');
+    if (x == std::string::npos) Die("a cell is BATCHxCONTEXT");
+    cells.push_back({std::atoi(cell.c_str()), std::atoi(cell.c_str() + x + 1)});
+  }
+  return cells;
+}
+
+void Main(const Options& options) {
+  std::ifstream file(options.config);
+  std::stringstream json;
+  json << file.rdbuf();
+  ModelConfig config = Must(ModelConfig::Parse(json.str(), options.config));
+  config.num_hidden_layers = options.layers;
+  const Ceilings ceilings = MeasureCeilings();
+  fmt::print("{}\nread {:.2f} TB/s, bf16 8192^3 {:.0f} TFLOP/s\n", GpuName(), ceilings.read_bytes_per_s / 1e12,
+             ceilings.bf16_flops_per_s / 1e12);
+  BackendOptions backend_options;
+  backend_options.device = "cuda";
+  backend_options.activation = ActivationFormat::kFP8;
+  backend_options.limits = MakeLimits(config, options);
+  const std::unique_ptr<Backend> backend = Must(MakeBackend(backend_options));
+  RankBench bench(config, options, *backend);
+  bench.Load();
+  fmt::print("{} layers, {} of {} routed experts, {} cache of {} tokens\n\n", options.layers, options.local_experts,
+             config.n_routed_experts, options.kv_dtype, bench.cache_tokens());
+  fmt::print(
+      "| batch | context | ms a step | roofline ms | share | tok/s | kernels | graph against single operations |\n");
+  fmt::print("|---|---|---|---|---|---|---|---|\n");
+  for (const Cell& cell : Cells(options)) bench.Run(cell, ceilings);
+}
+
+}  // namespace
+}  // namespace cachalot::bench
+
+int main(int argc, char** argv) {
+  cachalot::bench::Options options;
+  CLI::App app(
+      "One decode step of a rank of DeepSeek-V3 under expert parallelism, on random weights at real dimensions.");
+  app.add_option("--config", options.config, "config.json of the model")->capture_default_str();
+  app.add_option("--layers", options.layers, "decoder layers")->capture_default_str();
+  app.add_option("--local-experts", options.local_experts, "routed experts on this rank")->capture_default_str();
+  app.add_option("--kv-cache-dtype", options.kv_dtype, "bf16 or fp8")->check(CLI::IsMember({"bf16", "fp8"}));
+  app.add_option("--cells", options.cells, "BATCHxCONTEXT,...; all by default");
+  app.add_option("--replays", options.replays, "steps timed")->capture_default_str();
+  app.add_flag("--trace", options.has_trace, "print every kernel's time");
+  CLI11_PARSE(app, argc, argv);
+  cachalot::bench::Main(options);
+  return 0;
+}

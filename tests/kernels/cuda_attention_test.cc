@@ -1,0 +1,116 @@
+// MlaAttention of the CUDA backend against double precision: bf16 queries, both caches, decode and prefill.
+#include <gtest/gtest.h>
+
+#include <tuple>
+
+#include "tests/kernels/attention_world.h"
+
+namespace cachalot {
+namespace {
+
+using testing::AllRows;
+using testing::AttentionWorld;
+using testing::Chunk;
+using Dims = testing::AttentionDims;
+
+// 128 heads; what a rank of eight has; an odd number; smaller heads.
+constexpr Dims kDims[] = {
+    {128, 128, 64, 128, 512}, {16, 128, 64, 128, 512}, {5, 128, 64, 128, 512}, {5, 32, 64, 32, 512}};
+
+// Contexts around a page's border, and one of many pages of which the last is partly filled. Slots in this order.
+constexpr int32_t kContexts[] = {1, 63, 64, 65, 700};
+constexpr int32_t kNumSlots = 5;
+
+using Case = std::tuple<Dims, KvDType, ActivationFormat>;
+
+class CudaAttentionTest : public ::testing::TestWithParam<Case> {
+ protected:
+  static std::unique_ptr<AttentionWorld> MakeWorld(DType weight = DType::kF8E4M3) {
+    const auto [dims, kv_dtype, format] = GetParam();
+    auto world = std::make_unique<AttentionWorld>(dims, kv_dtype, weight, kNumSlots, 768, format);
+    for (int32_t slot = 0; slot < kNumSlots; ++slot) world->Write(slot, kContexts[slot]);
+    return world;
+  }
+
+  // The first, middle and last row of every chunk that is not padding.
+  static std::vector<int64_t> SomeRows(const std::vector<Chunk>& chunks) {
+    std::vector<int64_t> rows;
+    int64_t first = 0;
+    for (const Chunk& chunk : chunks) {
+      if (chunk.slot >= 0) {
+        rows.push_back(first);
+        if (chunk.count > 2) rows.push_back(first + chunk.count / 2);
+        if (chunk.count > 1) rows.push_back(first + chunk.count - 1);
+      }
+      first += chunk.count;
+    }
+    return rows;
+  }
+};
+
+// One to four rows a sequence, as with no draft up to three.
+TEST_P(CudaAttentionTest, Decode) {
+  const auto world = MakeWorld();
+  const std::vector<Chunk> chunks = {
+      {0, 0, 1, true}, {1, 62, 1, true}, {2, 62, 2, true}, {3, 62, 3, true}, {4, 696, 4, true}};
+  world->Check(chunks, AllRows(11), DType::kBF16);
+  for (int32_t slot = 0; slot < kNumSlots; ++slot) {
+    world->Check({{slot, kContexts[slot] - 1, 1, true}}, {0}, DType::kBF16);
+  }
+}
+
+// Sequences that are not there, between and after those that are.
+TEST_P(CudaAttentionTest, DecodeWithPadding) {
+  const auto world = MakeWorld(DType::kBF16);
+  const std::vector<Chunk> chunks = {{4, 699, 1, true}, {-1, 0, 1, true}, {2, 63, 1, true}, {-1, 0, 5, true}};
+  world->Check(chunks, {0, 2}, DType::kBF16);
+  world->Attend({{-1, 0, 3, true}}, DType::kBF16);
+}
+
+TEST_P(CudaAttentionTest, NoRows) { EXPECT_EQ(MakeWorld(DType::kBF16)->Attend({}, DType::kBF16).values->dim(0), 0); }
+
+TEST_P(CudaAttentionTest, Prefill) {
+  const auto world = MakeWorld();
+  for (const std::vector<Chunk>& chunks :
+       {std::vector<Chunk>{{3, 0, 65}, {4, 613, 87}, {1, 5, 58}, {2, 0, 64}, {0, 0, 1}, {-1, 0, 3}},
+        std::vector<Chunk>{{4, 0, 129}}, std::vector<Chunk>{{4, 64, 64}, {3, 64, 1}}}) {
+    world->Check(chunks, SomeRows(chunks), DType::kBF16);
+  }
+}
+
+// A step of both kinds, prefill between decodes.
+TEST_P(CudaAttentionTest, PrefillAndDecode) {
+  const auto world = MakeWorld();
+  const std::vector<Chunk> chunks = {{1, 62, 1, true}, {4, 600, 70}, {3, 63, 2, true}, {2, 1, 33}, {0, 0, 1, true}};
+  world->Check(chunks, SomeRows(chunks), DType::kBF16);
+}
+
+std::string CaseName(const ::testing::TestParamInfo<Case>& info) {
+  const auto [dims, kv_dtype, format] = info.param;
+  return std::to_string(dims.heads) + "x" + std::to_string(dims.value) +
+         (kv_dtype == KvDType::kFP8 ? "_fp8_cache" : "_bf16_cache") +
+         (format == ActivationFormat::kFP8 ? "_fp8" : "_bf16");
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, CudaAttentionTest,
+                         ::testing::Combine(::testing::ValuesIn(kDims),
+                                            ::testing::Values(KvDType::kBF16, KvDType::kFP8),
+                                            ::testing::Values(ActivationFormat::kBF16, ActivationFormat::kFP8)),
+                         CaseName);
+
+// Every position that the model has. A few keys are large: a mean over so many hears no single one of the others.
+TEST(CudaAttentionLongTest, LongestContext) {
+  constexpr int32_t kContext = 163840;
+  for (KvDType kv_dtype : {KvDType::kFP8, KvDType::kBF16}) {
+    AttentionWorld world({5, 128, 64, 128, 512}, kv_dtype, DType::kBF16, 1, kContext, ActivationFormat::kBF16);
+    world.Write(0, kContext);
+    for (int32_t position : {0, 1, 63, 64, 4095, 81919, 163775, 163776, 163838, 163839}) {
+      world.WriteLarge(0, position, 3);
+    }
+    world.Check({{0, kContext - 4, 4, true}}, {0, 3}, DType::kBF16);
+    world.Check({{0, kContext - 40, 40}}, {39}, DType::kBF16);
+  }
+}
+
+}  // namespace
+}  // namespace cachalot

@@ -1,0 +1,86 @@
+// CudaDevice: replayed graphs, what does not fit, and a fault that is reported once and for good.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "tests/kernels/testing.h"
+
+namespace cachalot {
+namespace {
+
+constexpr Device::Memory kDevice = Device::Memory::kDevice;
+
+class CudaDeviceTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    BackendOptions options = testing::CpuOptions();
+    options.device = "cuda";
+    auto backend = MakeBackend(options);
+    if (!backend.ok()) {
+      // NOTE: the tests of the verbs fail where there is a driver and no backend.
+      GTEST_SKIP() << "no GPU: did not run";
+    }
+    backend_ = *std::move(backend);
+  }
+  Device& device() { return backend_->device(); }
+  std::unique_ptr<Backend> backend_;
+};
+
+// A prepared body with its copies is replayed: it takes what pinned memory holds by then, and runs no code of ours.
+TEST_F(CudaDeviceTest, ReplaysWhatWasPrepared) {
+  constexpr int64_t kRows = 5, kCols = 300;
+  Buffer x = *device().Allocate(kRows * kCols * 4, kDevice), y = *device().Allocate(kRows * kCols * 4, kDevice);
+  Buffer rows = *device().Allocate(kRows * 4, kDevice);
+  Buffer in = *device().Allocate(kRows * kCols * 4, Device::Memory::kPinnedHost);
+  Buffer out = *device().Allocate(kRows * kCols * 4, Device::Memory::kPinnedHost);
+  const Tensor from(x.data(), DType::kF32, {kRows, kCols}), to(y.data(), DType::kF32, {kRows, kCols});
+  const Tensor row_token(rows.data(), DType::kI32, {kRows});  // zeros: every row is row 0
+  int runs = 0;
+  const auto body = [&] {
+    ++runs;
+    device().Upload(from, in.data());
+    backend_->ops().GatherRows(Activation{to, Tensor()}, Activation{from, Tensor()}, row_token);
+    device().Download(out.data(), to);
+  };
+  const StepKey key = {static_cast<int32_t>(kRows), 1, 1, 7};
+  ASSERT_TRUE(device().Prepare(key, body).ok());
+  EXPECT_EQ(device().NumKernels(key), 1);
+  const int prepared = runs;
+  for (float value : {1.0f, 2.0f, 3.0f}) {
+    std::fill_n(static_cast<float*>(in.data()), kRows * kCols, value);
+    device().Submit(key, body);
+    ASSERT_TRUE(device().Wait(device().Record(), absl::Seconds(10)).ok());
+    for (int64_t i = 0; i < kRows * kCols; ++i) ASSERT_EQ(static_cast<float*>(out.data())[i], value);
+  }
+  EXPECT_EQ(runs, prepared);
+  device().Submit({1, 1, 1, 8}, body);  // not prepared: runs as it is
+  ASSERT_TRUE(device().Wait(device().Record(), absl::Seconds(10)).ok());
+  EXPECT_EQ(runs, prepared + 1);
+}
+
+TEST_F(CudaDeviceTest, SaysWhatDoesNotFit) {
+  const auto buffer = device().Allocate(size_t{1} << 50, kDevice);
+  EXPECT_EQ(buffer.status().code(), absl::StatusCode::kResourceExhausted) << buffer.status();
+  EXPECT_TRUE(device().Allocate(1 << 20, kDevice).ok()) << "and goes on";
+  EXPECT_TRUE(device().Wait(device().Record(), absl::Seconds(10)).ok());
+}
+
+// In a process of its own: a context does not survive it.
+TEST_F(CudaDeviceTest, AFaultIsFinal) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto fault = [this] {
+    Buffer y = *device().Allocate(4096, kDevice), rows = *device().Allocate(64, kDevice);
+    const Tensor nowhere(reinterpret_cast<void*>(uintptr_t{4096}), DType::kF32, {1, 16});
+    backend_->ops().GatherRows(Activation{Tensor(y.data(), DType::kF32, {1, 16}), Tensor()},
+                               Activation{nowhere, Tensor()}, Tensor(rows.data(), DType::kI32, {1}));
+    const absl::Status first = device().Wait(device().Record(), absl::Seconds(10));
+    const absl::Status second = device().Wait(device().Record(), absl::Seconds(10));
+    std::fprintf(stderr, "%s\n", first.ToString().c_str());
+    std::_Exit(first.code() == absl::StatusCode::kInternal && second == first ? 42 : 1);
+  };
+  EXPECT_EXIT(fault(), ::testing::ExitedWithCode(42), "INTERNAL.*illegal");
+}
+
+}  // namespace
+}  // namespace cachalot
