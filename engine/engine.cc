@@ -8,10 +8,12 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/loading_log.h"
 #include "engine/memory_plan.h"
 #include "engine/model/random_checkpoint.h"
 #include "engine/model/runner.h"
@@ -183,7 +185,10 @@ absl::Status EngineImpl::Load(int valid_tokens) {
   runner_options.num_blocks = plan->num_blocks;
   runner_options.num_valid_tokens = valid_tokens > 0 ? std::min(valid_tokens, config_.vocab_size) : config_.vocab_size;
   const absl::Time begin = absl::Now();
+  std::optional<LoadingLog> log;
+  if (plan->weights > 0) log.emplace(backend_->ops(), plan->weights);
   auto runner = Runner::Create(config_, *checkpoint_, runner_options, *backend_);
+  log.reset();
   if (!runner.ok()) return runner.status();
   runner_ = *std::move(runner);
   if (plan->weights > 0) {

@@ -38,6 +38,8 @@ class Ops {
   // Once, after the last Make and before the first step: waits until every weight is where it is read from. A backend
   // copies in the background until then. ResourceExhausted when a weight found no room; Internal with a device's fault.
   virtual absl::Status FinishWeights() = 0;
+  // Of what is to be copied, what has been read so far. Any thread.
+  virtual int64_t weight_bytes_copied() const { return 0; }
 
   // ---- A step's begin. Block table entries first, in a submission of their own: (slot, index, block), slot -1
   // padding.

@@ -28,6 +28,7 @@ class CudaOps : public Ops {
   std::unique_ptr<Weight> MakeKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim) override;
   std::unique_ptr<Weight> MakeExperts(const std::vector<std::vector<WeightPart>>& row_stacked_per_slot) override;
   absl::Status FinishWeights() override;
+  int64_t weight_bytes_copied() const override { return loader_.bytes_copied(); }
 
   void UpdateBlockTables(const SlotState& state, const Tensor& updates) override;
   void UpdateTokenBiases(const SlotState& state, const Tensor& updates) override;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -73,6 +74,8 @@ class WeightLoader::Impl {
     Discard();
     if (!threads_.empty()) Finish().IgnoreError();
   }
+
+  int64_t bytes_copied() const { return copied_; }
 
   void Discard() {
     std::lock_guard lock(mutex_);
@@ -175,6 +178,7 @@ class WeightLoader::Impl {
                                                         piece.row_bytes, piece.rows, cudaMemcpyHostToDevice, stream);
       if (!Ok(error)) return false;
       staged += bytes;
+      copied_ += bytes;
     }
     return Ok(cudaEventRecord(chunk.copied, stream));
   }
@@ -182,6 +186,7 @@ class WeightLoader::Impl {
   bool Ok(cudaError_t error) { return stream_.Check(error, "copying weights to the GPU"); }
 
   CudaStream& stream_;
+  std::atomic<int64_t> copied_{0};
   std::vector<std::thread> threads_;
   int64_t bytes_ = 0;  // queued since the start
   std::mutex mutex_;   // guards what follows
@@ -194,6 +199,7 @@ WeightLoader::WeightLoader(CudaStream* stream) : impl_(std::make_unique<Impl>(st
 WeightLoader::~WeightLoader() = default;
 void WeightLoader::Copy(const WeightCopy& copy) { impl_->Copy(copy); }
 void WeightLoader::Discard() { impl_->Discard(); }
+int64_t WeightLoader::bytes_copied() const { return impl_->bytes_copied(); }
 absl::Status WeightLoader::Finish() { return impl_->Finish(); }
 
 }  // namespace cachalot

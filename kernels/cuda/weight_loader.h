@@ -31,6 +31,8 @@ class WeightLoader {
   // Waits for all that was queued, then gives back threads and pinned memory. Internal with CUDA's error.
   absl::Status Finish();
 
+  int64_t bytes_copied() const;  // since the start; any thread
+
  private:
   class Impl;
   std::unique_ptr<Impl> impl_;
