@@ -50,10 +50,10 @@ int64_t TensorBytes(const ModelConfig& config, const ExpectedTensor& expected, c
 
 std::string MemoryPlan::ToString() const {
   return absl::StrFormat(
-      "GPU memory: %s free; weights %s, activations %s, state %s, graphs and code %s, KV cache %s (%d tokens); "
-      "workspace %s is taken already",
-      Gigabytes(free), Gigabytes(weights), Gigabytes(activations), Gigabytes(state), Gigabytes(reserve),
-      Gigabytes(cache), int64_t{num_blocks} * kBlockTokens, Gigabytes(workspace));
+      "GPU memory: %s free; weights %s, workspace %s, activations %s, state %s, graphs and code %s, KV cache %s (%d "
+      "tokens)",
+      Gigabytes(free), Gigabytes(weights), Gigabytes(workspace), Gigabytes(activations), Gigabytes(state),
+      Gigabytes(reserve), Gigabytes(cache), int64_t{num_blocks} * kBlockTokens);
 }
 
 int64_t DeviceWeightBytes(const ModelConfig& config, const Checkpoint& checkpoint, const OpLimits& limits) {
@@ -119,12 +119,14 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
   const int64_t state = Runner::StateBytes(demand.limits, config.qk_rope_head_dim);
   const int64_t reserve = kCodeReserve + kGraphReserve * Runner::NumGraphs(backend.device(), demand.limits) +
                           kAllocationBytes * (kNumOtherAllocations + config.num_hidden_layers);
-  const int64_t left = free - weights - activations - state - reserve;
+  const int64_t workspace = static_cast<int64_t>(backend.workspace_bytes());
+  const int64_t left = free - weights - workspace - activations - state - reserve;
   if (left <= 0) {
     return absl::ResourceExhaustedError(absl::StrFormat(
-        "GPU memory: %s free, but weights need %s, activations %s, state %s, graphs and code %s: lower "
+        "GPU memory: %s free, but weights need %s, workspace %s, activations %s, state %s, graphs and code %s: lower "
         "--max-batch-tokens, --max-sequences or --max-model-len, or serve a smaller model",
-        Gigabytes(free), Gigabytes(weights), Gigabytes(activations), Gigabytes(state), Gigabytes(reserve)));
+        Gigabytes(free), Gigabytes(weights), Gigabytes(workspace), Gigabytes(activations), Gigabytes(state),
+        Gigabytes(reserve)));
   }
   absl::StatusOr<MemoryPlan> plan = PlanCache(config, options, demand.kv_dtype, left, kGpuShare);
   if (!plan.ok()) return plan.status();
@@ -139,7 +141,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
   plan->activations = activations;
   plan->state = state;
   plan->reserve = reserve;
-  plan->workspace = static_cast<int64_t>(backend.workspace_bytes());
+  plan->workspace = workspace;
   return plan;
 }
 

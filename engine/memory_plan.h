@@ -16,7 +16,7 @@ namespace cachalot {
 
 // Bytes. On the CPU only the cache is planned: weights are mapped files, and memory is touched when it is used.
 struct MemoryPlan {
-  int64_t free = 0;  // before anything but the workspace
+  int64_t free = 0;  // before anything is allocated
   int64_t weights = 0, activations = 0, state = 0, workspace = 0, reserve = 0, cache = 0;
   int64_t block_bytes = 0;  // of all layers
   int num_blocks = 0;

@@ -35,10 +35,10 @@ class Backend {
   virtual Device& device() = 0;
   virtual Ops& ops() = 0;
   virtual Communicator& communicator() = 0;
-  virtual size_t workspace_bytes() const { return 0; }  // device memory that the operations hold; 0 where it is small
+  virtual size_t workspace_bytes() const { return 0; }  // device memory that operations will hold; 0 where it is small
 };
 
-// NotFound when the device asked for is not there; ResourceExhausted when its workspace does not fit.
+// NotFound when the device asked for is not there; ResourceExhausted when what it needs at once does not fit.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options);
 
 }  // namespace cachalot

@@ -35,8 +35,9 @@ class Ops {
                                            int v_dim) = 0;  // kv_b_proj [H*(N+V), C] -> W_UK, W_UV of every head
   virtual std::unique_ptr<Weight> MakeExperts(
       const std::vector<std::vector<WeightPart>>& row_stacked_per_slot) = 0;  // G of [rows, cols]
-  // Once, after the last Make and before the first step: waits until every weight is where it is read from. A backend
-  // copies in the background until then. ResourceExhausted when a weight found no room; Internal with a device's fault.
+  // After the last Make and before the first step: waits until every weight is where it is read from. A backend copies
+  // in the background until then. ResourceExhausted when a weight or workspace found no room; Internal with a device's
+  // fault.
   virtual absl::Status FinishWeights() = 0;
   // Of what is to be copied, what has been read so far. Any thread.
   virtual int64_t weight_bytes_copied() const { return 0; }

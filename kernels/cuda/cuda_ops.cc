@@ -42,7 +42,6 @@ absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Make(const BackendOptions& opt
   if (error != cudaSuccess) {
     return absl::InternalError(absl::StrCat("the GPU does not say how many SMs it has: ", cudaGetErrorString(error)));
   }
-  if (absl::Status status = ops->MakeWorkspace(); !status.ok()) return status;
   return ops;
 }
 

@@ -18,8 +18,8 @@ namespace cachalot {
 
 class CudaOps : public Ops {
  public:
-  // Unimplemented for dimensions that the attention kernels are not made for, ResourceExhausted when the workspace does
-  // not fit. `device`, `stream` and `loader` must outlive the result.
+  // Unimplemented for dimensions that the attention kernels are not made for. `device`, `stream` and `loader` must
+  // outlive the result. Workspace is allocated by the first FinishWeights: until then nothing large is.
   static absl::StatusOr<std::unique_ptr<CudaOps>> Make(const BackendOptions& options, Device* device,
                                                        CudaStream* stream, WeightLoader* loader);
 

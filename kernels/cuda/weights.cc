@@ -241,6 +241,7 @@ absl::Status CudaOps::FinishWeights() {
   if (!pending.status.ok()) loader_.Discard();
   absl::Status status = loader_.Finish();
   if (!pending.status.ok()) return pending.status;
+  if (status.ok() && buffers_.empty()) status = MakeWorkspace();
   if (!status.ok()) return status;
   for (const PendingWeights::KvUp& kv_up : pending.kv_ups) {
     LaunchSplitKvUp(kv_up.stored->ref(), kv_up.w_uk, kv_up.w_uv, stream_.get());

@@ -12,7 +12,9 @@ namespace {
 
 class OnDeviceOps : public Ops {
  public:
-  explicit OnDeviceOps(Backend* backend) : ops_(backend->ops()), memory_(&backend->device()) {}
+  explicit OnDeviceOps(Backend* backend) : ops_(backend->ops()), memory_(&backend->device()) {
+    EXPECT_TRUE(ops_.FinishWeights().ok());  // a test may use no weights
+  }
 
   std::unique_ptr<Weight> MakeVector(const Tensor& source) override { return Finished(ops_.MakeVector(source)); }
   std::unique_ptr<Weight> MakeLinear(const std::vector<WeightPart>& row_stacked) override {
