@@ -40,26 +40,11 @@ absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
 }
 
 OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
-  OpLimits limits;
+  OpLimits limits = config.op_limits();
   limits.max_tokens = options.max_batch_tokens;
   limits.max_sequences = options.max_sequences;
   limits.max_rows = options.max_sequences + 64;  // room to score a prompt beside full decoding
-  limits.hidden_size = config.hidden_size;
-  limits.num_heads = config.num_attention_heads;
-  limits.q_lora_rank = config.q_lora_rank;
-  limits.kv_lora_rank = config.kv_lora_rank;
-  limits.qk_rope_head_dim = config.qk_rope_head_dim;
-  limits.qk_nope_head_dim = config.qk_nope_head_dim;
-  limits.v_head_dim = config.v_head_dim;
-  limits.vocab_size = config.vocab_size;
-  limits.max_ffn_width =
-      std::max({config.first_k_dense_replace > 0 ? config.intermediate_size : 0,
-                config.n_shared_experts * config.moe_intermediate_size,
-                config.n_routed_experts > 0 ? config.moe_intermediate_size : config.intermediate_size});
-  if (config.first_k_dense_replace < config.num_hidden_layers) {
-    limits.num_experts = limits.num_local_experts = config.n_routed_experts;
-    limits.num_experts_per_tok = config.n_routed_experts > 0 ? config.num_experts_per_tok : 0;
-  }
+  limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
   return limits;
 }
 
@@ -146,7 +131,6 @@ absl::StatusOr<MemoryDemand> EngineImpl::ChooseBackend() {
   options.scale_rule = config_.scale_rule;
   options.num_threads = options_.num_threads;
   options.limits = MakeLimits(config_, options_);
-  options.limits.max_context = options_.max_model_len > 0 ? options_.max_model_len : config_.max_position_embeddings;
   if (options_.device == "cpu") {  // whatever is wrong is known before anything is made
     if (auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, true); !kv_dtype.ok()) return kv_dtype.status();
   }

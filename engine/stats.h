@@ -37,8 +37,8 @@ struct EngineStats {
   uint64_t recomputed_tokens = 0;  // fed again after a preemption, prompt and generated alike
   uint64_t generated_tokens = 0;
   uint64_t preemptions = 0;
-  double host_seconds =
-      0;  // what the step thread worked while steps were under way, waiting for the device not counted
+  // What the step thread worked while steps were under way, waiting for the device not counted.
+  double host_seconds = 0;
   StepRowsHistogram step_rows;
 };
 

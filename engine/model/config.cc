@@ -333,6 +333,26 @@ RouterOptions ModelConfig::router_options() const {
   return options;
 }
 
+OpLimits ModelConfig::op_limits() const {
+  OpLimits limits;
+  limits.hidden_size = hidden_size;
+  limits.num_heads = num_attention_heads;
+  limits.q_lora_rank = q_lora_rank;
+  limits.kv_lora_rank = kv_lora_rank;
+  limits.qk_rope_head_dim = qk_rope_head_dim;
+  limits.qk_nope_head_dim = qk_nope_head_dim;
+  limits.v_head_dim = v_head_dim;
+  limits.vocab_size = vocab_size;
+  limits.max_ffn_width =
+      std::max({first_k_dense_replace > 0 ? intermediate_size : 0, n_shared_experts * moe_intermediate_size,
+                n_routed_experts > 0 ? moe_intermediate_size : intermediate_size});
+  if (first_k_dense_replace < num_hidden_layers) {
+    limits.num_experts = limits.num_local_experts = n_routed_experts;
+    limits.num_experts_per_tok = n_routed_experts > 0 ? num_experts_per_tok : 0;
+  }
+  return limits;
+}
+
 float ModelConfig::softmax_scale() const {
   const double m =
       rope_scaling.is_yarn ? YarnMscale(rope_scaling.factor, rope_scaling.mscale_all_dim) : 1.0;  // 1 for all_dim 0

@@ -45,6 +45,7 @@ struct ModelConfig {
   bool has_correction_bias() const { return topk_method == "noaux_tc"; }
   int qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
   RouterOptions router_options() const;
+  OpLimits op_limits() const;   // the model's dimensions, every expert local; what a step may hold is the caller's
   float softmax_scale() const;  // qk_head_dim^-0.5 * mscale(factor, mscale_all_dim)^2
 
   // NotFound, or InvalidArgument / Unimplemented naming file, field, found and expected. A member of the family that no

@@ -46,10 +46,6 @@ int64_t RowsPerBlock(const Dimensions& dims, int64_t max_rows) {
   return std::clamp<int64_t>(kRowBlockBytes / dims.bytes_per_row(), 1, std::max<int64_t>(max_rows, 1));
 }
 
-void RoundToBf16(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = Bf16ToFloat(FloatToBf16(x[i]));
-}
-
 int64_t MaxTiles(const Dimensions& dims, int64_t num_rows) { return num_rows * (dims.heads / 16 + 2); }
 
 }  // namespace

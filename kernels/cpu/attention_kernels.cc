@@ -122,10 +122,6 @@ inline void SoftmaxInPlace(float* scores, int n, float* max, float* sum) {
   *sum = SumOfLanes(total);
 }
 
-inline void RoundToBf16(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = Bf16ToFloat(FloatToBf16(x[i]));
-}
-
 // The same with every exp rounded to bf16 while the maximum is that of the pages so far.
 inline void RoundedSoftmaxInPlace(float* scores, int n, float* max, float* sum) {
   float bases[kGroupPages];

@@ -4,6 +4,7 @@
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/rows.cuh"
 
 namespace cachalot {
 namespace {
@@ -61,23 +62,10 @@ __host__ __device__ Plan PlanAt(void* memory, int num_tokens, int num_sequences,
 __device__ int32_t BlockScan(int32_t value, int32_t* total) {
   __shared__ int32_t sums[kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int32_t sum = value;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const int32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
-    if (lane >= offset) sum += other;
-  }
+  const int32_t sum = WarpScan(value);
   if (lane == kWarpSize - 1) sums[warp] = sum;
   __syncthreads();
-  if (warp == 0) {
-    int32_t all = sums[lane];
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int32_t other = __shfl_up_sync(0xffffffffu, all, offset);
-      if (lane >= offset) all += other;
-    }
-    sums[lane] = all;
-  }
+  if (warp == 0) sums[lane] = WarpScan(sums[lane]);
   __syncthreads();
   *total = sums[kWarpSize - 1];
   const int32_t before = (warp > 0 ? sums[warp - 1] : 0) + sum - value;
@@ -522,25 +510,17 @@ __global__ void __launch_bounds__(256) RopeQueries(const RopeQueriesArguments a)
 // A warp a group of 128.
 __global__ void __launch_bounds__(256)
     Quantize(const ActivationRef out, const MatrixRef x, int64_t rows, int64_t cols) {
-  const int64_t groups = (cols + 127) / 128, index = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / kWarpSize;
+  const int64_t groups = (cols + kScaleGroup - 1) / kScaleGroup,
+                index = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / kWarpSize;
   if (index >= rows * groups) return;
   const int64_t row = index / groups, group = index % groups;
-  float values[4], amax = 0;
+  float v[kLaneValues];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t col = group * 128 + i * kWarpSize + threadIdx.x % kWarpSize;
-    values[i] = col < cols ? LoadNumber(x.data, row * x.row_stride + col, x.type) : 0.0f;
-    amax = fmaxf(amax, fabsf(values[i]));
+  for (int i = 0; i < kLaneValues; ++i) {
+    const int64_t col = group * kScaleGroup + i * kWarpSize + threadIdx.x % kWarpSize;
+    v[i] = col < cols ? LoadNumber(x.data, row * x.row_stride + col, x.type) : 0.0f;
   }
-  const float scale = QuantScale(WarpMax(amax), out.is_ue8m0);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t col = group * 128 + i * kWarpSize + threadIdx.x % kWarpSize;
-    if (col < cols) {
-      static_cast<uint8_t*>(out.values.data)[row * out.values.row_stride + col] = FloatToE4m3(values[i] / scale);
-    }
-  }
-  if (threadIdx.x % kWarpSize == 0) out.scales[row * out.scale_stride + group] = scale;
+  EmitGroup(out, row, static_cast<int>(group), static_cast<int>(cols), v);
 }
 
 template <bool kFp8>

@@ -63,6 +63,17 @@ __device__ __forceinline__ float WarpMax(float x) {
   return x;
 }
 
+// The sum over the lanes up to this one.
+template <typename T>
+__device__ __forceinline__ T WarpScan(T x) {
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, x, offset);
+    if (static_cast<int>(threadIdx.x % kWarpSize) >= offset) x += other;
+  }
+  return x;
+}
+
 }  // namespace cachalot
 
 #endif  // CACHALOT_KERNELS_CUDA_COMMON_CUH_

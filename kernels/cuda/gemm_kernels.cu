@@ -43,12 +43,7 @@ __device__ int32_t ScanGroups(const Work& work, int32_t* first_item) {
       const int32_t g = base + lane;
       int32_t count = 0;
       if (g < groups) count = (work.g.offsets[g + 1] - work.g.offsets[g] + kTokens - 1) / kTokens * tiles;
-      int32_t sum = count;
-#pragma unroll
-      for (int offset = 1; offset < kWarpSize; offset *= 2) {
-        const int32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
-        if (lane >= offset) sum += other;
-      }
+      const int32_t sum = WarpScan(count);
       if (g < groups) first_item[g] = total + sum - count;
       total += __shfl_sync(0xffffffffu, sum, kWarpSize - 1);
     }

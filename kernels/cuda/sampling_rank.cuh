@@ -247,11 +247,7 @@ __device__ void FindBin(Shared& sh, uint64_t wanted) {
   const int i = 2 * threadIdx.x, lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   uint64_t weights[2];
   for (int j = 0; j < 2; ++j) weights[j] = (static_cast<uint64_t>(sh.high[i + j]) << kLowMassBits) + sh.low[i + j];
-  uint64_t sum = weights[0] + weights[1];
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const uint64_t other = __shfl_up_sync(0xffffffffu, sum, offset);
-    if (lane >= offset) sum += other;
-  }
+  const uint64_t sum = WarpScan(weights[0] + weights[1]);
   if (lane == kWarpSize - 1) sh.keys[warp] = sum;
   __syncthreads();
   uint64_t before = sum - weights[0] - weights[1];

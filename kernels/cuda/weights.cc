@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cpu/quantize.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/weights_kernels.h"
 
@@ -80,14 +81,6 @@ void Place(const Layout& layout, void* memory, WeightRef* w) {
   w->tiles = reinterpret_cast<const RowTile*>(base + layout.tiles);
 }
 
-float HalfToFloat(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                  : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-  if (exponent == 31) magnitude = mantissa == 0 ? INFINITY : NAN;
-  return bits >> 15 ? -magnitude : magnitude;
-}
-
 // NOTE: file data may be unaligned, so it is read by memcpy.
 float StoredFloat(const Tensor& vector, int64_t i) {
   const uint8_t* p = static_cast<const uint8_t*>(vector.data) + i * DTypeBytes(vector.dtype);
@@ -98,10 +91,7 @@ float StoredFloat(const Tensor& vector, int64_t i) {
   }
   uint16_t half = 0;
   std::memcpy(&half, p, sizeof half);
-  if (vector.dtype == DType::kF16) return HalfToFloat(half);
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+  return vector.dtype == DType::kF16 ? F16ToFloat(half) : Bf16ToFloat(half);
 }
 
 }  // namespace

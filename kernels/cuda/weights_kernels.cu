@@ -119,8 +119,7 @@ void LaunchSplitKvUp(const WeightRef& kv_b, const WeightRef& w_uk, const WeightR
   const unsigned num_heads = static_cast<unsigned>(w_uk.num_groups);
   SplitKKernel<<<dim3(tiles(kv_b.cols), tiles(nope_dim), num_heads), dim3(kTile, kTileRows), 0, stream>>>(
       kv_b, w_uk, nope_dim, head_rows);
-  SplitVKernel<<<dim3(static_cast<unsigned>(v_dim), num_heads), kThreads, 0, stream>>>(kv_b, w_uv, nope_dim,
-                                                                                     head_rows);
+  SplitVKernel<<<dim3(static_cast<unsigned>(v_dim), num_heads), kThreads, 0, stream>>>(kv_b, w_uv, nope_dim, head_rows);
 }
 
 }  // namespace cachalot

@@ -77,21 +77,10 @@ class BalancedBackend : public Backend {
 };
 
 OpLimits MakeLimits(const ModelConfig& config, const Options& options) {
-  OpLimits limits;
+  OpLimits limits = config.op_limits();
   limits.max_tokens = limits.max_sequences = limits.max_rows = options.max_batch;
   limits.max_context = config.max_position_embeddings;
-  limits.hidden_size = config.hidden_size;
-  limits.num_heads = config.num_attention_heads;
-  limits.q_lora_rank = config.q_lora_rank;
-  limits.kv_lora_rank = config.kv_lora_rank;
-  limits.qk_rope_head_dim = config.qk_rope_head_dim;
-  limits.qk_nope_head_dim = config.qk_nope_head_dim;
-  limits.v_head_dim = config.v_head_dim;
-  limits.num_experts = config.n_routed_experts;
   limits.num_local_experts = options.local_experts;
-  limits.num_experts_per_tok = config.num_experts_per_tok;
-  limits.max_ffn_width = config.intermediate_size;
-  limits.vocab_size = config.vocab_size;
   return limits;
 }
 
