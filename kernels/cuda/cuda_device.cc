@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "kernels/cuda/copy_kernels.h"
 
 namespace cachalot {
 namespace {
@@ -19,7 +20,8 @@ using Clock = std::chrono::steady_clock;
 // A step's end is noticed at once when it is near, and costs no core when it is not.
 constexpr auto kSpin = std::chrono::microseconds(50), kSleep = std::chrono::microseconds(20);
 
-size_t RowBytes(const Tensor& tensor) { return tensor.row_elements() * DTypeBytes(tensor.dtype); }
+int64_t RowBytes(const Tensor& tensor) { return tensor.row_elements() * DTypeBytes(tensor.dtype); }
+int64_t StrideBytes(const Tensor& tensor) { return tensor.row_stride * DTypeBytes(tensor.dtype); }
 
 // By default a sleep takes 50 us longer than it should.
 void SleepPrecisely() {
@@ -103,26 +105,28 @@ size_t CudaDevice::FreeMemory() const {
   return free;
 }
 
-void CudaDevice::Upload(const Tensor& dst, const void* src) {
-  if (dst.num_bytes() == 0 || !Use()) return;
+void CudaDevice::Copy(void* dst, int64_t dst_row, const void* src, int64_t src_row, const Tensor& shape,
+                      cudaMemcpyKind kind) {
+  if (shape.num_bytes() == 0 || !Use()) return;
   const cudaStream_t stream = stream_.get();
-  const size_t row = RowBytes(dst);
-  stream_.Check(dst.is_contiguous() || dst.dim(0) == 1
-                    ? cudaMemcpyAsync(dst.data, src, dst.num_bytes(), cudaMemcpyHostToDevice, stream)
-                    : cudaMemcpy2DAsync(dst.data, dst.row_stride * DTypeBytes(dst.dtype), src, row, row, dst.dim(0),
-                                        cudaMemcpyHostToDevice, stream),
-                "an upload");
+  const int64_t row = RowBytes(shape);
+  const bool is_run = shape.is_contiguous() || shape.dim(0) == 1;
+  if (is_run && shape.num_bytes() <= kMaxKernelCopy) {
+    LaunchCopy(stream, dst, src, shape.num_bytes());
+    stream_.Launched("a copy");
+  } else if (is_run) {
+    stream_.Check(cudaMemcpyAsync(dst, src, shape.num_bytes(), kind, stream), "a copy");
+  } else {
+    stream_.Check(cudaMemcpy2DAsync(dst, dst_row, src, src_row, row, shape.dim(0), kind, stream), "a copy");
+  }
+}
+
+void CudaDevice::Upload(const Tensor& dst, const void* src) {
+  Copy(dst.data, StrideBytes(dst), src, RowBytes(dst), dst, cudaMemcpyHostToDevice);
 }
 
 void CudaDevice::Download(void* dst, const Tensor& src) {
-  if (src.num_bytes() == 0 || !Use()) return;
-  const cudaStream_t stream = stream_.get();
-  const size_t row = RowBytes(src);
-  stream_.Check(src.is_contiguous() || src.dim(0) == 1
-                    ? cudaMemcpyAsync(dst, src.data, src.num_bytes(), cudaMemcpyDeviceToHost, stream)
-                    : cudaMemcpy2DAsync(dst, row, src.data, src.row_stride * DTypeBytes(src.dtype), row, src.dim(0),
-                                        cudaMemcpyDeviceToHost, stream),
-                "a download");
+  Copy(dst, RowBytes(src), src.data, StrideBytes(src), src, cudaMemcpyDeviceToHost);
 }
 
 void CudaDevice::Submit(const StepKey& key, std::function<void()> body) {

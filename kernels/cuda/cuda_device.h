@@ -52,6 +52,8 @@ class CudaDevice : public Device {
   absl::Status Start();
   bool Use() const;  // the GPU for calls of this thread
   bool Poll(Event event);
+  // `shape`: the matrix on the device; host memory is packed. Rows are dst_row and src_row bytes apart.
+  void Copy(void* dst, int64_t dst_row, const void* src, int64_t src_row, const Tensor& shape, cudaMemcpyKind kind);
   absl::Status Fault() const;  // ok: none so far
   absl::StatusOr<Graph> Capture(const std::function<void()>& body);
 

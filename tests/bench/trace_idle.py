@@ -10,6 +10,7 @@ import argparse
 from collections import defaultdict
 
 FIRST_KERNEL = "FillPaddingKernel"
+BETWEEN = (FIRST_KERNEL, "memcpy", "CopyKernel", "UpdatesKernel")
 
 
 def main():
@@ -33,7 +34,7 @@ def main():
     previous = ""
     for start, stop, name in spans:
         gap = max(0, start - end)
-        if name in (FIRST_KERNEL, "memcpy") or previous == "memcpy":
+        if name in BETWEEN or previous in BETWEEN[1:]:
             between += gap
         else:
             within += gap

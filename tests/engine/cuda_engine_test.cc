@@ -149,6 +149,8 @@ void CompareOnTexts(const std::string& name, const std::string& model_dir,
     Print(name + ", cache " + kv_dtype + ", the GPU against the CPU that quantises", gpu);
     Print("  that CPU with products in fp32", yardstick);
     Print("  that CPU unquantised", plain);
+    Print("  the GPU unquantised against the CPU unquantised",
+          Compare(Score(Options(model_dir, "cpu", kv_dtype, "f32"), texts), Score(Options(model_dir, "cuda", kv_dtype, "f32"), texts)));
     ExpectAgreement(gpu, yardstick, most_kl);
   }
 }

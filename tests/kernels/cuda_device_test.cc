@@ -44,7 +44,7 @@ TEST_F(CudaDeviceTest, ReplaysWhatWasPrepared) {
   };
   const StepKey key = {static_cast<int32_t>(kRows), 1, 1, 7};
   ASSERT_TRUE(device().Prepare(key, body).ok());
-  EXPECT_EQ(device().NumKernels(key), 1);
+  EXPECT_EQ(device().NumKernels(key), 3) << "the rows, and a copy before and after";
   const int prepared = runs;
   for (float value : {1.0f, 2.0f, 3.0f}) {
     std::fill_n(static_cast<float*>(in.data()), kRows * kCols, value);
@@ -56,6 +56,36 @@ TEST_F(CudaDeviceTest, ReplaysWhatWasPrepared) {
   device().Submit({1, 1, 1, 8}, body);  // not prepared: runs as it is
   ASSERT_TRUE(device().Wait(device().Record(), absl::Seconds(10)).ok());
   EXPECT_EQ(runs, prepared + 1);
+}
+
+// Small and large, at any address, and columns of a wider matrix; what lies beside them stays.
+TEST_F(CudaDeviceTest, CopiesEverySize) {
+  constexpr int64_t kBytes = 1 << 20, kGuard = 64;
+  Buffer memory = *device().Allocate(kBytes + 2 * kGuard, kDevice);
+  Buffer in = *device().Allocate(kBytes + kGuard, Device::Memory::kPinnedHost);
+  Buffer out = *device().Allocate(kBytes + 2 * kGuard, Device::Memory::kPinnedHost);
+  auto* const source = static_cast<uint8_t*>(in.data());
+  auto* const result = static_cast<uint8_t*>(out.data());
+  for (int64_t i = 0; i < kBytes + kGuard; ++i) source[i] = static_cast<uint8_t>(1 + i % 251);
+  const auto bytes_at = [&](int64_t offset, int64_t count) {
+    return Tensor(static_cast<uint8_t*>(memory.data()) + offset, DType::kU8, {count});
+  };
+  for (const int64_t count : {int64_t{1}, int64_t{3}, int64_t{16}, int64_t{4100}, int64_t{256 << 10}, kBytes}) {
+    for (const int64_t offset : {0, 1, 4, 16}) {
+      std::fill_n(result, kBytes + 2 * kGuard, 0);
+      device().Upload(bytes_at(0, kBytes + 2 * kGuard), result);
+      device().Upload(bytes_at(kGuard + offset, count), source + offset);
+      device().Download(result + offset, bytes_at(kGuard, offset + count + 1));
+      ASSERT_TRUE(device().Wait(device().Record(), absl::Seconds(10)).ok());
+      ASSERT_TRUE(std::equal(source + offset, source + offset + count, result + 2 * offset)) << count << " at " << offset;
+      ASSERT_EQ(result[2 * offset + count], 0) << count << " at " << offset;
+    }
+  }
+  const Tensor wide(memory.data(), DType::kU8, {7, 40});
+  device().Upload(wide.Columns(8, 17), source);
+  device().Download(result, wide.Columns(8, 17));
+  ASSERT_TRUE(device().Wait(device().Record(), absl::Seconds(10)).ok());
+  EXPECT_TRUE(std::equal(source, source + 7 * 17, result));
 }
 
 TEST_F(CudaDeviceTest, SaysWhatDoesNotFit) {
