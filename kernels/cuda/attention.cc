@@ -5,9 +5,9 @@
 namespace cachalot {
 namespace {
 
-void CheckCache(const KvCache& cache, const SlotState& state) {
+void CheckCache(const KvCache& cache, const SlotState& state, int64_t latent_dim, int64_t rope_dim) {
   CHECK(cache.dtype != KvDType::kF32, "a cache of f32");
-  CHECK_SHAPE(cache.blocks, -1, kBlockTokens, KvTokenBytes(cache.dtype, kLatentDim, kRopeDim));
+  CHECK_SHAPE(cache.blocks, -1, kBlockTokens, KvTokenBytes(cache.dtype, latent_dim, rope_dim));
   CHECK(cache.blocks.is_contiguous());
   CHECK_SHAPE(state.block_table, -1, -1);
   static_assert(kBlockTokens == kPageTokens);
@@ -22,12 +22,13 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   CHECK(up != nullptr, "this weight was not made by MakeKvUp");
   const int64_t num_tokens = q.dim(0), num_heads = up->w_uk().num_groups;
   const int64_t nope_dim = up->w_uk().cols, v_dim = up->w_uv().rows, num_sequences = input.seq_slot.dim(0);
-  CHECK(up->cols() == kLatentDim && num_heads <= options_.limits.num_heads, "kv_b of {} heads and {} latents",
-        num_heads, up->cols());
-  CHECK_SHAPE(q, num_tokens, num_heads * (nope_dim + kRopeDim));
+  const int64_t latent_dim = up->cols(), rope_dim = rope.cos_sin.dim(1), entry_dim = latent_dim + rope_dim;
+  CHECK(latent_dim == options_.limits.kv_lora_rank && rope_dim == options_.limits.qk_rope_head_dim &&
+            num_heads <= options_.limits.num_heads,
+        "kv_b of {} heads and {} latents, rope of {}", num_heads, latent_dim, rope_dim);
+  CHECK_SHAPE(q, num_tokens, num_heads * (nope_dim + rope_dim));
   CheckActivation(out, num_tokens, num_heads * v_dim);
-  CheckCache(cache, state);
-  CHECK_SHAPE(rope.cos_sin, -1, kRopeDim);
+  CheckCache(cache, state, latent_dim, rope_dim);
   CHECK_SHAPE(input.query_start, num_sequences + 1);
   CHECK_SHAPE(rows.positions, num_tokens);
   CHECK_SHAPE(rows.slots, num_tokens);
@@ -43,9 +44,11 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   rotation.num_tokens = static_cast<int>(num_tokens);
   rotation.num_heads = static_cast<int>(num_heads);
   rotation.nope_dim = static_cast<int>(nope_dim);
+  rotation.latent_dim = static_cast<int>(latent_dim);
+  rotation.rope_dim = static_cast<int>(rope_dim);
   LaunchRopeQueries(stream_.get(), rotation);
-  const Tensor absorbed(workspace_.q_absorbed, DType::kBF16, {num_tokens, num_heads * kEntryDim});
-  Multiply(absorbed, kEntryDim, Activation{q, Tensor()}, nope_dim + kRopeDim, up->w_uk(), nullptr);
+  const Tensor absorbed(workspace_.q_absorbed, DType::kBF16, {num_tokens, num_heads * entry_dim});
+  Multiply(absorbed, entry_dim, Activation{q, Tensor()}, nope_dim + rope_dim, up->w_uk(), nullptr);
 
   AttentionArguments attention;
   attention.q = workspace_.q_absorbed;
@@ -58,6 +61,9 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   attention.seq_slot = input.seq_slot.as<int32_t>();
   attention.query_start = input.query_start.as<int32_t>();
   attention.positions = rows.positions.as<int32_t>();
+  attention.slots = rows.slots.as<int32_t>();
+  attention.latent_dim = static_cast<int>(latent_dim);
+  attention.rope_dim = static_cast<int>(rope_dim);
   attention.num_tokens = static_cast<int>(num_tokens);
   attention.num_sequences = static_cast<int>(num_sequences);
   attention.num_heads = static_cast<int>(num_heads);
@@ -68,13 +74,13 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   LaunchAttention(stream_.get(), attention);
   stream_.Launched("attention");
 
-  const Activation latents{Tensor(workspace_.latent_out, DType::kBF16, {num_tokens, num_heads * kLatentDim}), Tensor()};
+  const Activation latents{Tensor(workspace_.latent_out, DType::kBF16, {num_tokens, num_heads * latent_dim}), Tensor()};
   if (out.values.dtype != DType::kF8E4M3) {
-    Multiply(out.values, v_dim, latents, kLatentDim, up->w_uv(), nullptr);
+    Multiply(out.values, v_dim, latents, latent_dim, up->w_uv(), nullptr);
     return;
   }
   const Tensor values(workspace_.attention_out, DType::kBF16, {num_tokens, num_heads * v_dim});
-  Multiply(values, v_dim, latents, kLatentDim, up->w_uv(), nullptr);
+  Multiply(values, v_dim, latents, latent_dim, up->w_uv(), nullptr);
   LaunchQuantize(stream_.get(), RefOf(out, options_.scale_rule), RefOf(values), num_tokens, num_heads * v_dim);
   stream_.Launched("quantize");
 }

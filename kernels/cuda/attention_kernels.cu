@@ -9,7 +9,8 @@
 namespace cachalot {
 namespace {
 
-constexpr int kRows = 64;  // of a tile
+constexpr int kEntryDim = kLatentDim + kRopeDim;  // values of a cache entry, and of an absorbed query
+constexpr int kRows = 64;                         // of a tile
 constexpr int kThreads = 256;
 constexpr int kSubTileBytes = kRows * 128;  // 64 rows of 64 bf16
 constexpr int kSubTiles = kEntryDim / 64;
@@ -488,23 +489,92 @@ __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
   for (int i = 0; i < kLatentDim / kWarpSize; ++i) out[i * kWarpSize + lane] = __float2bfloat16(o[i] / sum);
 }
 
+// ---- Other dimensions: a block a (token, head), its threads columns of the result. Right, not fast.
+
+constexpr int kPlainThreads = 128;
+
+// Column `col` of a cache entry, as bf16 has it.
+template <bool kFp8>
+__device__ float EntryValue(const AttentionArguments& a, const uint8_t* entry, int col) {
+  if constexpr (!kFp8) return __bfloat162float(reinterpret_cast<const bf16*>(entry)[col]);
+  const int groups = (a.latent_dim + kScaleGroup - 1) / kScaleGroup;
+  const auto* scales = reinterpret_cast<const float*>(entry + a.latent_dim);
+  if (col >= a.latent_dim) return __bfloat162float(reinterpret_cast<const bf16*>(scales + groups)[col - a.latent_dim]);
+  const float value = LoadNumber(entry, col, NumberType::kE4M3) * scales[col / kScaleGroup];
+  return __bfloat162float(__float2bfloat16(value));
+}
+
+template <bool kFp8>
+__global__ void __launch_bounds__(kPlainThreads) PlainAttention(const AttentionArguments a) {
+  __shared__ float q[kMaxLatentDim + kMaxRopeDim], scores[kPageTokens];
+  const int64_t row = blockIdx.x, t = row / a.num_heads;
+  const int32_t slot = a.slots[t], kv_len = a.positions[t] + 1;
+  if (slot < 0) return;
+  const int entry_dim = a.latent_dim + a.rope_dim, lane = threadIdx.x % kWarpSize;
+  const bf16* query = static_cast<const bf16*>(a.q) + row * entry_dim;
+  for (int i = threadIdx.x; i < entry_dim; i += kPlainThreads) q[i] = __bfloat162float(query[i]);
+  float max = -INFINITY, sum = 0, o[kMaxLatentDim / kPlainThreads] = {};
+  for (int32_t first = 0; first < kv_len; first += kPageTokens) {
+    const int num_keys = min(kPageTokens, kv_len - first);
+    const uint8_t* page =
+        a.cache + a.block_table[slot * a.table_stride + first / kPageTokens] * a.token_bytes * kPageTokens;
+    __syncthreads();
+    for (int key = threadIdx.x / kWarpSize; key < num_keys; key += kPlainThreads / kWarpSize) {
+      float score = 0;
+      for (int i = lane; i < entry_dim; i += kWarpSize) {
+        score = fmaf(q[i], EntryValue<kFp8>(a, page + key * a.token_bytes, i), score);
+      }
+      score = WarpSum(score);
+      if (lane == 0) scores[key] = score * a.softmax_scale * kLog2E;
+    }
+    __syncthreads();
+    float new_max = max;
+    for (int key = 0; key < num_keys; ++key) new_max = fmaxf(new_max, scores[key]);
+    const float shrink = exp2f(max - new_max);
+    max = new_max;
+    sum *= shrink;
+#pragma unroll
+    for (float& value : o) value *= shrink;
+    for (int key = 0; key < num_keys; ++key) {
+      const float p = exp2f(scores[key] - max), rounded = __bfloat162float(__float2bfloat16(p));
+      sum += p;
+#pragma unroll
+      for (int i = 0; i < kMaxLatentDim / kPlainThreads; ++i) {
+        const int col = i * kPlainThreads + threadIdx.x;
+        if (col < a.latent_dim) o[i] = fmaf(rounded, EntryValue<kFp8>(a, page + key * a.token_bytes, col), o[i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kMaxLatentDim / kPlainThreads; ++i) {
+    const int col = i * kPlainThreads + threadIdx.x;
+    if (col < a.latent_dim) static_cast<bf16*>(a.out)[row * a.latent_dim + col] = __float2bfloat16(o[i] / sum);
+  }
+}
+
 // ---- Before and after.
 
-// A warp a (token, head): a pair of the rotated part each lane.
+// A warp a (token, head): a pair of the rotated part each lane. kC, kR: C and R, where the compiler may know them.
+template <int kC, int kR>
 __global__ void __launch_bounds__(256) RopeQueries(const RopeQueriesArguments a) {
+  const int latent_dim = kC > 0 ? kC : a.latent_dim, rope_dim = kR > 0 ? kR : a.rope_dim;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   if (row >= static_cast<int64_t>(a.num_tokens) * a.num_heads) return;
   const int64_t t = row / a.num_heads, h = row % a.num_heads;
-  const int64_t from = t * a.q.row_stride + h * (a.nope_dim + kRopeDim) + a.nope_dim + 2 * lane;
-  const float* angles = a.cos_sin + static_cast<int64_t>(a.positions[t]) * kRopeDim;
-  const float x = LoadNumber(a.q.data, from, a.q.type), y = LoadNumber(a.q.data, from + 1, a.q.type);
-  const float cosine = angles[lane], sine = angles[kRopeDim / 2 + lane];
-  reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(a.q_absorbed) + row * kEntryDim + kLatentDim)[lane] =
-      __floats2bfloat162_rn(x * cosine - y * sine, x * sine + y * cosine);
+  const int64_t from = t * a.q.row_stride + h * (a.nope_dim + rope_dim) + a.nope_dim;
+  const float* angles = a.cos_sin + static_cast<int64_t>(a.positions[t]) * rope_dim;
+  bf16* rotated = static_cast<bf16*>(a.q_absorbed) + row * (latent_dim + rope_dim) + latent_dim;
+  for (int pair = lane; pair < rope_dim / 2; pair += kWarpSize) {
+    const float x = LoadNumber(a.q.data, from + 2 * pair, a.q.type);
+    const float y = LoadNumber(a.q.data, from + 2 * pair + 1, a.q.type);
+    const float cosine = angles[pair], sine = angles[rope_dim / 2 + pair];
+    reinterpret_cast<__nv_bfloat162*>(rotated)[pair] =
+        __floats2bfloat162_rn(x * cosine - y * sine, x * sine + y * cosine);
+  }
   if (a.slots[t] >= 0) return;
-  uint4* out = reinterpret_cast<uint4*>(static_cast<bf16*>(a.out) + row * kLatentDim);
-  for (int i = lane; i < kLatentDim / 8; i += kWarpSize) out[i] = make_uint4(0, 0, 0, 0);
+  bf16* out = static_cast<bf16*>(a.out) + row * latent_dim;
+  for (int i = lane; i < latent_dim; i += kWarpSize) out[i] = __float2bfloat16(0.0f);
 }
 
 // A warp a group of 128.
@@ -541,6 +611,15 @@ size_t AttentionPlanBytes(int max_tokens, int max_sequences, int num_heads, int 
 size_t AttentionPartialsBytes(int num_sms) { return kMaxSplitsPerSm * num_sms * kPartialFloats * sizeof(float); }
 
 void LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
+  if (a.latent_dim != kLatentDim || a.rope_dim != kRopeDim) {
+    const auto blocks = static_cast<unsigned>(a.num_tokens * a.num_heads);
+    if (a.is_fp8) {
+      PlainAttention<true><<<blocks, kPlainThreads, 0, stream>>>(a);
+    } else {
+      PlainAttention<false><<<blocks, kPlainThreads, 0, stream>>>(a);
+    }
+    return;
+  }
   PlanAttention<<<1, kPlanThreads, 0, stream>>>(a);
   if (a.is_fp8) {
     LaunchMla<true>(stream, a);
@@ -552,7 +631,12 @@ void LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
 
 void LaunchRopeQueries(cudaStream_t stream, const RopeQueriesArguments& a) {
   const int64_t rows = static_cast<int64_t>(a.num_tokens) * a.num_heads;
-  RopeQueries<<<static_cast<unsigned>((rows + 7) / 8), 256, 0, stream>>>(a);
+  const auto blocks = static_cast<unsigned>((rows + 7) / 8);
+  if (a.latent_dim == kLatentDim && a.rope_dim == kRopeDim) {
+    RopeQueries<kLatentDim, kRopeDim><<<blocks, 256, 0, stream>>>(a);
+  } else {
+    RopeQueries<0, 0><<<blocks, 256, 0, stream>>>(a);
+  }
 }
 
 void LaunchQuantize(cudaStream_t stream, const ActivationRef& out, const MatrixRef& x, int64_t rows, int64_t cols) {

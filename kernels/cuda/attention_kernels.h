@@ -11,11 +11,13 @@
 
 namespace cachalot {
 
-// What the kernels are made for.
-inline constexpr int kLatentDim = 512;                   // C
-inline constexpr int kRopeDim = 64;                      // R
-inline constexpr int kEntryDim = kLatentDim + kRopeDim;  // values of a cache entry, and of an absorbed query
-inline constexpr int kPageTokens = 64;                   // tokens of a block of the cache
+// What the kernels on tensor cores are made for: every published model has these.
+inline constexpr int kLatentDim = 512;  // C
+inline constexpr int kRopeDim = 64;     // R
+// What one without them can do for others: multiples of 4 and 2.
+inline constexpr int kMaxLatentDim = 1024;
+inline constexpr int kMaxRopeDim = 128;
+inline constexpr int kPageTokens = 64;  // tokens of a block of the cache
 
 struct AttentionArguments {
   const void* q = nullptr;  // [T,H,C+R] bf16, absorbed and rotated
@@ -28,6 +30,8 @@ struct AttentionArguments {
   const int32_t* seq_slot = nullptr;     // [S], -1: padding
   const int32_t* query_start = nullptr;  // [S+1]
   const int32_t* positions = nullptr;    // [T]
+  const int32_t* slots = nullptr;        // [T]
+  int latent_dim = 0, rope_dim = 0;      // C, R
   int num_tokens = 0, num_sequences = 0, num_heads = 0, num_sms = 0;
   float softmax_scale = 0;
   void* plan = nullptr;       // AttentionPlanBytes
@@ -50,7 +54,7 @@ struct RopeQueriesArguments {
   const float* cos_sin = nullptr;  // [positions, R]
   const int32_t* positions = nullptr;
   const int32_t* slots = nullptr;  // [T]
-  int num_tokens = 0, num_heads = 0, nope_dim = 0;
+  int num_tokens = 0, num_heads = 0, nope_dim = 0, latent_dim = 0, rope_dim = 0;
 };
 void LaunchRopeQueries(cudaStream_t stream, const RopeQueriesArguments& arguments);
 

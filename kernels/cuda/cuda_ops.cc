@@ -4,13 +4,10 @@
 #include <cuda_runtime_api.h>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/attention_kernels.h"
 
 namespace cachalot {
 namespace {
-
-// What the attention kernels and the layout of the fp8 cache are made for.
-constexpr int kLatentRank = 512;
-constexpr int kRopeDim = 64;
 
 NumberType NumberTypeOf(DType dtype) {
   switch (dtype) {
@@ -28,10 +25,11 @@ NumberType NumberTypeOf(DType dtype) {
 absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Make(const BackendOptions& options, Device* device,
                                                        CudaStream* stream, WeightLoader* loader) {
   const OpLimits& limits = options.limits;
-  if (limits.kv_lora_rank != kLatentRank || limits.qk_rope_head_dim != kRopeDim) {
-    return absl::UnimplementedError(absl::StrCat("the CUDA backend's attention is made for kv_lora_rank ", kLatentRank,
-                                                 " and qk_rope_head_dim ", kRopeDim, "; found ", limits.kv_lora_rank,
-                                                 " and ", limits.qk_rope_head_dim));
+  const int latent_dim = limits.kv_lora_rank, rope_dim = limits.qk_rope_head_dim;
+  if (latent_dim % 4 != 0 || latent_dim > kMaxLatentDim || rope_dim % 2 != 0 || rope_dim > kMaxRopeDim) {
+    return absl::UnimplementedError(absl::StrCat("kv_lora_rank and qk_rope_head_dim: found ", latent_dim, " and ",
+                                                 rope_dim, ", the CUDA backend takes multiples of 4 and 2 up to ",
+                                                 kMaxLatentDim, " and ", kMaxRopeDim));
   }
   std::unique_ptr<CudaOps> ops(new CudaOps(options, device, stream, loader));
   int ordinal = 0;

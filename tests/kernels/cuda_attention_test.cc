@@ -14,8 +14,9 @@ using testing::Chunk;
 using Dims = testing::AttentionDims;
 
 // 128 heads; what a rank of eight has; an odd number; smaller heads.
-constexpr Dims kDims[] = {
-    {128, 128, 64, 128, 512}, {16, 128, 64, 128, 512}, {5, 128, 64, 128, 512}, {5, 32, 64, 32, 512}};
+constexpr Dims kDims[] = {{128, 128, 64, 128, 512}, {16, 128, 64, 128, 512}, {5, 128, 64, 128, 512},
+                          {5, 32, 64, 32, 512},     {3, 10, 6, 7, 36},       {5, 32, 16, 32, 128},
+                          {2, 40, 100, 24, 600}};  // these without tensor cores
 
 // Contexts around a page's border, and one of many pages of which the last is partly filled. Slots in this order.
 constexpr int32_t kContexts[] = {1, 63, 64, 65, 700};
@@ -87,7 +88,7 @@ TEST_P(CudaAttentionTest, PrefillAndDecode) {
 
 std::string CaseName(const ::testing::TestParamInfo<Case>& info) {
   const auto [dims, kv_dtype, format] = info.param;
-  return std::to_string(dims.heads) + "x" + std::to_string(dims.value) +
+  return std::to_string(dims.heads) + "x" + std::to_string(dims.value) + "_of_" + std::to_string(dims.latent) +
          (kv_dtype == KvDType::kFP8 ? "_fp8_cache" : "_bf16_cache") +
          (format == ActivationFormat::kFP8 ? "_fp8" : "_bf16");
 }
