@@ -2,6 +2,7 @@
 #include "kernels/cpu/elementwise_kernels.h"
 
 #include <cstring>
+#include <numeric>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/elementwise_kernels.cc"
@@ -21,24 +22,23 @@ void EmitActivationRow(const float* row, const Activation& out, int64_t t, Scale
 }
 const float* WidenedRow(const Tensor& x, int64_t t, float* scratch) { return RowAsF32(x, t, scratch); }
 
+// In double, so that the sum does not depend on its order: one off in its last place scales the whole row.
+double SumOfSquares(const float* x, int64_t n) {
+  constexpr int kChains = 16;
+  double sums[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= n; i += kChains) {
+    for (int j = 0; j < kChains; ++j) sums[j] += static_cast<double>(x[i + j]) * x[i + j];
+  }
+  for (; i < n; ++i) sums[0] += static_cast<double>(x[i]) * x[i];
+  return std::accumulate(sums, sums + kChains, 0.0);
+}
+
 void RmsNorm(const float* x, const float* weight, int64_t n, float eps, float* out) {
   const DF d;
-  // Four chains; the tail goes to the first.
-  VF sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) {
-      const VF v = hn::LoadU(d, x + i + j * kLanes);
-      sum[j] = hn::MulAdd(v, v, sum[j]);
-    }
-  }
-  for (; i < n; i += kLanes) {
-    const uint8_t* p = reinterpret_cast<const uint8_t*>(x + i);
-    const VF v = n - i >= kLanes ? hn::LoadU(d, x + i) : LoadTail<SourceF32>(p, n - i);
-    sum[0] = hn::MulAdd(v, v, sum[0]);
-  }
-  const float squares = SumOfLanes(hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3])));
+  const float squares = static_cast<float>(SumOfSquares(x, n));
   const float factor = 1.0f / std::sqrt(squares / static_cast<float>(n) + eps);
+  int64_t i;
   const VF f = hn::Set(d, factor);
   for (i = 0; i + kLanes <= n; i += kLanes) {
     hn::StoreU(hn::Mul(hn::Mul(hn::LoadU(d, x + i), f), hn::LoadU(d, weight + i)), d, out + i);

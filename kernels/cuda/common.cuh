@@ -52,7 +52,8 @@ __device__ __forceinline__ void StoreNumber(void* data, int64_t i, NumberType ty
   }
 }
 
-__device__ __forceinline__ float WarpSum(float x) {
+template <typename T>
+__device__ __forceinline__ T WarpSum(T x) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;

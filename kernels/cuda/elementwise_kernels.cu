@@ -51,12 +51,12 @@ __global__ void __launch_bounds__(kEmbedThreads) EmbedKernel(EmbedArgs a, bool i
 }
 
 __global__ void __launch_bounds__(1024) NormVectorKernel(RmsNormArgs a) {
-  __shared__ float shared[kWarpSize];
+  __shared__ double shared[kWarpSize];
   NormRowVector(a, blockIdx.x, shared);
 }
 
 __global__ void __launch_bounds__(kScalarNormThreads) NormScalarKernel(RmsNormArgs a) {
-  __shared__ float shared[kWarpSize];
+  __shared__ double shared[kWarpSize];
   NormRowScalar(a, blockIdx.x, shared);
 }
 

@@ -47,7 +47,7 @@ __device__ void WriteEntry(const LatentArgs& a, const float* row, uint8_t* entry
   for (int i = threadIdx.x; i < a.kv_lora_rank + a.rope_dim; i += blockDim.x) StoreNumber(entry, i, type, row[i]);
 }
 
-__device__ void NormAndRope(const LatentArgs& a, int64_t t, float* row, float* shared) {
+__device__ void NormAndRope(const LatentArgs& a, int64_t t, float* row, double* shared) {
   const int rank = a.kv_lora_rank, half = a.rope_dim / 2;
   const int64_t source = t * a.kv.row_stride;
   const float* cos_sin = a.cos_sin + a.positions[t] * a.rope_stride;
@@ -58,11 +58,11 @@ __device__ void NormAndRope(const LatentArgs& a, int64_t t, float* row, float* s
     row[rank + 2 * i] = even * cos - odd * sin;
     row[rank + 2 * i + 1] = even * sin + odd * cos;
   }
-  float squares = 0.0f;
+  double squares = 0.0;
   for (int c = threadIdx.x; c < rank; c += blockDim.x) {
     const float v = LoadNumber(a.kv.data, source + c, a.kv.type);
     row[c] = v;
-    squares = fmaf(v, v, squares);
+    squares = fma(static_cast<double>(v), static_cast<double>(v), squares);
   }
   const float factor = NormFactor(BlockSum(squares, shared), rank, a.eps);
   for (int c = threadIdx.x; c < rank; c += blockDim.x) row[c] = row[c] * factor * a.kv_weight[c];
@@ -71,7 +71,7 @@ __device__ void NormAndRope(const LatentArgs& a, int64_t t, float* row, float* s
 
 __global__ void __launch_bounds__(1024, 1) LatentKernel(LatentArgs a, bool is_vector_q) {
   extern __shared__ float row[];
-  __shared__ float shared[kWarpSize];
+  __shared__ double shared[kWarpSize];
   const int64_t t = blockIdx.x;
   if (blockIdx.y == 0) {
     uint8_t* entry = EntryOf(a, t);

@@ -22,12 +22,14 @@ inline int NormThreads(const RmsNormArgs& a, bool is_vector) {
   return (threads + kWarpSize - 1) / kWarpSize * kWarpSize;
 }
 
-__device__ __forceinline__ float NormFactor(float squares, int n, float eps) {
-  return 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
+// Squares are added in double: a sum that is off in its last place scales the whole row, and so would depend on how
+// many threads made it.
+__device__ __forceinline__ float NormFactor(double squares, int n, float eps) {
+  return 1.0f / sqrtf(static_cast<float>(squares) / static_cast<float>(n) + eps);
 }
 
 // Needs blockDim.x * kNormChunks * kChunk >= cols.
-__device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, float* shared) {
+__device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, double* shared) {
   const int num_chunks = a.cols / kChunk;
   uint4 h[kNormChunks], delta[kNormChunks];
 #pragma unroll
@@ -38,7 +40,7 @@ __device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, f
     h[i] = *ChunkOf(a.h, t, chunk);
     if (a.delta.data != nullptr) delta[i] = *ChunkOf(a.delta, t, chunk);
   }
-  float squares = 0.0f;
+  double squares = 0.0;
 #pragma unroll
   for (int i = 0; i < kNormChunks; ++i) {
     const int chunk = threadIdx.x + i * blockDim.x;
@@ -54,7 +56,7 @@ __device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, f
       UnpackBf16(h[i], v);
     }
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) squares = fmaf(v[j], v[j], squares);
+    for (int j = 0; j < kChunk; ++j) squares = fma(static_cast<double>(v[j]), static_cast<double>(v[j]), squares);
   }
   const float factor = NormFactor(BlockSum(squares, shared), a.cols, a.eps);
 #pragma unroll
@@ -76,9 +78,9 @@ __device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, f
 }
 
 // Any type, width and alignment.
-__device__ __forceinline__ void NormRowScalar(const RmsNormArgs& a, int64_t t, float* shared) {
+__device__ __forceinline__ void NormRowScalar(const RmsNormArgs& a, int64_t t, double* shared) {
   const int64_t row = t * a.h.row_stride;
-  float squares = 0.0f;
+  double squares = 0.0;
   for (int c = threadIdx.x; c < a.cols; c += blockDim.x) {
     float v = LoadNumber(a.h.data, row + c, a.h.type);
     if (a.delta.data != nullptr) {
@@ -86,7 +88,7 @@ __device__ __forceinline__ void NormRowScalar(const RmsNormArgs& a, int64_t t, f
       if (a.h.type != NumberType::kF32) v = __bfloat162float(__float2bfloat16(v));
       StoreNumber(a.h.data, row + c, a.h.type, v);
     }
-    squares = fmaf(v, v, squares);
+    squares = fma(static_cast<double>(v), static_cast<double>(v), squares);
   }
   // NOTE: the sum's barrier also lets other threads read what was stored.
   const float factor = NormFactor(BlockSum(squares, shared), a.cols, a.eps);

@@ -118,13 +118,13 @@ __device__ __forceinline__ void EmitGroup(const ActivationRef& out, int64_t t, i
   }
 }
 
-// The sum over a block of whole warps, for every thread. `shared` has 32 floats; used once between barriers.
-__device__ __forceinline__ float BlockSum(float x, float* shared) {
+// The sum over a block of whole warps, for every thread. `shared` has 32 values; used once between barriers.
+__device__ __forceinline__ double BlockSum(double x, double* shared) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   x = WarpSum(x);
   if (lane == 0) shared[warp] = x;
   __syncthreads();
-  return WarpSum(lane < static_cast<int>(blockDim.x) / kWarpSize ? shared[lane] : 0.0f);
+  return WarpSum(lane < static_cast<int>(blockDim.x) / kWarpSize ? shared[lane] : 0.0);
 }
 
 }  // namespace cachalot
