@@ -7,6 +7,7 @@
 #include "kernels/cpu/attention_kernels.h"
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/elementwise_kernels.h"
+#include "kernels/cpu/hopper.h"
 #include "kernels/cpu/linear_kernels.h"
 #include "kernels/cpu/quantize.h"
 
@@ -79,7 +80,7 @@ struct CpuOps::AttentionPlan {
   int64_t num_tiles, num_items;
   Arena slots_arena;  // partial results
   int64_t num_slots;
-  bool rounds_to_bf16;  // the GPU's oracle
+  bool imitates_gpu;
 
   void MakeTiles(int64_t tile_queries);
   // Keys of group g that the tile's queries see.
@@ -97,6 +98,12 @@ struct CpuOps::AttentionPlan {
   PartialAttention ResultOf(const QueryTile& tile, int64_t g, int64_t slot) const {
     return g == 0 ? TotalOf(tile) : Slot(slot);
   }
+  // Of a product of the block's rows with one matrix [rows,cols] a head.
+  int64_t GpuSplits(int64_t rows, int64_t cols) const {
+    return GpuInnerSplits(num_rows, dims.heads * ((rows + kQuantGroup - 1) / kQuantGroup), cols, DType::kBF16);
+  }
+  const uint8_t* PageAt(int32_t slot, int64_t index) const;
+  void AttendRowAsGpu(int64_t t) const;
   void Attend(const QueryTile& tile, int64_t g, const PartialAttention& part, Arena arena) const;
   void Merge(const QueryTile& tile, int64_t g, const PartialAttention& part) const;
 };
@@ -129,6 +136,13 @@ void CpuOps::AttentionPlan::Visible(const QueryTile& tile, int64_t g, int32_t* v
   }
 }
 
+const uint8_t* CpuOps::AttentionPlan::PageAt(int32_t slot, int64_t index) const {
+  CHECK(index < state->block_table.dim(1), "page {} of {}", index, state->block_table.dim(1));
+  const int64_t block = state->block_table.row<int32_t>(slot)[index];
+  CHECK(block >= 0 && block < cache->blocks.dim(0), "block {} of {}", block, cache->blocks.dim(0));
+  return cache->blocks.row<uint8_t>(block);
+}
+
 void CpuOps::AttentionPlan::Attend(const QueryTile& tile, int64_t g, const PartialAttention& part, Arena arena) const {
   int32_t visible[kTileQueries];
   Visible(tile, g, visible);
@@ -139,15 +153,9 @@ void CpuOps::AttentionPlan::Attend(const QueryTile& tile, int64_t g, const Parti
   group.dtype = cache->dtype;
   group.kv_lora_rank = dims.latent;
   group.rope_dim = dims.rope;
-  group.rounds_to_bf16 = rounds_to_bf16;
   const int32_t num_keys = visible[tile.num_queries - 1];  // NOTE: positions rise within a tile
-  const int32_t* table = state->block_table.row<int32_t>(tile.slot);
   for (int page = 0; page < kGroupPages && page * kBlockTokens < num_keys; ++page) {
-    const int64_t index = g * kGroupPages + page;
-    CHECK(index < state->block_table.dim(1), "page {} of {}", index, state->block_table.dim(1));
-    const int64_t block = table[index];
-    CHECK(block >= 0 && block < cache->blocks.dim(0), "block {} of {}", block, cache->blocks.dim(0));
-    group.pages[page] = cache->blocks.row<uint8_t>(block);
+    group.pages[page] = PageAt(tile.slot, g * kGroupPages + page);
   }
   AttendGroup(group, part, arena);
 }
@@ -160,7 +168,6 @@ void CpuOps::AttentionPlan::Merge(const QueryTile& tile, int64_t g, const Partia
   }
   if (g < tile.num_groups - 1) return;
   FinishAttention(TotalOf(tile), tile.num_queries, dims.latent);
-  if (rounds_to_bf16) RoundToBf16(TotalOf(tile).latents, tile.num_queries * dims.latent_stride());
 }
 
 // Latent queries: q_nope * W_UK, then the rotated q_pe, both times the softmax scale.
@@ -172,14 +179,18 @@ void CpuOps::AbsorbQueries(const AttentionPlan& plan) {
     const int64_t h = task / slices, c = task % slices * kQuantGroup;
     float* out = plan.queries + h * d.query_stride();
     const Tensor nope = plan.q.Columns(h * head_width, d.nope);
-    // NOTE: where queries are rounded, they are scaled after it.
-    const float factor = plan.rounds_to_bf16 ? 1.0f : plan.softmax_scale;
+    const float factor = plan.imitates_gpu ? 1.0f : plan.softmax_scale;  // NOTE: a GPU scales the scores
     const int64_t width = std::min<int64_t>(kQuantGroup, d.latent - c);
-    AbsorbHead(plan.kv_up->w_uk(static_cast<int>(h)), nope, c, width, factor, out, row_stride, WorkerArena(worker));
+    if (plan.imitates_gpu) {
+      Tensor absorbed(out, DType::kF32, {plan.num_rows, d.latent});
+      absorbed.row_stride = row_stride;
+      const RowBlock columns = plan.kv_up->w_uk_transposed(static_cast<int>(h)).Rows(c, width);
+      TensorCoreBlock(columns, Activation{nope, Tensor()}, absorbed, plan.GpuSplits(d.latent, d.nope));
+    } else {
+      AbsorbHead(plan.kv_up->w_uk(static_cast<int>(h)), nope, c, width, factor, out, row_stride, WorkerArena(worker));
+    }
     const auto round = [&](float* values, int64_t n) {
-      if (!plan.rounds_to_bf16) return;
-      RoundToBf16(values, n);
-      for (int64_t i = 0; i < n; ++i) values[i] *= plan.softmax_scale;
+      if (plan.imitates_gpu) RoundToBf16(values, n);
     };
     for (int64_t t = 0; t < plan.num_rows; ++t) round(out + t * row_stride + c, width);
     // NOTE: the last slice may have written past C: the rotated part and the padding come after it.
@@ -197,7 +208,24 @@ void CpuOps::AbsorbQueries(const AttentionPlan& plan) {
   });
 }
 
+void CpuOps::AttentionPlan::AttendRowAsGpu(int64_t t) const {
+  if (slots[t] < 0) return;
+  RowAttention row;
+  row.queries = queries + t * dims.heads * dims.query_stride();
+  row.query_stride = dims.query_stride();
+  row.out = total.latents + t * dims.heads * dims.latent_stride();
+  row.out_stride = dims.latent_stride();
+  row.num_heads = dims.heads;
+  row.kv_lora_rank = dims.latent;
+  row.rope_dim = dims.rope;
+  row.num_keys = positions[t] + 1;
+  row.dtype = cache->dtype;
+  row.softmax_scale = softmax_scale;
+  AttendAsGpu(row, [&](int64_t index) { return PageAt(slots[t], index); });
+}
+
 void CpuOps::AttendTiles(const AttentionPlan& plan) {
+  if (plan.imitates_gpu) return pool_.Run(plan.num_rows, [&](int64_t t, int) { plan.AttendRowAsGpu(t); });
   // With many tiles each goes through its groups alone.
   int64_t longest = 0;
   for (int64_t i = 0; i < plan.num_tiles; ++i) longest = std::max<int64_t>(longest, plan.tiles[i].num_groups);
@@ -245,13 +273,17 @@ void CpuOps::ProjectValues(const AttentionPlan& plan) {
     latents.row_stride = d.heads * d.latent_stride();
     const Tensor values = plan.values.Rows(t, num_rows).Columns(h * d.value, d.value);
     for (const RowBlock& block : plan.kv_up->w_uv(static_cast<int>(h))) {
-      LinearBlock(block, Activation{latents, Tensor()}, values, WorkerArena(worker));
+      if (plan.imitates_gpu) {
+        TensorCoreBlock(block, Activation{latents, Tensor()}, values, plan.GpuSplits(d.value, d.latent));
+      } else {
+        LinearBlock(block, Activation{latents, Tensor()}, values, WorkerArena(worker));
+      }
     }
   });
   if (plan.values.data == plan.out.values.data) return;
   ForRows(plan.num_rows, d.heads * d.value, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
-      if (plan.rounds_to_bf16) RoundToBf16(plan.values.row<float>(t), d.heads * d.value);
+      if (plan.imitates_gpu) RoundToBf16(plan.values.row<float>(t), d.heads * d.value);
       EmitActivationRow(plan.values.row<float>(t), plan.out, t, options_.scale_rule);
     }
   });
@@ -284,7 +316,7 @@ void CpuOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& 
     plan.state = &state;
     plan.rope = &rope;
     plan.softmax_scale = softmax_scale;
-    plan.rounds_to_bf16 = options_.value_dtype == DType::kBF16;
+    plan.imitates_gpu = ImitatesGpu();
     plan.positions = rows.positions.as<int32_t>() + begin;
     plan.slots = rows.slots.as<int32_t>() + begin;
     plan.num_rows = n;

@@ -122,23 +122,6 @@ inline void SoftmaxInPlace(float* scores, int n, float* max, float* sum) {
   *sum = SumOfLanes(total);
 }
 
-// The same with every exp rounded to bf16 while the maximum is that of the pages so far.
-inline void RoundedSoftmaxInPlace(float* scores, int n, float* max, float* sum) {
-  float bases[kGroupPages];
-  *max = -std::numeric_limits<float>::infinity();
-  for (int key = 0; key < n; key += kBlockTokens) {
-    *max = std::max(*max, *std::max_element(scores + key, scores + std::min(n, key + kBlockTokens)));
-    bases[key / kBlockTokens] = *max;
-  }
-  *sum = 0;
-  for (int key = 0; key < n; ++key) {
-    const float base = bases[key / kBlockTokens], shrink = std::exp(base - *max), e = std::exp(scores[key] - base);
-    scores[key] = Bf16ToFloat(FloatToBf16(e)) * shrink;
-    *sum += e * shrink;
-  }
-  std::fill(scores + n, scores + RoundUpToLanes(n), 0.0f);
-}
-
 struct ValueSlice {
   const float* values;  // of the page's first key
   int64_t stride, width;
@@ -183,7 +166,6 @@ void AttendGroup(const GroupAttention& group, const PartialAttention& out, Arena
     for (int key = 0; key < num_keys[page]; ++key) {
       ReadKvEntry(group.dtype, group.pages[page] + key * entry_bytes, kv_lora_rank, group.rope_dim, query_stride,
                   dst + key * query_stride);
-      if (group.rounds_to_bf16) RoundToBf16(dst + key * query_stride, width);
     }
   }
 
@@ -208,8 +190,7 @@ void AttendGroup(const GroupAttention& group, const PartialAttention& out, Arena
   for (int q = 0; q < num_queries; ++q) {
     std::fill_n(out.latents + q * latent_stride, latent_stride, 0.0f);
     if (group.visible[q] == 0) continue;
-    const auto softmax = group.rounds_to_bf16 ? RoundedSoftmaxInPlace : SoftmaxInPlace;
-    softmax(scores + q * kGroupTokens, group.visible[q], out.max + q, out.sum + q);
+    SoftmaxInPlace(scores + q * kGroupTokens, group.visible[q], out.max + q, out.sum + q);
   }
 
   // Values in key order: for four queries as far as all of them see, the rest one by one. A slice of a page's values

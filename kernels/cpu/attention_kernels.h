@@ -36,8 +36,6 @@ struct GroupAttention {
   const uint8_t* pages[kGroupPages] = {};  // null where no query sees any
   KvDType dtype = KvDType::kF32;
   int64_t kv_lora_rank = 0, rope_dim = 0;
-  // As the GPU does: keys are bf16, and so is exp(score - the maximum up to the key's page).
-  bool rounds_to_bf16 = false;
 };
 // Softmax statistics and the sums of values they weigh.
 struct PartialAttention {

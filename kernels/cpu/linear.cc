@@ -2,7 +2,9 @@
 #include <algorithm>
 
 #include "kernels/cpu/cpu_ops.h"
+#include "kernels/cpu/hopper.h"
 #include "kernels/cpu/linear_kernels.h"
+#include "kernels/inner_splits.h"
 
 namespace cachalot {
 namespace {
@@ -24,6 +26,12 @@ void CheckProduct(const Tensor& y, const Activation& x, const Weight& w) {
 }
 
 }  // namespace
+
+int64_t CpuOps::GpuInnerSplits(int64_t num_rows, int64_t weight_tiles, int64_t cols, DType dtype) {
+  const int64_t token_tiles = (num_rows + TokenTile(num_rows) - 1) / TokenTile(num_rows);
+  const int64_t num_blocks = (cols * DTypeBytes(dtype) + kInnerBlockBytes - 1) / kInnerBlockBytes;
+  return NumInnerSplits(weight_tiles * token_tiles, num_blocks, kHopperSms);
+}
 
 // A task is a block of weight rows (or a part of one, when blocks are few) times up to kLinearRows rows of x.
 void CpuOps::RunProducts(int64_t num_products, absl::FunctionRef<Product(int64_t)> product) {
@@ -54,7 +62,14 @@ void CpuOps::RunProducts(int64_t num_products, absl::FunctionRef<Product(int64_t
     const int64_t begin = std::min<int64_t>(block.num_rows, split * rows_per_split);
     const int64_t end = std::min<int64_t>(block.num_rows, begin + rows_per_split);
     if (begin == end) return;
-    LinearBlock(block.Rows(begin, end - begin), p.x.Rows(t, num_rows), p.y.Rows(t, num_rows), WorkerArena(worker));
+    const RowBlock rows = block.Rows(begin, end - begin);
+    const Activation x = p.x.Rows(t, num_rows);
+    if (ImitatesGpu() && TensorCoresTake(rows, x)) {
+      const int64_t tiles = static_cast<int64_t>(p.w->blocks().size());
+      return TensorCoreBlock(rows, x, p.y.Rows(t, num_rows),
+                             p.is_grouped ? 1 : GpuInnerSplits(p.x.rows(), tiles, p.w->cols(), rows.dtype));
+    }
+    LinearBlock(rows, x, p.y.Rows(t, num_rows), WorkerArena(worker));
   };
   if (cost >= kTaskCost) return pool_.Run(num_tasks * splits, run);
   for (int64_t task = 0; task < num_tasks * splits; ++task) run(task, 0);
@@ -67,8 +82,8 @@ std::unique_ptr<Weight> CpuOps::MakeLinear(const std::vector<WeightPart>& row_st
 }
 
 std::unique_ptr<Weight> CpuOps::MakeKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim) {
-  const bool round_to_bf16 = options_.activation == ActivationFormat::kFP8;
-  return std::make_unique<CpuKvUp>(kv_b, num_heads, nope_dim, v_dim, round_to_bf16);
+  const bool round_to_bf16 = ImitatesGpu() || options_.activation == ActivationFormat::kFP8;
+  return std::make_unique<CpuKvUp>(kv_b, num_heads, nope_dim, v_dim, round_to_bf16, ImitatesGpu());
 }
 
 std::unique_ptr<Weight> CpuOps::MakeExperts(const std::vector<std::vector<WeightPart>>& row_stacked_per_slot) {
@@ -79,7 +94,7 @@ std::unique_ptr<Weight> CpuOps::MakeExperts(const std::vector<std::vector<Weight
 
 void CpuOps::Linear(const Tensor& y, const Activation& x, const Weight& w) {
   CheckProduct(y, x, w);
-  RunProducts(1, [&](int64_t) { return Product{&AsLinear(w), x, y}; });
+  RunProducts(1, [&](int64_t) { return Product{&AsLinear(w), x, y, false}; });
 }
 
 void CpuOps::GroupedLinear(const Tensor& y, const Activation& x, const Weight& experts, const Tensor& offsets) {
@@ -91,7 +106,7 @@ void CpuOps::GroupedLinear(const Tensor& y, const Activation& x, const Weight& e
   CHECK(row[slots->num_slots()] <= x.rows(), "{} rows of {}", row[slots->num_slots()], x.rows());
   RunProducts(slots->num_slots(), [&](int64_t g) {
     const int64_t count = row[g + 1] - row[g];
-    return Product{&slots->slot(static_cast<int>(g)), x.Rows(row[g], count), y.Rows(row[g], count)};
+    return Product{&slots->slot(static_cast<int>(g)), x.Rows(row[g], count), y.Rows(row[g], count), true};
   });
 }
 

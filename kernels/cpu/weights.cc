@@ -101,7 +101,7 @@ CpuExperts::CpuExperts(std::vector<std::unique_ptr<CpuLinear>> slots)
   for (const auto& slot : slots_) CHECK(slot->rows() == rows() && slot->cols() == cols(), "experts of two shapes");
 }
 
-CpuKvUp::CpuKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim, bool round_to_bf16)
+CpuKvUp::CpuKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim, bool round_to_bf16, bool transpose)
     : Weight(kv_b.weight.dim(0), kv_b.weight.dim(1)), num_heads_(num_heads), nope_dim_(nope_dim), v_dim_(v_dim) {
   CheckPart(kv_b, cols());
   CHECK(rows() == static_cast<int64_t>(num_heads) * (nope_dim + v_dim), "kv_b of {} rows", rows());
@@ -118,6 +118,16 @@ CpuKvUp::CpuKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim,
     const int64_t row = static_cast<int64_t>(h) * (nope_dim + v_dim);
     AppendRowBlocks(part, row, nope_dim, 0, &w_uk_[h]);
     AppendRowBlocks(part, row + nope_dim, v_dim, 0, &w_uv_[h]);
+  }
+  if (!transpose) return;
+  const int64_t head_size = cols() * nope_dim;
+  transposed_.resize(num_heads * head_size);
+  for (int h = 0; h < num_heads; ++h) {
+    const int64_t row = static_cast<int64_t>(h) * (nope_dim + v_dim);
+    uint16_t* to = transposed_.data() + h * head_size;
+    for (int64_t i = 0; i < head_size; ++i) to[i] = FloatToBf16(StoredValue(kv_b, row + i % nope_dim, i / nope_dim));
+    w_uk_transposed_.push_back({reinterpret_cast<const uint8_t*>(to), nullptr, nope_dim * int64_t{2}, 0,
+                                static_cast<int32_t>(cols()), DType::kBF16});
   }
 }
 

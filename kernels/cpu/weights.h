@@ -64,18 +64,21 @@ class CpuExperts : public Weight {
 // kv_b_proj by head: N rows of W_UK, then V rows of W_UV.
 class CpuKvUp : public Weight {
  public:
-  // `round_to_bf16` keeps a dequantised bf16 copy, as the GPU does: its oracle wants the same numbers.
-  CpuKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim, bool round_to_bf16);
+  // `round_to_bf16` keeps a dequantised bf16 copy, as the GPU does: its oracle wants the same numbers. `transpose`
+  // keeps W_UK's columns as rows too.
+  CpuKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim, bool round_to_bf16, bool transpose);
   int num_heads() const { return num_heads_; }
   int nope_dim() const { return nope_dim_; }
   int v_dim() const { return v_dim_; }
-  const std::vector<RowBlock>& w_uk(int head) const { return w_uk_[head]; }  // first_row: 0..N of the head
-  const std::vector<RowBlock>& w_uv(int head) const { return w_uv_[head]; }  // first_row: 0..V of the head
+  const std::vector<RowBlock>& w_uk(int head) const { return w_uk_[head]; }           // first_row: 0..N of the head
+  const std::vector<RowBlock>& w_uv(int head) const { return w_uv_[head]; }           // first_row: 0..V of the head
+  const RowBlock& w_uk_transposed(int head) const { return w_uk_transposed_[head]; }  // [C,N] bf16
 
  private:
   int num_heads_, nope_dim_, v_dim_;
-  std::vector<uint16_t> bf16_;
+  std::vector<uint16_t> bf16_, transposed_;
   std::vector<std::vector<RowBlock>> w_uk_, w_uv_;
+  std::vector<RowBlock> w_uk_transposed_;
 };
 
 // One element of a stored weight, dequantised. Slow: for vectors and copies made at start.

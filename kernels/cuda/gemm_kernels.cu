@@ -6,14 +6,14 @@
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_kernels.h"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/inner_splits.h"
 
 namespace cachalot {
 namespace {
 
 constexpr int kTileRows = 128;    // of the weight
-constexpr int kBlockBytes = 128;  // of the inner dimension: one step
+constexpr int kBlockBytes = kInnerBlockBytes;
 constexpr int kThreads = 256;
-constexpr int kMaxSplits = 8;  // of the inner dimension: blocks of a cluster
 constexpr int kMaxGroups = 512;
 
 // ---- Which tile is next.
@@ -394,12 +394,8 @@ void LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
   work.num_splits = 1;
   int64_t items = static_cast<int64_t>(g.w.num_groups) * g.w.num_tiles * work.token_tiles;
   if (g.offsets == nullptr) {
-    // Few tiles: split the inner dimension, at least four steps each. NOTE: the same for all kTokens, so that up to 64
-    // rows their number does not change the order of the sum.
-    while (work.num_splits < kMaxSplits && items * work.num_splits * 2 <= g.num_sms + g.num_sms / 16 &&
-           work.num_blocks >= work.num_splits * 8) {
-      work.num_splits *= 2;
-    }
+    // NOTE: the same for all kTokens, so that up to 64 rows their number does not change the order of the sum.
+    work.num_splits = NumInnerSplits(items, work.num_blocks, g.num_sms);
     items *= work.num_splits;
   } else {
     // At most: every group begins one tile more than its share of the rows fills.
@@ -426,10 +422,12 @@ void LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
 template <bool kFp8>
 void LaunchByTokens(cudaStream_t stream, const GemmArguments& g) {
   const int64_t rows = g.offsets == nullptr ? g.num_rows : (g.num_rows + g.w.num_groups - 1) / g.w.num_groups;
-  if (rows <= 8) return LaunchTensorGemm<8, kFp8>(stream, g);
-  if (rows <= 16) return LaunchTensorGemm<16, kFp8>(stream, g);
-  if (rows <= 32) return LaunchTensorGemm<32, kFp8>(stream, g);
-  LaunchTensorGemm<64, kFp8>(stream, g);
+  switch (TokenTile(rows)) {
+    case 8: return LaunchTensorGemm<8, kFp8>(stream, g);
+    case 16: return LaunchTensorGemm<16, kFp8>(stream, g);
+    case 32: return LaunchTensorGemm<32, kFp8>(stream, g);
+    default: LaunchTensorGemm<64, kFp8>(stream, g);
+  }
 }
 
 bool IsAligned(const GemmArguments& g, int element_bytes) {

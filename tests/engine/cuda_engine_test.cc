@@ -120,77 +120,120 @@ void Print(const std::string& what, const Agreement& a) {
       what.c_str(), a.num_positions, a.mean_kl, a.max_kl, a.num_top1_wrong, a.num_clear, kMargin, a.max_margin_wrong);
 }
 
-std::vector<Answer> Score(const EngineOptions& options, const std::vector<std::vector<int32_t>>& texts) {
-  auto engine = MakeEngine(options);
+std::vector<Answer> Score(EngineOptions options, const std::vector<std::vector<int32_t>>& texts) {
   std::vector<Request> requests;
-  for (const auto& text : texts) requests.push_back(ScoreRequest(text, kMaxTopLogprobs));
+  options.max_model_len = 0;
+  for (const auto& text : texts) {
+    requests.push_back(ScoreRequest(text, kMaxTopLogprobs));
+    options.max_model_len = std::max(options.max_model_len, static_cast<int>(text.size()) + 8);
+  }
+  auto engine = MakeEngine(options);
   return RunAll(*engine, requests);
 }
 
-// Quantised models are chaotic: where a value falls on the other side of a rounding it moves by a step of 2^-3, and an
-// expert that wins by a hair loses. Against itself with its activations' scales changed by one part in a million the
-// oracle has a mean KL of 4e-4 (v3_heads) and 5e-3 (the demo), with other best tokens at margins up to 3.9; changed by
-// one part in 8,000, which is what tensor cores' fp8 sums are off by, 8e-4 and 6e-3, and 46 of 50 greedy answers. So
-// the yardstick is what the oracle makes of leaving its products in fp32: the GPU may be as far as twice that.
-void ExpectAgreement(const Agreement& gpu, const Agreement& yardstick, double most_kl) {
-  EXPECT_LE(gpu.mean_kl, most_kl);
-  EXPECT_LE(gpu.mean_kl, 2 * yardstick.mean_kl);
-  EXPECT_LE(gpu.num_top1_wrong, 2 * yardstick.num_top1_wrong + 10);
-  EXPECT_GT(gpu.num_clear, gpu.num_positions / 2);
+// How far the GPU may be from the CPU.
+struct Bound {
+  double mean_kl = 1e-3;
+  double wrong = 0;       // of clear positions, the share that may have another best token
+  double max_margin = 0;  // there
+};
+
+void ExpectAgreement(const std::string& name, const std::string& model_dir, const char* kv_dtype,
+                     const char* activation, const std::vector<std::vector<int32_t>>& texts, const Bound& bound) {
+  const bool is_plain = std::string(activation) == "f32";
+  const auto cpu = Score(Options(model_dir, "cpu", kv_dtype, activation), texts);
+  const Agreement a = Compare(cpu, Score(Options(model_dir, "cuda", kv_dtype, is_plain ? "f32" : "auto"), texts));
+  const std::string what = name + ", cache " + kv_dtype + (is_plain ? ", unquantised" : ", quantised");
+  Print(what, a);
+  EXPECT_GT(a.num_clear, a.num_positions / 2) << what;
+  EXPECT_LE(a.mean_kl, bound.mean_kl) << what;
+  EXPECT_LE(a.num_top1_wrong, bound.wrong * a.num_clear) << what;
+  EXPECT_LE(a.max_margin_wrong, std::max(bound.max_margin, kMargin)) << what;
 }
 
-void CompareOnTexts(const std::string& name, const std::string& model_dir,
-                    const std::vector<std::vector<int32_t>>& texts, double most_kl) {
+std::vector<std::vector<int32_t>> GoldenTexts(const std::string& name, std::string* model_dir) {
+  const Golden golden = LoadGolden(name);
+  *model_dir = golden.model_dir;
+  std::vector<std::vector<int32_t>> texts;
+  for (const GoldenPrompt& p : golden.prompts) texts.push_back(p.tokens);
+  return texts;
+}
+
+// Every variant of the architecture: router rules, YaRN, no q_lora_rank, UE8M0 scales, unquantised checkpoints, and
+// dimensions that fit no tile. FP8 is chaotic wherever it is: what falls on the other side of a rounding moves by 2^-3.
+class CudaGoldenTest : public CudaEngineTest, public ::testing::WithParamInterface<const char*> {};
+
+TEST_P(CudaGoldenTest, UnquantisedAgrees) {
+  std::string model_dir;
+  const auto texts = GoldenTexts(GetParam(), &model_dir);
+  ExpectAgreement(GetParam(), model_dir, "bf16", "f32", texts, Bound());
+  ExpectAgreement(GetParam(), model_dir, "fp8", "f32", texts, {.wrong = 0.01, .max_margin = 0.5});
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, CudaGoldenTest,
+                         ::testing::Values("dense", "kimi", "long", "moonlight", "odd", "v2", "v2_lite", "v31",
+                                           "v3_heads", "v3_like"),
+                         [](const auto& info) { return std::string(info.param); });
+
+class CudaQuantisedGoldenTest : public CudaGoldenTest {};
+
+TEST_P(CudaQuantisedGoldenTest, Agrees) {
+  std::string model_dir;
+  const auto texts = GoldenTexts(GetParam(), &model_dir);
   for (const char* kv_dtype : {"bf16", "fp8"}) {
-    const auto oracle = Score(Options(model_dir, "cpu", kv_dtype, "fp8"), texts);
-    const Agreement yardstick = Compare(oracle, Score(Options(model_dir, "cpu", kv_dtype, "fp8-f32"), texts));
-    const Agreement plain = Compare(oracle, Score(Options(model_dir, "cpu", kv_dtype, "f32"), texts));
-    const Agreement gpu = Compare(oracle, Score(Options(model_dir, "cuda", kv_dtype, "auto"), texts));
-    Print(name + ", cache " + kv_dtype + ", the GPU against the CPU that quantises", gpu);
-    Print("  that CPU with products in fp32", yardstick);
-    Print("  that CPU unquantised", plain);
-    Print("  the GPU unquantised against the CPU unquantised",
-          Compare(Score(Options(model_dir, "cpu", kv_dtype, "f32"), texts), Score(Options(model_dir, "cuda", kv_dtype, "f32"), texts)));
-    ExpectAgreement(gpu, yardstick, most_kl);
+    ExpectAgreement(GetParam(), model_dir, kv_dtype, "fp8", texts, {.wrong = 0.01, .max_margin = 0.5});
   }
 }
 
-TEST_F(CudaEngineTest, GoldenWithRealHeadsAgrees) {
-  const Golden golden = LoadGolden("v3_heads");
-  std::vector<std::vector<int32_t>> texts;
-  for (const GoldenPrompt& p : golden.prompts) texts.push_back(p.tokens);
-  CompareOnTexts("v3_heads", golden.model_dir, texts, 2e-3);
+INSTANTIATE_TEST_SUITE_P(Models, CudaQuantisedGoldenTest,
+                         ::testing::Values("dense", "kimi", "odd", "v31", "v3_heads", "v3_like"),
+                         [](const auto& info) { return std::string(info.param); });
+
+// How many of `got` are `want` token for token.
+int CountSame(const std::vector<Answer>& want, const std::vector<Answer>& got) {
+  int num_same = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    const auto& tokens = want[i].tokens;
+    if (tokens == got[i].tokens) {
+      ++num_same;
+      continue;
+    }
+    const auto at = std::mismatch(tokens.begin(), tokens.end(), got[i].tokens.begin(), got[i].tokens.end()).first;
+    const size_t index = std::min<size_t>(at - tokens.begin(), want[i].logprobs.size() - 1);
+    const auto& top = want[i].logprobs[index].top;
+    std::printf("[ measured ] prompt %zu parts at token %zu of %zu, where the CPU's margin is %.4f\n", i, index,
+                tokens.size(), top[0].second - top[1].second);
+  }
+  return num_same;
 }
 
-// Greedy answers, then the log-probabilities of the CPU's answers.
+// Greedy answers, then the log-probabilities of the CPU's answers. NOTE: among the demo's thousands of positions are
+// some where experts tie within the last bits of exp2, or, unquantised, of bf16.
 TEST_F(CudaEngineTest, DemoAgrees) {
   const auto prompts = DemoPrompts();
   std::vector<Request> requests;
   for (const auto& prompt : prompts) requests.push_back(Greedy(prompt, 96));
-  const auto want = RunAll(*MakeEngine(Options(DemoDir(), "cpu", "bf16", "fp8")), requests);
-  const auto other = RunAll(*MakeEngine(Options(DemoDir(), "cpu", "bf16", "fp8-f32")), requests);
-  const auto got = RunAll(*MakeEngine(Options(DemoDir(), "cuda", "bf16", "auto")), requests);
-  int num_same = 0, num_other_same = 0;
+  const auto answers = [&](const char* device, const char* activation) {
+    return RunAll(*MakeEngine(Options(DemoDir(), device, "bf16", activation)), requests);
+  };
+  const auto oracle = answers("cpu", "fp8");
+  const int num_plain_same = CountSame(answers("cpu", "f32"), answers("cuda", "f32"));
+  const int num_same = CountSame(oracle, answers("cuda", "auto"));
+  std::printf("[ measured ] of %zu greedy answers the same: %d unquantised, %d quantised\n", prompts.size(),
+              num_plain_same, num_same);
+  EXPECT_GE(num_plain_same, 48);
+  EXPECT_GE(num_same, 48);
   std::vector<std::vector<int32_t>> texts = prompts;
   for (size_t i = 0; i < prompts.size(); ++i) {
-    texts[i].insert(texts[i].end(), want[i].tokens.begin(), want[i].tokens.end());
-    num_other_same += want[i].tokens == other[i].tokens;
-    num_same += want[i].tokens == got[i].tokens;
-    if (want[i].tokens == got[i].tokens) continue;
-    const auto at =
-        std::mismatch(want[i].tokens.begin(), want[i].tokens.end(), got[i].tokens.begin(), got[i].tokens.end()).first -
-        want[i].tokens.begin();
-    const auto& top = want[i].logprobs[std::min<size_t>(at, want[i].logprobs.size() - 1)].top;
-    std::printf(
-        "[ measured ] prompt %zu parts at token %td of %zu, where the CPU's margin is %.4f; the CPU with products "
-        "in fp32 %s\n",
-        i, at, want[i].tokens.size(), top[0].second - top[1].second,
-        want[i].tokens == other[i].tokens ? "does not part" : "parts too");
+    texts[i].insert(texts[i].end(), oracle[i].tokens.begin(), oracle[i].tokens.end());
   }
-  std::printf("[ measured ] %d of %zu greedy answers are the same; of the CPU's with products in fp32 %d\n", num_same,
-              prompts.size(), num_other_same);
-  EXPECT_GE(num_same, 45);
-  CompareOnTexts("demo", DemoDir(), texts, 2e-2);
+  for (const char* kv_dtype : {"bf16", "fp8"}) {
+    ExpectAgreement("demo", DemoDir(), kv_dtype, "f32", texts, {.wrong = 0.01, .max_margin = 0.5});
+    ExpectAgreement("demo", DemoDir(), kv_dtype, "fp8", texts, {.wrong = 0.005, .max_margin = 0.6});
+    Print(std::string("demo, cache ") + kv_dtype + ", the CPU quantised against unquantised",
+          Compare(Score(Options(DemoDir(), "cpu", kv_dtype, "fp8"), texts),
+                  Score(Options(DemoDir(), "cpu", kv_dtype, "f32"), texts)));
+  }
 }
 
 // ---- What of the CPU's invariances holds.

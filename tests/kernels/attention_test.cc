@@ -115,6 +115,20 @@ TEST_P(AttentionTest, LongestContext) {
   EXPECT_TRUE(SameRow(one.values, 0, three.values, 2));
 }
 
+// The GPU's oracle: pages one after the other, rounded and summed as there.
+TEST(AttentionOracleTest, PrefillAndDecode) {
+  for (const Dims& dims : {Dims{3, 128, 64, 128, 512}, Dims{3, 10, 6, 7, 36}}) {
+    for (KvDType kv_dtype : {KvDType::kBF16, KvDType::kFP8}) {
+      for (ActivationFormat format : {ActivationFormat::kBF16, ActivationFormat::kFP8}) {
+        World world(dims, kv_dtype, DType::kF8E4M3, 3, 256, format);
+        world.UseGpuOracle();
+        for (auto [slot, length] : {std::pair{0, 1}, {1, 65}, {2, 200}}) world.Write(slot, length);
+        world.Check({{1, 62, 2, true}, {2, 190, 10}, {-1, 0, 2}, {0, 0, 1, true}}, {0, 1, 2, 11, 14}, DType::kBF16);
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Targets, AttentionTest, ::testing::ValuesIn(SupportedSimdTargets()),
                          [](const auto& info) { return info.param; });
 

@@ -31,6 +31,7 @@ class AttentionWorld {
                  int64_t max_context, ActivationFormat format = ActivationFormat::kF32, int num_threads = 2);
 
   void UseThreads(int num_threads);
+  void UseGpuOracle();  // the CPU backend that rounds and sums as the GPU
 
   // Writes random entries at positions [0, count) of a slot.
   void Write(int32_t slot, int64_t count);
@@ -47,12 +48,14 @@ class AttentionWorld {
   void Check(const std::vector<Chunk>& chunks, const std::vector<int64_t>& rows, DType q_dtype = DType::kF32);
 
  private:
+  void MakeBackend();
   uint8_t* Entry(int32_t slot, int64_t position) const;
   void WriteEntry(uint8_t* entry, const float* values) const;
   std::vector<double> ReadEntry(uint8_t* entry) const;
   const std::vector<double>& KvB() const;
   std::vector<double> Absorbed(int64_t head, const std::vector<double>& q, int32_t position) const;
   ::testing::AssertionResult IsClose(const std::vector<double>& got, const std::vector<double>& want) const;
+  bool RoundsAsGpu() const { return TestsOnGpu() || options_.value_dtype == DType::kBF16; }
 
   AttentionDims dims_;
   Random random_;
