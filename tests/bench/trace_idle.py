@@ -34,13 +34,14 @@ def main():
     previous = ""
     for start, stop, name in spans:
         gap = max(0, start - end)
-        if name in BETWEEN or previous in BETWEEN[1:]:
+        kind = name.split("<")[0]
+        if kind in BETWEEN or previous in BETWEEN[1:]:
             between += gap
         else:
             within += gap
         totals[name] += stop - start
         counts[name] += 1
-        end, previous = max(end, stop), name
+        end, previous = max(end, stop), kind
     steps = len(begins) - 1
     print(f"{steps} steps in {whole / 1e6:.1f} ms, {whole / steps / 1e3:.1f} us each")
     print(f"idle between steps {100 * between / whole:.2f} % ({between / steps / 1e3:.2f} us a step), within steps {100 * within / whole:.2f} %")
