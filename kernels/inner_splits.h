@@ -11,7 +11,9 @@ inline constexpr int kMaxInnerSplits = 8;     // blocks of a cluster
 inline constexpr int kHopperSms = 132;        // of an H100, H200 or H800
 
 // Tokens of a tile, for `rows` of them.
-constexpr int TokenTile(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
+constexpr int TokenTile(int64_t rows) {
+  return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : rows <= 64 ? 64 : 128;
+}
 
 // A product of `tiles` tiles of 128 by TokenTile, their inner dimension `num_blocks` steps long: few tiles are split,
 // at least four steps each.

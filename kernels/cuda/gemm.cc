@@ -26,7 +26,7 @@ void CudaOps::Multiply(const Tensor& y, int64_t y_group_stride, const Activation
   arguments.x_group_stride = x_group_stride;
   arguments.y_group_stride = y_group_stride;
   arguments.num_sms = num_sms_;
-  LaunchGemm(stream_.get(), arguments);
+  CHECK(LaunchGemm(stream_.get(), arguments), "no tensor map of {} rows of {} by {}", x.rows(), w.cols, w.rows);
   stream_.Launched("gemm");
 }
 

@@ -1,7 +1,8 @@
 // GEMM kernels. The tensor core kernel takes 128 rows of the weight as M of wgmma and a few tokens as N, so that few
-// tokens waste nothing: y^T = w * x^T. FP8 sums are promoted to fp32 every 128 of the inner dimension, times the scales
+// tokens waste nothing: y^T = w * x^T. Tiles come by TMA. FP8 sums are promoted to fp32 every 128 of the inner dimension, times the scales
 // (DeepSeek-V3 report, 3.3.2).
 #include <cooperative_groups.h>
+#include <cuda.h>
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_kernels.h"
@@ -13,7 +14,6 @@ namespace {
 
 constexpr int kTileRows = 128;    // of the weight
 constexpr int kBlockBytes = kInnerBlockBytes;
-constexpr int kThreads = 256;
 constexpr int kMaxGroups = 512;
 
 // ---- Which tile is next.
@@ -89,93 +89,81 @@ __device__ Item ItemAt(const Work& work, const int32_t* first_item, int32_t inde
   return item;
 }
 
-// ---- The tensor core kernel.
+// ---- The tensor core kernel: a warpgroup brings tiles, two multiply them, 64 rows of the weight each.
+
+constexpr int kConsumers = 256, kProducers = 128;
 
 template <int kTokens, bool kFp8>
 struct Tile {
-  static constexpr int kStages = kTokens <= 16 ? 6 : kTokens == 32 ? 5 : 4;
-  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kBlocksPerSm = kTokens <= 32 ? 2 : 1;
   static constexpr int kWeightBytes = kTileRows * kBlockBytes;
   static constexpr int kTokenBytes = kTokens * kBlockBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
   static constexpr int kScaleBytes = kFp8 ? kTokens * 4 : 0;  // of a stage, behind all stages
   static constexpr int kElementBytes = kFp8 ? 1 : 2;
-  // The product, on its way out, lies where the stages were: [kTokens][128 + padding] f32.
-  static constexpr int kOutStride = kTileRows + 4;
+  static constexpr int kStages = (kBlocksPerSm == 2 ? 110 : 200) * 1024 / (kStageBytes + kScaleBytes);
   static constexpr int kSharedBytes = kStages * (kStageBytes + kScaleBytes);
+  // Parts of a split product meet where the stages were: [kTokens][128 + padding] f32.
+  static constexpr int kOutStride = kTileRows + 4;
   static_assert(kTokens * kOutStride * 4 <= kStages * kStageBytes);
 };
 
-// Where one item's bytes come from.
-template <int kTokens, bool kFp8>
-struct Source {
-  using T = Tile<kTokens, kFp8>;
-  const uint8_t* weight;
-  const uint8_t* x;
-  const float* x_scales;
-  const float* w_scales;
-  int64_t weight_row_bytes, x_row_bytes, x_bytes, scale_stride;
-  int32_t num_rows, num_tokens;
-
-  __device__ Source(const Work& work, const Item& item, const RowTile& tile) {
-    const WeightRef& w = work.g.w;
-    weight_row_bytes = w.row_bytes;
-    weight = static_cast<const uint8_t*>(w.data) + item.group * w.group_bytes + tile.first_row * w.row_bytes;
-    w_scales = w.scales + item.group * w.group_scales + static_cast<int64_t>(tile.scale_row) * w.scale_cols;
-    x_row_bytes = work.g.x.values.row_stride * T::kElementBytes;
-    x = static_cast<const uint8_t*>(work.g.x.values.data) + item.group * work.g.x_group_stride * T::kElementBytes +
-        item.first_row * x_row_bytes;
-    x_bytes = static_cast<int64_t>(w.cols) * T::kElementBytes;
-    scale_stride = work.g.x.scale_stride;
-    x_scales = work.g.x.scales + item.first_row * scale_stride;
-    num_rows = tile.num_rows;
-    num_tokens = item.num_tokens;
-  }
-
-  // Queues the copies of step `block` into a stage: zeros beyond rows, tokens and the inner dimension's end.
-  __device__ void Load(uint32_t base, int slot, int32_t block) const {
-    const uint32_t stage = base + slot * T::kStageBytes;
-    const int64_t offset = static_cast<int64_t>(block) * kBlockBytes;
-#pragma unroll
-    for (int i = 0; i < T::kWeightBytes / 16 / kThreads; ++i) {
-      const int index = i * kThreads + threadIdx.x, row = index / 8, chunk = index % 8;
-      const int64_t at = offset + chunk * 16;
-      const bool is_there = row < num_rows && at < weight_row_bytes;
-      CopyAsync16(stage + Swizzled(row, chunk), is_there ? weight + row * weight_row_bytes + at : weight,
-                  is_there ? 16 : 0);
-    }
-    const uint32_t tokens = stage + T::kWeightBytes;
-#pragma unroll
-    for (int i = 0; i < (T::kTokenBytes / 16 + kThreads - 1) / kThreads; ++i) {
-      const int index = i * kThreads + threadIdx.x, row = index / 8, chunk = index % 8;
-      if (index >= T::kTokenBytes / 16) break;
-      const int64_t at = offset + chunk * 16;
-      const int bytes = row < num_tokens ? static_cast<int>(max(int64_t{0}, min(int64_t{16}, x_bytes - at))) : 0;
-      CopyAsync16(tokens + Swizzled(row, chunk), bytes > 0 ? x + row * x_row_bytes + at : x, bytes);
-    }
-    if constexpr (kFp8) {
-      const int row = threadIdx.x;
-      if (row < kTokens) {
-        const bool is_there = row < num_tokens;
-        CopyAsync4(base + T::kStages * T::kStageBytes + slot * T::kScaleBytes + row * 4,
-                   is_there ? x_scales + row * scale_stride + block : x_scales, is_there ? 4 : 0);
-      }
-    }
+// A ring of stages: whose turn it is, and in which round.
+template <int kStages>
+struct Ring {
+  uint32_t full, empty;  // barriers
+  int stage = 0;
+  uint32_t round = 0;
+  __device__ uint32_t Full() const { return full + 8 * stage; }
+  __device__ uint32_t Empty() const { return empty + 8 * stage; }
+  __device__ void Next() {
+    if (++stage < kStages) return;
+    stage = 0;
+    round ^= 1;
   }
 };
 
-// sum += part times the scales of step `slot` of the tile's rows and of the tokens.
+// The steps of one item into the ring: zeros beyond the weight's rows and both inner dimensions' ends. Rows of x beyond
+// the item's are whatever lies there: they make columns of the product that nobody keeps.
+template <int kTokens, bool kFp8>
+__device__ void Produce(const Work& work, const Item& item, const RowTile& tile, const CUtensorMap* w_map,
+                        const CUtensorMap* x_map, uint32_t shared, int32_t begin, int32_t end,
+                        Ring<Tile<kTokens, kFp8>::kStages>& ring) {
+  using T = Tile<kTokens, kFp8>;
+  const int thread = threadIdx.x - kConsumers;
+  const int32_t first_column = static_cast<int32_t>(item.group * work.g.x_group_stride);
+  const bool has_scale = thread < item.num_tokens;
+  const float* scales = kFp8 ? work.g.x.scales + (item.first_row + (has_scale ? thread : 0)) * work.g.x.scale_stride
+                             : nullptr;
+  for (int32_t block = begin; block < end; ++block, ring.Next()) {
+    BarrierWait(ring.Empty(), ring.round ^ 1);
+    const uint32_t stage = shared + ring.stage * T::kStageBytes;
+    const int32_t column = block * (kBlockBytes / T::kElementBytes);
+    if (thread == 0) {
+      BarrierExpect(ring.Full(), T::kStageBytes);
+      CopyTile(stage, w_map, ring.Full(), column, tile.first_row, item.group);
+      CopyTile(stage + T::kWeightBytes, x_map, ring.Full(), first_column + column, static_cast<int32_t>(item.first_row));
+    }
+    if constexpr (kFp8) {
+      if (thread < kTokens) {
+        const uint32_t to = shared + T::kStages * T::kStageBytes + ring.stage * T::kScaleBytes + thread * 4;
+        CopyAsync4(to, scales + block, has_scale ? 4 : 0);
+      }
+      BarrierArriveWhenCopied(ring.Full());
+    }
+  }
+}
+
+// sum += part times the scales of the tile's rows and of the tokens.
 template <int kTokens>
 __device__ __forceinline__ void Promote(const float* x_scales, float w_scale, const float (&part)[kTokens / 2],
                                         float (&sum)[kTokens / 2]) {
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
     const float2 scale = *reinterpret_cast<const float2*>(x_scales + 8 * j + 2 * (threadIdx.x % 4));
+    const float scales[2] = {w_scale * scale.x, w_scale * scale.y};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sum[4 * j + 2 * i] += part[4 * j + 2 * i] * (w_scale * scale.x);
-      sum[4 * j + 2 * i + 1] += part[4 * j + 2 * i + 1] * (w_scale * scale.y);
-    }
+    for (int i = 0; i < 4; ++i) sum[4 * j + i] = fmaf(part[4 * j + i], scales[i % 2], sum[4 * j + i]);
   }
 }
 
@@ -196,50 +184,63 @@ __device__ __forceinline__ void Multiply(uint32_t stage, float (&d)[kTokens / 2]
   WgmmaCommit();
 }
 
-// The sum over steps begin .. end of this thread's part of the product.
-// NOTE: promoting one step's fp8 sums while tensor cores make the next ones would want two sets of them, which ptxas
-// answers by serialising the products: the SM's other block fills the gap instead.
+// This thread's part of the product over steps begin .. end. While one warpgroup promotes, the other multiplies.
 template <int kTokens, bool kFp8>
-__device__ void MainLoop(const Source<kTokens, kFp8>& source, uint8_t* shared, int32_t begin, int32_t end,
-                         float (&sum)[kTokens / 2]) {
+__device__ void Consume(const float* w_scales, const uint8_t* memory, int32_t begin, int32_t end,
+                        Ring<Tile<kTokens, kFp8>::kStages>& ring, float (&sum)[kTokens / 2]) {
   using T = Tile<kTokens, kFp8>;
-  constexpr int kAhead = T::kStages - 2;
-  const uint32_t base = SharedAddress(shared);
-  const float* scales = reinterpret_cast<const float*>(shared + T::kStages * T::kStageBytes);
+  const uint32_t shared = SharedAddress(memory);
+  const float* scales = reinterpret_cast<const float*>(memory + T::kStages * T::kStageBytes);
+  const bool arrives = threadIdx.x % kWarpSize == 0;
 #pragma unroll
   for (float& value : sum) value = 0;
-#pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
-    if (begin + s < end) source.Load(base, s, begin + s);
-    CopyAsyncCommit();
-  }
-  int stage = 0;
-  // Waits for a step's bytes and queues the load of a later one.
-  const auto arrive = [&](int32_t block) {
-    CopyAsyncWait<kAhead - 1>();
-    FenceProxyAsync();
-    __syncthreads();
-    // NOTE: the stage before the last is free: every warp has waited for its products.
-    if (block + kAhead < end) source.Load(base, (stage + kAhead) % T::kStages, block + kAhead);
-    CopyAsyncCommit();
-  };
-  for (int32_t block = begin; block < end; ++block) {
-    const float w_scale = kFp8 ? __ldg(source.w_scales + block) : 1.0f;
-    arrive(block);
-    if constexpr (kFp8) {
+  if constexpr (kFp8) {
+    float next_scale = __ldg(w_scales + begin);
+    for (int32_t block = begin; block < end; ++block, ring.Next()) {
+      const float w_scale = next_scale;
+      if (block + 1 < end) next_scale = __ldg(w_scales + block + 1);
       float part[kTokens / 2];
-      Multiply<kTokens, true>(base + stage * T::kStageBytes, part);
+      BarrierWait(ring.Full(), ring.round);
+      Multiply<kTokens, true>(shared + ring.stage * T::kStageBytes, part);
       WgmmaWait<0>();
-      Promote<kTokens>(scales + stage * kTokens, w_scale, part, sum);
-    } else {
-      Multiply<kTokens, false>(base + stage * T::kStageBytes, sum);
-      WgmmaWait<1>();
+      WgmmaKeep(part);
+      Promote<kTokens>(scales + ring.stage * kTokens, w_scale, part, sum);
+      __syncwarp();
+      if (arrives) BarrierArrive(ring.Empty());
     }
-    stage = (stage + 1) % T::kStages;
+    return;
+  }
+  uint32_t before = 0;  // the barrier of the step before
+  for (int32_t block = begin; block < end; ++block, ring.Next()) {
+    BarrierWait(ring.Full(), ring.round);
+    Multiply<kTokens, false>(shared + ring.stage * T::kStageBytes, sum);
+    WgmmaWait<1>();
+    if (arrives && block > begin) BarrierArrive(before);
+    before = ring.Empty();
   }
   WgmmaWait<0>();
-  CopyAsyncWait<0>();
-  __syncthreads();
+  WgmmaKeep(sum);
+  if (arrives && end > begin) BarrierArrive(before);
+}
+
+// Straight to y: eight lanes have neighbouring rows of the weight.
+template <int kTokens>
+__device__ void Store(const Work& work, const Item& item, const RowTile& tile, const float (&sum)[kTokens / 2]) {
+  const MatrixRef& y = work.g.y;
+  const int row = threadIdx.x / kWarpSize * 16 + threadIdx.x % kWarpSize / 4, token = 2 * (threadIdx.x % 4);
+  const int64_t first = item.group * work.g.y_group_stride + item.first_row * y.row_stride + tile.first_row + row;
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if (8 * j + token + c >= item.num_tokens) continue;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (row + 8 * i >= tile.num_rows) continue;
+        StoreNumber(y.data, first + (8 * j + token + c) * y.row_stride + 8 * i, y.type, sum[4 * j + 2 * i + c]);
+      }
+    }
+  }
 }
 
 // out[token][row] in shared memory.
@@ -254,13 +255,10 @@ __device__ void StageOut(float* out, int stride, const float (&sum)[kTokens / 2]
       for (int c = 0; c < 2; ++c) out[(8 * j + token + c) * stride + row + 8 * i] = sum[4 * j + 2 * i + c];
     }
   }
-  __syncthreads();
 }
 
-// Four neighbours of the product: where the inner dimension is split, the blocks of the cluster have a part each, which
-// are added in their order.
+// Four neighbours of the product: the blocks of the cluster have a part each, which are added in their order.
 __device__ float4 SumOfSplits(float* out, int num_splits) {
-  if (num_splits == 1) return *reinterpret_cast<const float4*>(out);
   const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
   float4 sum = make_float4(0, 0, 0, 0);
   for (int s = 0; s < num_splits; ++s) {
@@ -274,14 +272,14 @@ __device__ float4 SumOfSplits(float* out, int num_splits) {
 }
 
 // Each block of a cluster writes its share of the tile.
-__device__ void WriteOut(const Work& work, const Item& item, const RowTile& tile, float* out, int stride) {
+__device__ void StoreSplits(const Work& work, const Item& item, const RowTile& tile, float* out, int stride) {
   constexpr int kWidth = 4;
   const MatrixRef& y = work.g.y;
   const int64_t first = item.group * work.g.y_group_stride + item.first_row * y.row_stride + tile.first_row;
   const bool is_aligned = y.type == NumberType::kBF16 && tile.num_rows % kWidth == 0 && y.row_stride % kWidth == 0 &&
                           (reinterpret_cast<uintptr_t>(y.data) + first * 2) % 8 == 0;
-  for (int i = item.split * kThreads + threadIdx.x; i < item.num_tokens * (kTileRows / kWidth);
-       i += work.num_splits * kThreads) {
+  for (int i = item.split * kConsumers + threadIdx.x; i < item.num_tokens * (kTileRows / kWidth);
+       i += work.num_splits * kConsumers) {
     const int token = i / (kTileRows / kWidth), row = i % (kTileRows / kWidth) * kWidth;
     if (row >= tile.num_rows) continue;
     const float4 sum = SumOfSplits(out + token * stride + row, work.num_splits);
@@ -300,30 +298,51 @@ __device__ void WriteOut(const Work& work, const Item& item, const RowTile& tile
 }
 
 template <int kTokens, bool kFp8>
-__global__ void __launch_bounds__(kThreads, Tile<kTokens, kFp8>::kBlocksPerSm) TensorGemm(const Work work) {
+__global__ void __launch_bounds__(kConsumers + kProducers, Tile<kTokens, kFp8>::kBlocksPerSm)
+    TensorGemm(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map, const Work work) {
   using T = Tile<kTokens, kFp8>;
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ int32_t first_item[kMaxGroups + 1];
+  __shared__ uint64_t full[T::kStages], empty[T::kStages];
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < T::kStages; ++i) {
+      BarrierInit(SharedAddress(&full[i]), 1 + (kFp8 ? kProducers : 0));
+      BarrierInit(SharedAddress(&empty[i]), kConsumers / kWarpSize);
+    }
+    BarrierInitDone();
+  }
   const int32_t num_items = ScanGroups<kTokens>(work, first_item);
-  float* out = reinterpret_cast<float*>(shared);
-  // NOTE: the splits of a tile are neighbours in order, so the blocks of a cluster go through the loop together.
+  __syncthreads();
+  Ring<T::kStages> ring{SharedAddress(full), SharedAddress(empty)};
+  const bool is_producer = threadIdx.x >= kConsumers;
+  // NOTE: the splits of a tile are neighbours in order, so the blocks of a cluster have one item each, of the same tile.
   for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
     const Item item = ItemAt<kTokens>(work, first_item, index);
     const RowTile tile = work.g.w.tiles[item.weight_tile];
-    const Source<kTokens, kFp8> source(work, item, tile);
     const int32_t begin = static_cast<int32_t>(static_cast<int64_t>(work.num_blocks) * item.split / work.num_splits);
     const int32_t end =
         static_cast<int32_t>(static_cast<int64_t>(work.num_blocks) * (item.split + 1) / work.num_splits);
-    float sum[kTokens / 2];
-    MainLoop<kTokens, kFp8>(source, shared, begin, end, sum);
-    StageOut<kTokens>(out, T::kOutStride, sum);
-    if (work.num_splits > 1) cooperative_groups::this_cluster().sync();
-    WriteOut(work, item, tile, out, T::kOutStride);
-    if (work.num_splits > 1) {
+    if (is_producer) {
+      Produce<kTokens, kFp8>(work, item, tile, &w_map, &x_map, SharedAddress(shared), begin, end, ring);
+      if (work.num_splits == 1) continue;
       cooperative_groups::this_cluster().sync();
-    } else {
-      __syncthreads();
+      cooperative_groups::this_cluster().sync();
+      continue;
     }
+    const WeightRef& w = work.g.w;
+    const float* w_scales = w.scales + item.group * w.group_scales + static_cast<int64_t>(tile.scale_row) * w.scale_cols;
+    float sum[kTokens / 2];
+    Consume<kTokens, kFp8>(w_scales, shared, begin, end, ring, sum);
+    if (work.num_splits == 1) {
+      Store<kTokens>(work, item, tile, sum);
+      continue;
+    }
+    float* out = reinterpret_cast<float*>(shared);
+    SyncThreads(1, kConsumers);  // nobody reads the stages any more
+    StageOut<kTokens>(out, T::kOutStride, sum);
+    cooperative_groups::this_cluster().sync();
+    StoreSplits(work, item, tile, out, T::kOutStride);
+    cooperative_groups::this_cluster().sync();
   }
 }
 
@@ -384,8 +403,37 @@ __global__ void __launch_bounds__(256) PlainGemm(const GemmArguments g) {
 
 // ---- Launching.
 
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+EncodeTiled GetEncodeTiled() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function)
+                                                                       : nullptr;
+}
+
+// Boxes of `rows` rows of 128 bytes, swizzled, of a tensor [groups, rows, cols] whose rows and groups lie so many bytes
+// apart; without groups of a matrix.
+bool MakeMap(CUtensorMap* map, bool is_fp8, const void* data, int64_t cols, int64_t num_rows, int64_t row_bytes,
+             int64_t num_groups, int64_t group_bytes, int box_rows) {
+  static const EncodeTiled encode = GetEncodeTiled();
+  const cuuint64_t dims[3] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(num_rows),
+                              static_cast<cuuint64_t>(num_groups)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(group_bytes)};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(kBlockBytes / (is_fp8 ? 1 : 2)),
+                             static_cast<cuuint32_t>(box_rows), 1};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  return encode != nullptr &&
+         encode(map, is_fp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, num_groups > 0 ? 3 : 2,
+                const_cast<void*>(data), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 template <int kTokens, bool kFp8>
-void LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
+bool LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
   using T = Tile<kTokens, kFp8>;
   Work work;
   work.g = g;
@@ -401,13 +449,20 @@ void LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
     // At most: every group begins one tile more than its share of the rows fills.
     items = (g.num_rows / kTokens + g.w.num_groups) * g.w.num_tiles;
   }
+  const int64_t x_width = g.w.cols + (g.offsets == nullptr ? (g.w.num_groups - 1) * g.x_group_stride : 0);
+  CUtensorMap w_map, x_map;
+  if (!MakeMap(&w_map, kFp8, g.w.data, g.w.cols, g.w.rows, g.w.row_bytes, g.w.num_groups, g.w.group_bytes, kTileRows) ||
+      !MakeMap(&x_map, kFp8, g.x.values.data, x_width, g.num_rows, g.x.values.row_stride * T::kElementBytes, 0, 0,
+               kTokens)) {
+    return false;
+  }
   static const cudaError_t configured =
       cudaFuncSetAttribute(TensorGemm<kTokens, kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
   (void)configured;  // NOTE: where it failed, the launch fails too
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(
       work.num_splits > 1 ? items : min(items, static_cast<int64_t>(g.num_sms) * T::kBlocksPerSm)));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kConsumers + kProducers);
   config.dynamicSmemBytes = T::kSharedBytes;
   config.stream = stream;
   cudaLaunchAttribute cluster = {};
@@ -416,17 +471,19 @@ void LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = work.num_splits > 1 ? 1 : 0;
-  (void)cudaLaunchKernelEx(&config, TensorGemm<kTokens, kFp8>, work);  // NOTE: the caller looks at the last error
+  (void)cudaLaunchKernelEx(&config, TensorGemm<kTokens, kFp8>, w_map, x_map, work);  // NOTE: the caller looks at errors
+  return true;
 }
 
 template <bool kFp8>
-void LaunchByTokens(cudaStream_t stream, const GemmArguments& g) {
+bool LaunchByTokens(cudaStream_t stream, const GemmArguments& g) {
   const int64_t rows = g.offsets == nullptr ? g.num_rows : (g.num_rows + g.w.num_groups - 1) / g.w.num_groups;
   switch (TokenTile(rows)) {
     case 8: return LaunchTensorGemm<8, kFp8>(stream, g);
     case 16: return LaunchTensorGemm<16, kFp8>(stream, g);
     case 32: return LaunchTensorGemm<32, kFp8>(stream, g);
-    default: LaunchTensorGemm<64, kFp8>(stream, g);
+    case 64: return LaunchTensorGemm<64, kFp8>(stream, g);
+    default: return LaunchTensorGemm<128, kFp8>(stream, g);
   }
 }
 
@@ -437,7 +494,7 @@ bool IsAligned(const GemmArguments& g, int element_bytes) {
 
 }  // namespace
 
-void LaunchGemm(cudaStream_t stream, const GemmArguments& g) {
+bool LaunchGemm(cudaStream_t stream, const GemmArguments& g) {
   const NumberType x = g.x.values.type, w = g.w.type;
   if (x == NumberType::kE4M3 && w == x && IsAligned(g, 1) && g.x_group_stride == 0) {
     return LaunchByTokens<true>(stream, g);
@@ -446,6 +503,7 @@ void LaunchGemm(cudaStream_t stream, const GemmArguments& g) {
   const dim3 grid(g.w.num_tiles * (kTileRows / kPlain), static_cast<unsigned>((g.num_rows + kPlain - 1) / kPlain),
                   g.w.num_groups);
   PlainGemm<<<grid, 256, 0, stream>>>(g);
+  return true;
 }
 
 }  // namespace cachalot

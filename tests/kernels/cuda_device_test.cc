@@ -77,7 +77,8 @@ TEST_F(CudaDeviceTest, CopiesEverySize) {
       device().Upload(bytes_at(kGuard + offset, count), source + offset);
       device().Download(result + offset, bytes_at(kGuard, offset + count + 1));
       ASSERT_TRUE(device().Wait(device().Record(), absl::Seconds(10)).ok());
-      ASSERT_TRUE(std::equal(source + offset, source + offset + count, result + 2 * offset)) << count << " at " << offset;
+      ASSERT_TRUE(std::equal(source + offset, source + offset + count, result + 2 * offset))
+          << count << " at " << offset;
       ASSERT_EQ(result[2 * offset + count], 0) << count << " at " << offset;
     }
   }
