@@ -115,25 +115,22 @@ void ReadBf16(const float* values, int64_t stride, int64_t n, Row* row) {
   ReadRow(kBf16, reinterpret_cast<const uint8_t*>(values) + 2, stride * int64_t{sizeof(float)}, n, row);
 }
 
-// What a head knows of its row: sums[i], of eight threads, each of two keys in eight of half a page.
+// What a head knows of its row: sums[i], of eight threads, each of two keys in eight of even or odd pages.
 struct HeadState {
   Row query;
   float max = -std::numeric_limits<float>::infinity(), sums[8] = {};
 };
 
 // exp2(score - max) of a page's keys, in `p`; by how much earlier results shrink.
-float PageProbabilities(HeadState* head, const float* scores, int64_t num_keys, float* p) {
+float PageProbabilities(HeadState* head, int64_t page, const float* scores, int64_t num_keys, float* p) {
   const float before = head->max;
   head->max = std::max(before, *std::max_element(scores, scores + num_keys));
   const float shrink = std::exp2(before - head->max);
   for (int64_t k = 0; k < kBlockTokens; ++k) p[k] = k < num_keys ? std::exp2(scores[k] - head->max) : 0.0f;
   for (int i = 0; i < 8; ++i) {
     float sum = 0;
-    for (int j = 0; j < 4; ++j) {
-      const float* pair = p + i / 4 * 32 + 8 * j + 2 * (i % 4);
-      sum += pair[0] + pair[1];
-    }
-    head->sums[i] = std::fma(head->sums[i], shrink, sum);
+    for (int j = 0; j < 8; ++j) sum += p[8 * j + 2 * (i % 4)] + p[8 * j + 2 * (i % 4) + 1];
+    head->sums[i] = i / 4 == page % 2 ? std::fma(head->sums[i], shrink, sum) : head->sums[i] * shrink;
   }
   return shrink;
 }
@@ -216,7 +213,7 @@ void AttendAsGpu(const RowAttention& row, absl::FunctionRef<const uint8_t*(int64
       for (int64_t k = 0; k < num_keys; ++k) {
         scores[k] = AddDot(kBf16, heads[h].query, 0, entry_dim, keys[k], 0, 0.0f) * scale;
       }
-      const float shrink = PageProbabilities(&heads[h], scores, num_keys, p);
+      const float shrink = PageProbabilities(&heads[h], first / kBlockTokens, scores, num_keys, p);
       RoundToBf16(p, kBlockTokens);
       ReadBf16(p, 1, kBlockTokens, &probabilities);
       float* out = row.out + h * row.out_stride;

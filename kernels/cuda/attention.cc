@@ -54,6 +54,7 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   attention.q = workspace_.q_absorbed;
   attention.out = workspace_.latent_out;
   attention.cache = cache.blocks.as<uint8_t>();
+  attention.num_blocks = cache.blocks.dim(0);
   attention.token_bytes = cache.blocks.dim(2);
   attention.is_fp8 = cache.dtype == KvDType::kFP8;
   attention.block_table = state.block_table.as<int32_t>();
@@ -71,7 +72,7 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   attention.softmax_scale = softmax_scale;
   attention.plan = workspace_.attention_plan;
   attention.partials = workspace_.attention_partials;
-  LaunchAttention(stream_.get(), attention);
+  CHECK(LaunchAttention(stream_.get(), attention), "no tensor map of {} blocks", attention.num_blocks);
   stream_.Launched("attention");
 
   const Activation latents{Tensor(workspace_.latent_out, DType::kBF16, {num_tokens, num_heads * latent_dim}), Tensor()};

@@ -1,21 +1,24 @@
-// MLA kernels. One block of two warpgroups a work item: 64 rows of queries stay in shared memory, cache blocks of 64
-// keys stream through two buffers. Each warpgroup makes the scores of 32 keys, and from all 64 its half of the 512
-// columns of the result: a key's latent is also its value, so a block is loaded once.
+// MLA kernels. A block of three warpgroups a work item: 64 rows of queries stay in shared memory, cache blocks of 64
+// keys go through two buffers, the even ones through the first. One warpgroup brings them. The second makes the scores
+// and probabilities of even blocks, the third of odd ones, each while the other multiplies; and each multiplies all
+// probabilities with its half of the 512 columns: a key's latent is also its value, so a block is loaded once.
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace cachalot {
 namespace {
 
 constexpr int kEntryDim = kLatentDim + kRopeDim;  // values of a cache entry, and of an absorbed query
 constexpr int kRows = 64;                         // of a tile
-constexpr int kThreads = 256;
+constexpr int kGroupThreads = 128;  // of a warpgroup
+constexpr int kConsumers = 2 * kGroupThreads;
+constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kSubTileBytes = kRows * 128;  // 64 rows of 64 bf16
 constexpr int kSubTiles = kEntryDim / 64;
 constexpr int kTileBytes = kSubTiles * kSubTileBytes;
-constexpr int kSharedBytes = 3 * kTileBytes + kSubTileBytes + 1024;
 constexpr int kMinSplitBlocks = 4;  // a split of fewer is not worth its partial result
 constexpr int kPlanThreads = 1024;
 constexpr int kMaxSplitsPerSm = 2;
@@ -184,79 +187,154 @@ __global__ void __launch_bounds__(kPlanThreads) PlanAttention(const AttentionArg
 
 // ---- Loading.
 
-// 64 rows of 576 bf16 from `src`, `num_rows` of them there, the others zeros.
-__device__ void LoadRows(uint32_t dst, const uint8_t* src, int64_t row_bytes, int num_rows) {
+struct Shared {
+  uint8_t q[kTileBytes];
+  uint8_t kv[2][kTileBytes];  // once its scores are made, probabilities take the place of a block's rotated parts
+  float max[2][kRows];        // that even and odd blocks leave
+  float sum[2][kRows];        // of each warpgroup, in the end
+  uint64_t full[2], empty[2];
+  int32_t item;
+};
+// NOTE: kGroupBarrier is that of the odd blocks' warpgroup, the next one that of the other.
+constexpr int kSharedBytes = sizeof(Shared);
+static_assert(kSharedBytes <= 227 * 1024);
+
+enum NamedBarrier { kItemBarrier = 1, kProducerBarrier, kConsumerBarrier, kEvenReady, kOddReady, kGroupBarrier };
+
+// 64 rows of 576 bf16 from `src`, `num_rows` of them there, the others zeros; by `kCount` threads, `thread` this one.
+template <int kCount>
+__device__ void LoadRows(uint32_t dst, const uint8_t* src, int64_t row_bytes, int num_rows, int thread) {
   constexpr int kChunks = kEntryDim * 2 / 16;
-#pragma unroll
-  for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
-    const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+#pragma unroll 6
+  for (int i = 0; i < kRows * kChunks / kCount; ++i) {
+    const int index = i * kCount + thread, row = index / kChunks, chunk = index % kChunks;
     const bool is_there = row < num_rows;
     CopyAsync16(dst + chunk / 8 * kSubTileBytes + Swizzled(row, chunk % 8),
                 is_there ? src + row * row_bytes + chunk * 16 : src, is_there ? 16 : 0);
   }
 }
 
-// A block of the fp8 cache on its way: latents wait in registers until they become bf16.
-struct Fp8Block {
-  static constexpr int kChunks = kLatentDim / 16;  // of 16 e4m3 a row
-  static constexpr int kPerThread = kRows * kChunks / kThreads;
-  uint4 values[kPerThread];
+constexpr int kFp8KeyBytes = kLatentDim + kLatentDim / 128 * 4 + kRopeDim * 2;  // ops_types.h: KvTokenBytes
+
+// Half a block of the fp8 cache on its way, by one warpgroup: 32 keys wait in registers until they become bf16.
+struct Fp8Keys {
+  static constexpr int kKeys = kPageTokens / 2;
+  static constexpr int kChunks = kLatentDim / 16;  // of 16 e4m3 a key
+  static constexpr int kPerThread = kKeys * kChunks / kGroupThreads;
+  static constexpr int kRopeChunks = kRopeDim * 2 / 16;
+  static constexpr int kRopePerThread = kKeys * kRopeChunks / kGroupThreads;
+  uint4 values[kPerThread], rope[kRopePerThread];
   float scales[kPerThread];
 
-  __device__ void Load(uint32_t dst, const uint8_t* src, int64_t row_bytes, int num_rows) {
+  // Keys [first, first + 32) of a page, of which `num_keys` are there: the others become zeros. NOTE: all addresses are a
+  // few plus constants, which saves registers.
+  __device__ __forceinline__ void Load(const uint8_t* page, int first, int num_keys, int thread) {
+    const int key = first + thread / kChunks, chunk = thread % kChunks;
+    const uint8_t* from = page + key * kFp8KeyBytes + chunk * 16;
+    const uint8_t* scale = page + key * kFp8KeyBytes + kLatentDim + chunk / 8 * 4;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+      constexpr int kStep = kGroupThreads / kChunks;  // keys
       values[i] = make_uint4(0, 0, 0, 0);
       scales[i] = 0;
-      if (row >= num_rows) continue;
-      values[i] = __ldg(reinterpret_cast<const uint4*>(src + row * row_bytes + chunk * 16));
-      scales[i] = __ldg(reinterpret_cast<const float*>(src + row * row_bytes + kLatentDim) + chunk / 8);
+      if (key + i * kStep >= num_keys) continue;
+      values[i] = __ldg(reinterpret_cast<const uint4*>(from + i * kStep * kFp8KeyBytes));
+      scales[i] = __ldg(reinterpret_cast<const float*>(scale + i * kStep * kFp8KeyBytes));
     }
-    constexpr int kRopeChunks = kRopeDim * 2 / 16;
+    const int rope_key = first + thread / kRopeChunks;
+    from = page + rope_key * kFp8KeyBytes + kLatentDim + kLatentDim / 128 * 4 + thread % kRopeChunks * 16;
 #pragma unroll
-    for (int i = 0; i < kRows * kRopeChunks / kThreads; ++i) {
-      const int index = i * kThreads + threadIdx.x, row = index / kRopeChunks, chunk = index % kRopeChunks;
-      const bool is_there = row < num_rows;
-      const uint8_t* rope = src + row * row_bytes + kLatentDim + kLatentDim / 128 * 4 + chunk * 16;
-      CopyAsync16(dst + kLatentDim / 64 * kSubTileBytes + Swizzled(row, chunk), is_there ? rope : src,
-                  is_there ? 16 : 0);
+    for (int i = 0; i < kRopePerThread; ++i) {
+      constexpr int kStep = kGroupThreads / kRopeChunks;
+      rope[i] = make_uint4(0, 0, 0, 0);
+      if (rope_key + i * kStep >= num_keys) continue;
+      rope[i] = __ldg(reinterpret_cast<const uint4*>(from + i * kStep * kFp8KeyBytes));
     }
   }
 
-  __device__ void Store(uint8_t* dst) const {
+  __device__ __forceinline__ void Store(uint8_t* dst, int first, int thread) const {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
-      uint32_t packed[8];
+      const int index = i * kGroupThreads + thread, key = first + index / kChunks, chunk = index % kChunks;
       const uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
-#pragma unroll
-      for (int w = 0; w < 8; ++w) {
-        const uint16_t pair = static_cast<uint16_t>(words[w / 2] >> (w % 2 * 16));
-        const float2 two = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
-        const __nv_bfloat162 both = __floats2bfloat162_rn(two.x * scales[i], two.y * scales[i]);
-        packed[w] = *reinterpret_cast<const uint32_t*>(&both);
-      }
       uint8_t* tile = dst + chunk / 4 * kSubTileBytes;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<uint4*>(tile + Swizzled(row, chunk % 4 * 2 + half)) =
-            make_uint4(packed[4 * half], packed[4 * half + 1], packed[4 * half + 2], packed[4 * half + 3]);
+        uint32_t packed[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const uint16_t pair = static_cast<uint16_t>(words[2 * half + w / 2] >> (w % 2 * 16));
+          const float2 two = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+          const __nv_bfloat162 both = __floats2bfloat162_rn(two.x * scales[i], two.y * scales[i]);
+          packed[w] = *reinterpret_cast<const uint32_t*>(&both);
+        }
+        *reinterpret_cast<uint4*>(tile + Swizzled(key, chunk % 4 * 2 + half)) =
+            make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kRopePerThread; ++i) {
+      const int index = i * kGroupThreads + thread, key = first + index / kRopeChunks, chunk = index % kRopeChunks;
+      *reinterpret_cast<uint4*>(dst + kLatentDim / 64 * kSubTileBytes + Swizzled(key, chunk)) = rope[i];
     }
   }
 };
 
-// ---- One work item.
-
-struct Shared {
-  uint8_t q[kTileBytes];
-  uint8_t kv[2][kTileBytes];
-  uint8_t p[kSubTileBytes];
-  float reduced[2][kRows];  // of each warpgroup: maxima, in the end sums
-  int32_t item;
+// Whose turn a buffer is: both sides count its uses.
+struct Buffers {
+  uint32_t full, empty;  // barriers
+  uint32_t rounds = 0;  // a bit each
+  __device__ void WaitFull(int b) const { BarrierWait(full + 8 * b, rounds >> b & 1); }
+  __device__ void WaitEmpty(int b) const { BarrierWait(empty + 8 * b, ~rounds >> b & 1); }
+  __device__ void Next(int b) { rounds ^= 1u << b; }
 };
-static_assert(sizeof(Shared) <= kSharedBytes && kSharedBytes <= 227 * 1024);
+
+// The producers' share of an item: blocks by TMA, or, where keys are missing or the cache is fp8, by hand.
+template <bool kFp8>
+__device__ void Produce(const AttentionArguments& a, const CUtensorMap* map, const QueryTile& tile,
+                        const WorkItem& item, Shared& sh, Buffers& buffers) {
+  const int thread = threadIdx.x - kConsumers;
+  const int32_t* pages = a.block_table + tile.slot * a.table_stride;
+  const int64_t page_bytes = a.token_bytes * kPageTokens;
+  const auto num_keys = [&](int32_t index) { return min(kPageTokens, tile.kv_len - index * kPageTokens); };
+  const auto page_at = [&](int32_t index) { return a.cache + pages[index] * page_bytes; };
+  const auto give = [&](int b) {  // what threads have written
+    FenceProxyAsync();
+    SyncThreads(kProducerBarrier, kGroupThreads);
+    if (thread == 0) BarrierArrive(buffers.full + 8 * b);
+  };
+  [[maybe_unused]] Fp8Keys keys;
+  [[maybe_unused]] const auto load = [&](int32_t index, int first) {
+    keys.Load(page_at(index), first, num_keys(index), thread);
+  };
+  if constexpr (kFp8) load(item.block_begin, 0);
+  for (int32_t index = item.block_begin; index < item.block_end; ++index) {
+    const int b = (index - item.block_begin) & 1;
+    buffers.WaitEmpty(b);
+    buffers.Next(b);
+    const uint32_t dst = SharedAddress(sh.kv[b]);
+    if constexpr (kFp8) {
+      keys.Store(sh.kv[b], 0, thread);
+      load(index, Fp8Keys::kKeys);
+      keys.Store(sh.kv[b], Fp8Keys::kKeys, thread);
+      if (index + 1 < item.block_end) load(index + 1, 0);
+      give(b);
+    } else if (num_keys(index) < kPageTokens) {
+      LoadRows<kGroupThreads>(dst, page_at(index), a.token_bytes, num_keys(index), thread);
+      CopyAsyncCommit();
+      CopyAsyncWait<0>();
+      give(b);
+    } else if (thread == 0) {
+      BarrierExpect(buffers.full + 8 * b, kTileBytes);
+#pragma unroll
+      for (int t = 0; t < kSubTiles; ++t) {
+        CopyTile(dst + t * kSubTileBytes, map, buffers.full + 8 * b, 64 * t, 0, pages[index]);
+      }
+    }
+  }
+}
+
+// ---- One work item.
 
 // What a thread knows of its two rows.
 struct RowState {
@@ -264,103 +342,120 @@ struct RowState {
   float max[2], sum[2];
 };
 
-// Scores of this warpgroup's 32 keys, in the log2 domain, masked; max[i]: of this thread's row i, over its quad.
-__device__ void Scores(const Shared& sh, int buffer, int32_t first_key, float scale, const RowState& rows,
-                       float (&s)[16], float (&max)[2]) {
-  const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % kWarpSize;
-  const uint32_t q = SharedAddress(sh.q), k = SharedAddress(sh.kv[buffer]) + warpgroup * 32 * 128;
+// Scores of a buffer's 64 keys, queued.
+__device__ __forceinline__ void QueryKeys(const Shared& sh, int b, float (&s)[32]) {
+  const uint32_t q = SharedAddress(sh.q), k = SharedAddress(sh.kv[b]);
   WgmmaFence();
 #pragma unroll
   for (int tile = 0; tile < kSubTiles; ++tile) {
-    const uint64_t a = KMajorDescriptor(q + tile * kSubTileBytes), b = KMajorDescriptor(k + tile * kSubTileBytes);
+    const uint64_t from = KMajorDescriptor(q + tile * kSubTileBytes), to = KMajorDescriptor(k + tile * kSubTileBytes);
 #pragma unroll
-    for (int step = 0; step < 4; ++step) WgmmaBf16<32>(s, a + 2 * step, b + 2 * step, tile + step > 0);
+    for (int step = 0; step < 4; ++step) WgmmaBf16<64>(s, from + 2 * step, to + 2 * step, tile + step > 0);
   }
   WgmmaCommit();
-  WgmmaWait<0>();
-  max[0] = max[1] = -INFINITY;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int32_t key = first_key + 32 * warpgroup + 8 * j + 2 * (lane % 4) + c;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& score = s[4 * j + 2 * i + c];
-        score = key <= rows.last_key[i] ? score * scale : -INFINITY;
-        max[i] = fmaxf(max[i], score);
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    max[i] = fmaxf(max[i], __shfl_xor_sync(0xffffffffu, max[i], 1));
-    max[i] = fmaxf(max[i], __shfl_xor_sync(0xffffffffu, max[i], 2));
-  }
 }
 
-// exp2(score - max) into shared memory as bf16; adds to the rows' sums; by how much earlier results shrink.
-__device__ void Probabilities(Shared& sh, int row, const float (&s)[16], RowState& rows, float (&shrink)[2]) {
-  const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = row + 8 * i;
-    const float max = fmaxf(rows.max[i], fmaxf(sh.reduced[0][r], sh.reduced[1][r]));
-    const float base = max == -INFINITY ? 0.0f : max;  // nothing seen yet
-    shrink[i] = exp2f(rows.max[i] - base);
-    rows.max[i] = max;
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float p0 = exp2f(s[4 * j + 2 * i] - base), p1 = exp2f(s[4 * j + 2 * i + 1] - base);
-      sum += p0 + p1;
-      *reinterpret_cast<__nv_bfloat162*>(sh.p + Swizzled(r, 4 * warpgroup + j) + lane % 4 * 4) =
-          __floats2bfloat162_rn(p0, p1);
-    }
-    rows.sum[i] = rows.sum[i] * shrink[i] + sum;
-  }
-}
-
-// o = o * shrink + p * latents, this warpgroup's 256 columns.
-__device__ void AddValues(const Shared& sh, int buffer, const float (&shrink)[2], float (&o)[128]) {
-#pragma unroll
-  for (int j = 0; j < 32; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      o[4 * j + 2 * i] *= shrink[i];
-      o[4 * j + 2 * i + 1] *= shrink[i];
-    }
-  }
-  const uint64_t p = KMajorDescriptor(SharedAddress(sh.p));
-  const uint64_t v =
-      MnMajorDescriptor(SharedAddress(sh.kv[buffer]) + threadIdx.x / 128 * 4 * kSubTileBytes, kSubTileBytes);
+// o += the probabilities of a block * this warpgroup's 256 columns of its latents, queued.
+__device__ __forceinline__ void AddValues(const Shared& sh, int b, int half, float (&o)[128]) {
+  const uint32_t kv = SharedAddress(sh.kv[b]);
+  const uint64_t p = KMajorDescriptor(kv + kLatentDim / 64 * kSubTileBytes);
+  const uint64_t v = MnMajorDescriptor(kv + half * 4 * kSubTileBytes, kSubTileBytes);
   WgmmaFence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) WgmmaBf16Transposed<256>(o, p + 2 * step, v + 128 * step, true);
   WgmmaCommit();
-  WgmmaWait<0>();
+}
+
+__device__ __forceinline__ void Scale(const float (&factor)[2], float (&o)[128]) {
+#pragma unroll
+  for (int j = 0; j < 32; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      o[4 * j + 2 * i] *= factor[i];
+      o[4 * j + 2 * i + 1] *= factor[i];
+    }
+  }
+}
+
+// Scores to the log2 domain, masked; the rows' maxima grow by theirs.
+__device__ __forceinline__ void MaskAndMax(int32_t first_key, float scale, float (&s)[32], RowState& rows) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float max = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& score = s[4 * j + 2 * i + c];
+        score = first_key + 8 * j + 2 * (lane % 4) + c <= rows.last_key[i] ? score * scale : -INFINITY;
+        max = fmaxf(max, score);
+      }
+    }
+    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
+    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
+    rows.max[i] = fmaxf(rows.max[i], max);
+  }
+}
+
+// By how much earlier results shrink when the maximum goes from `before` to `max`.
+__device__ __forceinline__ float Shrink(float before, float max) {
+  return exp2f(before - (max == -INFINITY ? 0.0f : max));  // nothing seen yet
+}
+
+// exp2(score - max) in the place of the block's rotated parts, as bf16; the rows' sums, shrunk, grow by them.
+__device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const float (&s)[32],
+                                              const float (&shrink)[2], RowState& rows) {
+  const int lane = threadIdx.x % kWarpSize;
+  uint8_t* p = sh.kv[b] + kLatentDim / 64 * kSubTileBytes;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = row + 8 * i;
+    const float base = rows.max[i] == -INFINITY ? 0.0f : rows.max[i];
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float p0 = exp2f(s[4 * j + 2 * i] - base), p1 = exp2f(s[4 * j + 2 * i + 1] - base);
+      sum += p0 + p1;
+      *reinterpret_cast<__nv_bfloat162*>(p + Swizzled(r, j) + lane % 4 * 4) = __floats2bfloat162_rn(p0, p1);
+    }
+    rows.sum[i] = fmaf(rows.sum[i], shrink[i], sum);
+    if (lane % 4 == 0) sh.max[b][r] = rows.max[i];
+  }
+  FenceProxyAsync();
+}
+
+// The rows' maximum after the other warpgroup's block: their sums shrink with it.
+__device__ __forceinline__ void TakeMax(const Shared& sh, int b, int row, RowState& rows, float (&shrink)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float max = sh.max[b][row + 8 * i];
+    shrink[i] = Shrink(rows.max[i], max);
+    rows.max[i] = max;
+    rows.sum[i] *= shrink[i];
+  }
 }
 
 // Where a split keeps its unscaled result [64,512], then its rows' maxima and sums.
 constexpr int64_t kPartialFloats = kRows * kLatentDim + 2 * kRows;
 
-__device__ void WriteResult(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item, Shared& sh,
+__device__ __forceinline__ void WriteResult(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item, Shared& sh,
                             int row, RowState& rows, const float (&o)[128]) {
-  const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % kWarpSize;
+  const int half = threadIdx.x / kGroupThreads, lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     rows.sum[i] += __shfl_xor_sync(0xffffffffu, rows.sum[i], 1);
     rows.sum[i] += __shfl_xor_sync(0xffffffffu, rows.sum[i], 2);
-    if (lane % 4 == 0) sh.reduced[warpgroup][row + 8 * i] = rows.sum[i];
+    if (lane % 4 == 0) sh.sum[half][row + 8 * i] = rows.sum[i];
   }
-  __syncthreads();
+  SyncThreads(kConsumerBarrier, kConsumers);
   const int64_t first_row = static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int r = row + 8 * i;
     if (rows.last_key[i] < 0) continue;
-    const float sum = sh.reduced[0][r] + sh.reduced[1][r];
-    const int column = 256 * warpgroup + 2 * (lane % 4);
+    const float sum = sh.sum[0][r] + sh.sum[1][r];
+    const int column = 256 * half + 2 * (lane % 4);
     if (item.partial < 0) {
       bf16* out = static_cast<bf16*>(a.out) + (first_row + r) * kLatentDim + column;
       const float factor = 1.0f / sum;
@@ -377,36 +472,106 @@ __device__ void WriteResult(const AttentionArguments& a, const QueryTile& tile, 
     for (int j = 0; j < 32; ++j) {
       *reinterpret_cast<float2*>(out + 8 * j) = make_float2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
     }
-    if (warpgroup == 0 && lane % 4 == 0) {
+    if (half == 0 && lane % 4 == 0) {
       partial[kRows * kLatentDim + r] = rows.max[i];
       partial[kRows * kLatentDim + kRows + r] = sum;
     }
   }
 }
 
-template <bool kFp8>
-__device__ void Attend(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item, Shared& sh) {
-  const int lane = threadIdx.x % kWarpSize, row = threadIdx.x % 128 / kWarpSize * 16 + lane / 4;
-  const int32_t* pages = a.block_table + tile.slot * a.table_stride;
-  const int64_t page_bytes = a.token_bytes * kPageTokens;
-  const float scale = a.softmax_scale * kLog2E;
-  Fp8Block block;
-  const auto load = [&](int32_t index, int buffer) {
-    const uint8_t* page = a.cache + pages[index] * page_bytes;
-    const int num_keys = min(kPageTokens, tile.kv_len - index * kPageTokens);
-    if constexpr (kFp8) {
-      block.Load(SharedAddress(sh.kv[buffer]), page, a.token_bytes, num_keys);
-    } else {
-      LoadRows(SharedAddress(sh.kv[buffer]), page, a.token_bytes, num_keys);
-    }
-  };
+// A pair of blocks by the warpgroup of the even one.
+__device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t first_key, bool has_odd, float scale,
+                                           int row, RowState& rows, float (&o)[128]) {
+  const bool arrives = threadIdx.x % kWarpSize == 0;
+  float s[32], shrink[2];
+  buffers.WaitFull(0);
+  QueryKeys(sh, 0, s);
+  WgmmaWait<0>();
+  WgmmaKeep(s);
+  SyncThreads(kGroupBarrier + 1, kGroupThreads);  // nobody reads the rotated parts any more
+  const float before[2] = {rows.max[0], rows.max[1]};
+  MaskAndMax(first_key, scale, s, rows);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) shrink[i] = Shrink(before[i], rows.max[i]);
+  Probabilities(sh, 0, row, s, shrink, rows);
+  ArriveThreads(kEvenReady, kConsumers);
+  SyncThreads(kGroupBarrier + 1, kGroupThreads);
+  Scale(shrink, o);
+  AddValues(sh, 0, 0, o);
+  WgmmaWait<0>();
+  WgmmaKeep(o);
+  if (arrives) BarrierArrive(buffers.empty);
+  buffers.Next(0);
+  if (!has_odd) return;
+  buffers.WaitFull(1);
+  SyncThreads(kOddReady, kConsumers);
+  TakeMax(sh, 1, row, rows, shrink);
+  Scale(shrink, o);
+  AddValues(sh, 1, 0, o);
+  WgmmaWait<0>();
+  WgmmaKeep(o);
+  if (arrives) BarrierArrive(buffers.empty + 8);
+  buffers.Next(1);
+}
 
+// The same pair by the warpgroup of the odd one.
+__device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t first_key, float scale, int row,
+                                          RowState& rows, float (&o)[128]) {
+  const bool arrives = threadIdx.x % kWarpSize == 0;
+  float s[32], shrink[2];
+  buffers.WaitFull(1);
+  QueryKeys(sh, 1, s);
+  WgmmaWait<0>();
+  WgmmaKeep(s);
+  SyncThreads(kGroupBarrier, kGroupThreads);  // nobody reads the rotated parts any more
+  buffers.WaitFull(0);
+  SyncThreads(kEvenReady, kConsumers);
+  TakeMax(sh, 0, row, rows, shrink);
+  Scale(shrink, o);
+  AddValues(sh, 0, 1, o);
+  // While tensor cores add the even block's values:
+  const float before[2] = {rows.max[0], rows.max[1]};
+  MaskAndMax(first_key, scale, s, rows);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) shrink[i] = Shrink(before[i], rows.max[i]);
+  Probabilities(sh, 1, row, s, shrink, rows);
+  ArriveThreads(kOddReady, kConsumers);
+  SyncThreads(kGroupBarrier, kGroupThreads);
+  WgmmaWait<0>();
+  WgmmaKeep(o);
+  if (arrives) BarrierArrive(buffers.empty);
+  buffers.Next(0);
+  Scale(shrink, o);
+  AddValues(sh, 1, 1, o);
+  WgmmaWait<0>();
+  WgmmaKeep(o);
+  if (arrives) BarrierArrive(buffers.empty + 8);
+  buffers.Next(1);
+}
+
+// Where the last block is an even one.
+__device__ __forceinline__ void AttendNoOdd(Shared& sh, Buffers& buffers, int row, RowState& rows, float (&o)[128]) {
+  float shrink[2];
+  buffers.WaitFull(0);
+  SyncThreads(kEvenReady, kConsumers);
+  TakeMax(sh, 0, row, rows, shrink);
+  Scale(shrink, o);
+  AddValues(sh, 0, 1, o);
+  WgmmaWait<0>();
+  WgmmaKeep(o);
+  if (threadIdx.x % kWarpSize == 0) BarrierArrive(buffers.empty);
+  buffers.Next(0);
+}
+
+__device__ __forceinline__ void Consume(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item,
+                                        Shared& sh, Buffers& buffers, int group) {
+  const int lane = threadIdx.x % kWarpSize, row = threadIdx.x % kGroupThreads / kWarpSize * 16 + lane / 4;
+  const float scale = a.softmax_scale * kLog2E;
   const int64_t first_row = static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows;
   const int num_rows = min(kRows, tile.num_rows - tile.index * kRows);
-  LoadRows(SharedAddress(sh.q), static_cast<const uint8_t*>(a.q) + first_row * kEntryDim * 2, kEntryDim * 2, num_rows);
-  load(item.block_begin, 0);
+  LoadRows<kConsumers>(SharedAddress(sh.q), static_cast<const uint8_t*>(a.q) + first_row * kEntryDim * 2, kEntryDim * 2,
+                       num_rows, threadIdx.x);
   CopyAsyncCommit();
-  if constexpr (kFp8) block.Store(sh.kv[0]);
   RowState rows;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -418,55 +583,68 @@ __device__ void Attend(const AttentionArguments& a, const QueryTile& tile, const
   float o[128];
 #pragma unroll
   for (float& value : o) value = 0;
-
-  for (int32_t index = item.block_begin; index < item.block_end; ++index) {
-    const int buffer = (index - item.block_begin) & 1;
-    const bool has_next = index + 1 < item.block_end;
-    if (has_next) load(index + 1, buffer ^ 1);
-    CopyAsyncCommit();
-    CopyAsyncWait<1>();
-    FenceProxyAsync();
-    __syncthreads();
-    float s[16], max[2], shrink[2];
-    Scores(sh, buffer, index * kPageTokens, scale, rows, s, max);
-    if (lane % 4 == 0) {
-      sh.reduced[threadIdx.x / 128][row] = max[0];
-      sh.reduced[threadIdx.x / 128][row + 8] = max[1];
-    }
-    __syncthreads();
-    Probabilities(sh, row, s, rows, shrink);
-    FenceProxyAsync();
-    __syncthreads();
-    AddValues(sh, buffer, shrink, o);
-    if constexpr (kFp8) {
-      if (has_next) block.Store(sh.kv[buffer ^ 1]);
-    }
-    __syncthreads();
-  }
   CopyAsyncWait<0>();
+  FenceProxyAsync();
+  SyncThreads(kConsumerBarrier, kConsumers);
+  if (group == 0) {
+    for (int32_t index = item.block_begin; index < item.block_end; index += 2) {
+      AttendEven(sh, buffers, index * kPageTokens, index + 1 < item.block_end, scale, row, rows, o);
+    }
+  } else {
+    int32_t index = item.block_begin;
+    for (; index + 1 < item.block_end; index += 2) {
+      AttendOdd(sh, buffers, (index + 1) * kPageTokens, scale, row, rows, o);
+    }
+    if (index < item.block_end) AttendNoOdd(sh, buffers, row, rows, o);
+  }
   WriteResult(a, tile, item, sh, row, rows, o);
 }
 
+// The block's next item; false when there is none left. All threads.
+__device__ bool NextItem(const Plan& plan, Shared& sh, WorkItem* item, QueryTile* tile) {
+  SyncThreads(kItemBarrier, kThreads);  // nobody is in the one before
+  if (threadIdx.x == 0) sh.item = atomicAdd(plan.header + 1, 1);
+  SyncThreads(kItemBarrier, kThreads);
+  const int32_t index = sh.item;
+  if (index >= plan.header[0]) return false;
+  *item = plan.items[plan.order[index]];
+  *tile = plan.tiles[item->tile];
+  return true;
+}
+
 template <bool kFp8>
-__global__ void __launch_bounds__(kThreads, 1) MlaKernel(const AttentionArguments a) {
+__global__ void __launch_bounds__(kThreads, 1)
+    MlaKernel(const __grid_constant__ CUtensorMap map, const AttentionArguments a) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& sh = *reinterpret_cast<Shared*>(memory);
   const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
-  const int32_t num_items = plan.header[0];
-  while (true) {
-    if (threadIdx.x == 0) sh.item = atomicAdd(plan.header + 1, 1);
-    __syncthreads();
-    const int32_t index = sh.item;
-    if (index >= num_items) return;
-    const WorkItem item = plan.items[plan.order[index]];
-    const QueryTile tile = plan.tiles[item.tile];
-    Attend<kFp8>(a, tile, item, sh);
-    __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int b = 0; b < 2; ++b) {
+      BarrierInit(SharedAddress(&sh.full[b]), 1);
+      BarrierInit(SharedAddress(&sh.empty[b]), kConsumers / kWarpSize);
+    }
+    BarrierInitDone();
+  }
+  Buffers buffers{SharedAddress(sh.full), SharedAddress(sh.empty)};
+  WorkItem item;
+  QueryTile tile;
+  // NOTE: what the one gives the others take: together no more than a block is launched with, or they wait for ever.
+  constexpr int kProducerRegisters = kFp8 ? 120 : 56, kConsumerRegisters = kFp8 ? 192 : 224;
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kThreads / 8 * 8));
+  // NOTE: told this way the compiler knows that a warpgroup stays together.
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);
+  if (group == 2) {
+    FewerRegisters<kProducerRegisters>();
+    while (NextItem(plan, sh, &item, &tile)) Produce<kFp8>(a, &map, tile, item, sh, buffers);
+  } else {
+    MoreRegisters<kConsumerRegisters>();
+    while (NextItem(plan, sh, &item, &tile)) Consume(a, tile, item, sh, buffers, group);
   }
 }
 
 // Joins the splits of a tile, in their order. blockIdx: x split tile, y eight rows; a warp a row.
 __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
+  AllowNextKernel();
   const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
   if (static_cast<int32_t>(blockIdx.x) >= plan.header[2]) return;
   const QueryTile tile = plan.tiles[plan.split_tiles[blockIdx.x]];
@@ -557,6 +735,7 @@ __global__ void __launch_bounds__(kPlainThreads) PlainAttention(const AttentionA
 // A warp a (token, head): a pair of the rotated part each lane. kC, kR: C and R, where the compiler may know them.
 template <int kC, int kR>
 __global__ void __launch_bounds__(256) RopeQueries(const RopeQueriesArguments a) {
+  AllowNextKernel();
   const int latent_dim = kC > 0 ? kC : a.latent_dim, rope_dim = kR > 0 ? kR : a.rope_dim;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
@@ -580,6 +759,7 @@ __global__ void __launch_bounds__(256) RopeQueries(const RopeQueriesArguments a)
 // A warp a group of 128.
 __global__ void __launch_bounds__(256)
     Quantize(const ActivationRef out, const MatrixRef x, int64_t rows, int64_t cols) {
+  AllowNextKernel();
   const int64_t groups = (cols + kScaleGroup - 1) / kScaleGroup,
                 index = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / kWarpSize;
   if (index >= rows * groups) return;
@@ -594,11 +774,22 @@ __global__ void __launch_bounds__(256)
 }
 
 template <bool kFp8>
-void LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
+bool LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
+  CUtensorMap map = {};
+  if (!kFp8 && !MakeTensorMap(&map, a.cache,
+                              {.cols = kEntryDim,
+                               .rows = kPageTokens,
+                               .row_bytes = a.token_bytes,
+                               .num_groups = a.num_blocks,
+                               .group_bytes = a.token_bytes * kPageTokens,
+                               .box_rows = kPageTokens})) {
+    return false;
+  }
   static const cudaError_t configured =
       cudaFuncSetAttribute(MlaKernel<kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   (void)configured;  // NOTE: where it failed, the launch fails too
-  MlaKernel<kFp8><<<a.num_sms, kThreads, kSharedBytes, stream>>>(a);
+  MlaKernel<kFp8><<<a.num_sms, kThreads, kSharedBytes, stream>>>(map, a);
+  return true;
 }
 
 }  // namespace
@@ -610,7 +801,7 @@ size_t AttentionPlanBytes(int max_tokens, int max_sequences, int num_heads, int 
 
 size_t AttentionPartialsBytes(int num_sms) { return kMaxSplitsPerSm * num_sms * kPartialFloats * sizeof(float); }
 
-void LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
+bool LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
   if (a.latent_dim != kLatentDim || a.rope_dim != kRopeDim) {
     const auto blocks = static_cast<unsigned>(a.num_tokens * a.num_heads);
     if (a.is_fp8) {
@@ -618,15 +809,12 @@ void LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
     } else {
       PlainAttention<false><<<blocks, kPlainThreads, 0, stream>>>(a);
     }
-    return;
+    return true;
   }
   PlanAttention<<<1, kPlanThreads, 0, stream>>>(a);
-  if (a.is_fp8) {
-    LaunchMla<true>(stream, a);
-  } else {
-    LaunchMla<false>(stream, a);
-  }
+  if (!(a.is_fp8 ? LaunchMla<true>(stream, a) : LaunchMla<false>(stream, a))) return false;
   JoinSplits<<<dim3(a.num_sms, kRows / 8), 256, 0, stream>>>(a);
+  return true;
 }
 
 void LaunchRopeQueries(cudaStream_t stream, const RopeQueriesArguments& a) {

@@ -23,6 +23,7 @@ struct AttentionArguments {
   const void* q = nullptr;  // [T,H,C+R] bf16, absorbed and rotated
   void* out = nullptr;      // [T,H,C] bf16: means of latents
   const uint8_t* cache = nullptr;
+  int64_t num_blocks = 0;   // of the cache
   int64_t token_bytes = 0;  // of a cache entry: bf16, or the fp8 layout of ops_types.h
   bool is_fp8 = false;
   const int32_t* block_table = nullptr;  // [U, table_stride]
@@ -42,8 +43,9 @@ size_t AttentionPlanBytes(int max_tokens, int max_sequences, int num_heads, int 
 size_t AttentionPartialsBytes(int num_sms);
 
 // Cuts the step's work into items of a tile of 64 (token, head) rows of one sequence and a run of cache blocks, then
-// works them off, then joins what was split. A row attends to keys at positions up to its own.
-void LaunchAttention(cudaStream_t stream, const AttentionArguments& arguments);
+// works them off, then joins what was split. A row attends to keys at positions up to its own. False where the driver
+// has no words for the cache's shape.
+bool LaunchAttention(cudaStream_t stream, const AttentionArguments& arguments);
 
 // The rotated part of every absorbed query, q_absorbed[t,h,C:] = rope(q[t, h * (nope_dim + R) + nope_dim :]), and zeros
 // in `out` for rows without a slot.

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/elementwise_kernels.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rms_norm.cuh"
 #include "kernels/cuda/rows.cuh"
 
@@ -51,6 +52,7 @@ __global__ void __launch_bounds__(kEmbedThreads) EmbedKernel(EmbedArgs a, bool i
 }
 
 __global__ void __launch_bounds__(1024) NormVectorKernel(RmsNormArgs a) {
+  AllowNextKernel();
   __shared__ double shared[kWarpSize];
   NormRowVector(a, blockIdx.x, shared);
 }
@@ -68,6 +70,7 @@ __device__ __forceinline__ int64_t ValidRows(const SiluMulArgs& a) {
 }
 
 __global__ void __launch_bounds__(kSiluThreads) SiluVectorKernel(SiluMulArgs a) {
+  AllowNextKernel();
   const int chunk = blockIdx.y * kSiluThreads + threadIdx.x, num_chunks = a.cols / kChunk;
   const bool is_valid = chunk < num_chunks;
   const int64_t num_rows = ValidRows(a);

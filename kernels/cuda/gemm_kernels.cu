@@ -2,11 +2,11 @@
 // tokens waste nothing: y^T = w * x^T. Tiles come by TMA. FP8 sums are promoted to fp32 every 128 of the inner dimension, times the scales
 // (DeepSeek-V3 report, 3.3.2).
 #include <cooperative_groups.h>
-#include <cuda.h>
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_kernels.h"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/tensor_map.h"
 #include "kernels/inner_splits.h"
 
 namespace cachalot {
@@ -124,13 +124,26 @@ struct Ring {
 };
 
 // The steps of one item into the ring: zeros beyond the weight's rows and both inner dimensions' ends. Rows of x beyond
-// the item's are whatever lies there: they make columns of the product that nobody keeps.
+// the item's are whatever lies there: they make columns of the product that nobody keeps. `is_early`: the ring is new,
+// and x may not be there yet; the weight is.
 template <int kTokens, bool kFp8>
 __device__ void Produce(const Work& work, const Item& item, const RowTile& tile, const CUtensorMap* w_map,
                         const CUtensorMap* x_map, uint32_t shared, int32_t begin, int32_t end,
-                        Ring<Tile<kTokens, kFp8>::kStages>& ring) {
+                        Ring<Tile<kTokens, kFp8>::kStages>& ring, bool is_early) {
   using T = Tile<kTokens, kFp8>;
   const int thread = threadIdx.x - kConsumers;
+  const auto begin_stage = [&](int stage, uint32_t full, int32_t block) {
+    BarrierExpect(full, T::kStageBytes);
+    CopyTile(shared + stage * T::kStageBytes, w_map, full, block * (kBlockBytes / T::kElementBytes), tile.first_row,
+             item.group);
+  };
+  const int32_t num_early = is_early ? min(T::kStages, end - begin) : 0;
+  if (is_early) {
+    if (thread == 0) {
+      for (int i = 0; i < num_early; ++i) begin_stage(i, ring.full + 8 * i, begin + i);
+    }
+    WaitForKernelBefore();
+  }
   const int32_t first_column = static_cast<int32_t>(item.group * work.g.x_group_stride);
   const bool has_scale = thread < item.num_tokens;
   const float* scales = kFp8 ? work.g.x.scales + (item.first_row + (has_scale ? thread : 0)) * work.g.x.scale_stride
@@ -140,8 +153,7 @@ __device__ void Produce(const Work& work, const Item& item, const RowTile& tile,
     const uint32_t stage = shared + ring.stage * T::kStageBytes;
     const int32_t column = block * (kBlockBytes / T::kElementBytes);
     if (thread == 0) {
-      BarrierExpect(ring.Full(), T::kStageBytes);
-      CopyTile(stage, w_map, ring.Full(), column, tile.first_row, item.group);
+      if (block - begin >= num_early) begin_stage(ring.stage, ring.Full(), block);
       CopyTile(stage + T::kWeightBytes, x_map, ring.Full(), first_column + column, static_cast<int32_t>(item.first_row));
     }
     if constexpr (kFp8) {
@@ -313,7 +325,9 @@ __global__ void __launch_bounds__(kConsumers + kProducers, Tile<kTokens, kFp8>::
   }
   const int32_t num_items = ScanGroups<kTokens>(work, first_item);
   __syncthreads();
+  AllowNextKernel();
   Ring<T::kStages> ring{SharedAddress(full), SharedAddress(empty)};
+  bool is_early = work.g.offsets == nullptr;  // else the kernel before says what the items are
   const bool is_producer = threadIdx.x >= kConsumers;
   // NOTE: the splits of a tile are neighbours in order, so the blocks of a cluster have one item each, of the same tile.
   for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
@@ -323,7 +337,8 @@ __global__ void __launch_bounds__(kConsumers + kProducers, Tile<kTokens, kFp8>::
     const int32_t end =
         static_cast<int32_t>(static_cast<int64_t>(work.num_blocks) * (item.split + 1) / work.num_splits);
     if (is_producer) {
-      Produce<kTokens, kFp8>(work, item, tile, &w_map, &x_map, SharedAddress(shared), begin, end, ring);
+      Produce<kTokens, kFp8>(work, item, tile, &w_map, &x_map, SharedAddress(shared), begin, end, ring, is_early);
+      is_early = false;
       if (work.num_splits == 1) continue;
       cooperative_groups::this_cluster().sync();
       cooperative_groups::this_cluster().sync();
@@ -403,35 +418,6 @@ __global__ void __launch_bounds__(256) PlainGemm(const GemmArguments g) {
 
 // ---- Launching.
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-EncodeTiled GetEncodeTiled() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function)
-                                                                       : nullptr;
-}
-
-// Boxes of `rows` rows of 128 bytes, swizzled, of a tensor [groups, rows, cols] whose rows and groups lie so many bytes
-// apart; without groups of a matrix.
-bool MakeMap(CUtensorMap* map, bool is_fp8, const void* data, int64_t cols, int64_t num_rows, int64_t row_bytes,
-             int64_t num_groups, int64_t group_bytes, int box_rows) {
-  static const EncodeTiled encode = GetEncodeTiled();
-  const cuuint64_t dims[3] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(num_rows),
-                              static_cast<cuuint64_t>(num_groups)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(group_bytes)};
-  const cuuint32_t box[3] = {static_cast<cuuint32_t>(kBlockBytes / (is_fp8 ? 1 : 2)),
-                             static_cast<cuuint32_t>(box_rows), 1};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  return encode != nullptr &&
-         encode(map, is_fp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, num_groups > 0 ? 3 : 2,
-                const_cast<void*>(data), dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <int kTokens, bool kFp8>
 bool LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
   using T = Tile<kTokens, kFp8>;
@@ -450,10 +436,22 @@ bool LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
     items = (g.num_rows / kTokens + g.w.num_groups) * g.w.num_tiles;
   }
   const int64_t x_width = g.w.cols + (g.offsets == nullptr ? (g.w.num_groups - 1) * g.x_group_stride : 0);
+  const CUtensorMapDataType type = kFp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   CUtensorMap w_map, x_map;
-  if (!MakeMap(&w_map, kFp8, g.w.data, g.w.cols, g.w.rows, g.w.row_bytes, g.w.num_groups, g.w.group_bytes, kTileRows) ||
-      !MakeMap(&x_map, kFp8, g.x.values.data, x_width, g.num_rows, g.x.values.row_stride * T::kElementBytes, 0, 0,
-               kTokens)) {
+  if (!MakeTensorMap(&w_map, g.w.data,
+                     {.type = type,
+                      .cols = g.w.cols,
+                      .rows = g.w.rows,
+                      .row_bytes = g.w.row_bytes,
+                      .num_groups = g.w.num_groups,
+                      .group_bytes = g.w.group_bytes,
+                      .box_rows = kTileRows}) ||
+      !MakeTensorMap(&x_map, g.x.values.data,
+                     {.type = type,
+                      .cols = x_width,
+                      .rows = g.num_rows,
+                      .row_bytes = g.x.values.row_stride * T::kElementBytes,
+                      .box_rows = kTokens})) {
     return false;
   }
   static const cudaError_t configured =
@@ -465,12 +463,16 @@ bool LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
   config.blockDim = dim3(kConsumers + kProducers);
   config.dynamicSmemBytes = T::kSharedBytes;
   config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = work.num_splits;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = work.num_splits > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (g.offsets == nullptr) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (work.num_splits > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(work.num_splits), 1, 1};
+  }
   (void)cudaLaunchKernelEx(&config, TensorGemm<kTokens, kFp8>, w_map, x_map, work);  // NOTE: the caller looks at errors
   return true;
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/latent_kernels.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rms_norm.cuh"
 #include "kernels/cuda/rows.cuh"
 
@@ -70,6 +71,7 @@ __device__ void NormAndRope(const LatentArgs& a, int64_t t, float* row, double* 
 }
 
 __global__ void __launch_bounds__(1024, 1) LatentKernel(LatentArgs a, bool is_vector_q) {
+  AllowNextKernel();
   extern __shared__ float row[];
   __shared__ double shared[kWarpSize];
   const int64_t t = blockIdx.x;

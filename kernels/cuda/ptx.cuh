@@ -10,6 +10,11 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// A kernel launched with programmatic serialisation begins once every block of the one before has allowed it, or has
+// ended. What that one wrote may be read after WaitForKernelBefore, which also waits for all before it.
+__device__ __forceinline__ void AllowNextKernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void WaitForKernelBefore() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // 16 bytes from global to shared memory; the last 16 - `bytes` of them zeros, without being read.
 __device__ __forceinline__ void CopyAsync16(uint32_t dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
@@ -55,9 +60,22 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-// Some warps of a block, `threads` in all; id 1 to 15.
+// Some warps of a block, `threads` in all; id 1 to 15. Those who only say that they are there do not wait.
 __device__ __forceinline__ void SyncThreads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void ArriveThreads(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Registers of every thread of this warpgroup from here on.
+template <int kCount>
+__device__ __forceinline__ void FewerRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void MoreRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 // A box of a tensor in global memory, by one thread; its bytes count at the barrier, those outside the tensor are zeros.
@@ -93,7 +111,7 @@ __device__ __forceinline__ void WgmmaWait() {
 template <int kCount>
 __device__ __forceinline__ void WgmmaKeep(float (&d)[kCount]) {
 #pragma unroll
-  for (float& value : d) asm volatile("" : "+f"(value)::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Tiles in shared memory have rows of 128 bytes; eight of them, 1024 bytes, repeat a swizzle that moves the 16-byte

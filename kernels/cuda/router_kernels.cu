@@ -1,4 +1,4 @@
-// The router's selection: a warp a token.
+// The router's selection: a warp a token, its experts in registers, or in shared memory where they fit no lanes.
 #include <cmath>
 
 #include "kernels/cuda/common.cuh"
@@ -141,11 +141,132 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) SelectExpertsKernel(SelectA
   Choose(a, scores, biased, chosen, weights);
 }
 
+// ---- In registers: lane l has experts [l * n, (l + 1) * n), a group is some whole lanes.
+
+constexpr int kMaxPerLane = 16;
+constexpr uint32_t kTaken = 0;
+
+// Orders floats as integers, above kTaken. NaN counts as -inf, -0 as 0.
+__device__ __forceinline__ uint32_t OrderKey(float x) {
+  const uint32_t bits = __float_as_uint(isnan(x) ? -INFINITY : x + 0.0f);
+  return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
+}
+
+// Of the lanes' keys the largest and the lowest lane that has it.
+__device__ __forceinline__ int LaneOfLargest(uint32_t key, uint32_t* largest) {
+  *largest = __reduce_max_sync(kAllLanes, key);
+  return __ffs(__ballot_sync(kAllLanes, key == *largest)) - 1;
+}
+
+// Whether this lane's group is among the best. `biased`: its n experts.
+template <int kPerLane>
+__device__ __forceinline__ bool IsInKeptGroup(const SelectArgs& a, int n, const float (&biased)[kPerLane]) {
+  float first = -INFINITY, second = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (i >= n || !(biased[i] > second)) continue;
+    second = fminf(first, biased[i]);
+    first = fmaxf(first, biased[i]);
+  }
+  const int size = a.num_experts / a.n_group, lanes = size / n;
+  for (int offset = 1; offset < lanes; offset *= 2) {
+    const float other_first = __shfl_xor_sync(kAllLanes, first, offset);
+    const float other_second = __shfl_xor_sync(kAllLanes, second, offset);
+    second = fmaxf(fminf(first, other_first), fmaxf(second, other_second));
+    first = fmaxf(first, other_first);
+  }
+  uint32_t key = OrderKey(a.is_top2_sum && size > 1 ? first + second : first);
+  for (int i = 0; i < a.topk_group; ++i) {
+    uint32_t largest;
+    const int lane = LaneOfLargest(key, &largest);
+    if (lane / lanes == static_cast<int>(threadIdx.x % kWarpSize) / lanes) key = kTaken;
+  }
+  return key == kTaken;
+}
+
+template <int kPerLane>
+__global__ void __launch_bounds__(kWarps* kWarpSize) SelectInRegisters(SelectArgs a) {
+  const int lane = threadIdx.x % kWarpSize, n = a.num_experts / kWarpSize;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
+  if (t >= a.num_rows) return;
+  const bool is_there = a.slots[t] >= 0;
+  const float* logits = a.logits + t * a.num_experts + lane * n;
+  float scores[kPerLane], biased[kPerLane];
+  float max = -INFINITY, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    scores[i] = i < n ? logits[i] : -INFINITY;
+    max = fmaxf(max, scores[i]);
+  }
+  if (a.is_softmax) max = WarpMax(max);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (i >= n) continue;
+    scores[i] = a.is_softmax ? expf(scores[i] - max) : 1.0f / (1.0f + expf(-scores[i]));
+    sum += scores[i];
+  }
+  if (a.is_softmax) sum = WarpSum(sum);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    biased[i] = -INFINITY;
+    if (i >= n) continue;
+    if (a.is_softmax) scores[i] /= sum;
+    biased[i] = a.bias != nullptr ? scores[i] + a.bias[lane * n + i] : scores[i];
+  }
+  const bool is_kept = a.n_group == 1 || IsInKeptGroup(a, n, biased);
+  uint32_t keys[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) keys[i] = i < n ? OrderKey(is_kept ? biased[i] : -INFINITY) : kTaken;
+
+  // Chosen by biased score, weighted by the unbiased one. Lane k has choice k.
+  int32_t chosen = -1;
+  float weight = 0.0f, total = 0.0f;
+  for (int k = 0; k < a.top_k; ++k) {
+    uint32_t best = kTaken, largest;
+    int index = 0;
+    float score = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (keys[i] <= best) continue;
+      best = keys[i];
+      index = i;
+      score = scores[i];
+    }
+    const int winner = LaneOfLargest(best, &largest);
+    const int expert = winner * n + __shfl_sync(kAllLanes, index, winner);
+    score = __shfl_sync(kAllLanes, score, winner);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane == winner && i == index) keys[i] = kTaken;
+    }
+    total += score;
+    if (lane != k) continue;
+    chosen = a.expert_slots[expert];
+    weight = score;
+  }
+  if (lane >= a.top_k) return;
+  if (a.normalises) weight /= total + 1e-20f;
+  a.topk_slots[t * a.topk_slots_stride + lane] = is_there ? chosen : -1;
+  a.topk_weights[t * a.topk_weights_stride + lane] = is_there ? weight * a.factor : 0.0f;
+}
+
+bool FitsLanes(const SelectArgs& a) {
+  const int n = a.num_experts / kWarpSize, size = a.num_experts / a.n_group;
+  if (a.num_experts % kWarpSize != 0 || n > kMaxPerLane || a.top_k > kWarpSize || size % n != 0) return false;
+  const int lanes = size / n;
+  return (lanes & (lanes - 1)) == 0;
+}
+
 }  // namespace
 
 void LaunchSelectExperts(cudaStream_t stream, const SelectArgs& args) {
-  const size_t shared = sizeof(float) * kWarps * (2 * args.num_experts + 2 * args.n_group);
   const unsigned blocks = static_cast<unsigned>((args.num_rows + kWarps - 1) / kWarps);
+  if (FitsLanes(args)) {
+    const auto kernel = args.num_experts <= 8 * kWarpSize ? SelectInRegisters<8> : SelectInRegisters<kMaxPerLane>;
+    kernel<<<blocks, kWarps * kWarpSize, 0, stream>>>(args);
+    return;
+  }
+  const size_t shared = sizeof(float) * kWarps * (2 * args.num_experts + 2 * args.n_group);
   SelectExpertsKernel<<<blocks, kWarps * kWarpSize, shared, stream>>>(args);
 }
 
