@@ -13,6 +13,14 @@
 #include "kernels/cpu/quantize.h"
 #include "kernels/inner_splits.h"
 
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/hopper.cc"
+#include "hwy/foreach_target.h"
+// NOTE: after foreach_target.
+#include "hwy/highway.h"
+
+#ifndef CACHALOT_HOPPER_TYPES
+#define CACHALOT_HOPPER_TYPES
 namespace cachalot {
 namespace {
 
@@ -26,34 +34,24 @@ struct Format {
 };
 constexpr Format kE4m3 = {1, 3, 15, 32, 2 * 7, 13, 13}, kBf16 = {2, 7, 255, 16, 2 * 127, 25, 23};
 
-// Values: significand * 2^(exponent - bias - mantissa bits), with its sign; the exponent is at least 1.
-struct Row {
-  std::vector<int32_t> significand, exponent;
-};
-
-// `stride`: bytes from value to value.
-void ReadRow(const Format& f, const uint8_t* p, int64_t stride, int64_t n, Row* row) {
-  row->significand.resize(n);
-  row->exponent.resize(n);
-  for (int64_t i = 0; i < n; ++i, p += stride) {
-    const int bits = f.bytes == 1 ? p[0] : p[0] | p[1] << 8;
-    const int exponent = bits >> f.mantissa_bits & f.exponent_mask, mantissa = bits & ((1 << f.mantissa_bits) - 1);
-    const int significand = exponent > 0 ? mantissa | 1 << f.mantissa_bits : mantissa;
-    const bool is_negative = bits >> f.mantissa_bits > f.exponent_mask;
-    row->significand[i] = is_negative ? -significand : significand;
-    row->exponent[i] = std::max(exponent, 1);
-  }
-}
-
-constexpr int kNone = -1 << 20;
+constexpr int kNone = -1 << 20;  // below every exponent
 
 struct Products {
   const int32_t *x_significand, *x_exponent, *w_significand, *w_exponent;
   int count;
 };
 
+}  // namespace
+}  // namespace cachalot
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace cachalot {
+namespace HWY_NAMESPACE {
+
+// NOTE: the compiler makes vectors of these loops.
 // The largest exponent of those that are not zero.
-__attribute__((target_clones("avx512f", "avx2", "default"))) int LargestExponent(const Products& p) {
+int LargestExponent(const Products& p) {
   int largest = kNone;
   for (int i = 0; i < p.count; ++i) {
     const int exponent = p.x_significand[i] * p.w_significand[i] != 0 ? p.x_exponent[i] + p.w_exponent[i] : kNone;
@@ -63,7 +61,7 @@ __attribute__((target_clones("avx512f", "avx2", "default"))) int LargestExponent
 }
 
 // Their sum, each shifted up and then down to the largest exponent, its sign apart.
-__attribute__((target_clones("avx512f", "avx2", "default"))) int64_t SumOf(const Products& p, int largest, int up) {
+int64_t SumOf(const Products& p, int largest, int up) {
   int64_t sum = 0;
   for (int i = 0; i < p.count; ++i) {
     const int32_t product = p.x_significand[i] * p.w_significand[i], sign = product >> 31;
@@ -99,15 +97,51 @@ float AddProducts(const Format& f, const Products& p, float acc) {
   return static_cast<float>(sum < 0 ? -value : value);
 }
 
-// acc + x * w over values [begin, end) of x and as many of w from w_begin on.
-float AddDot(const Format& f, const Row& x, int64_t begin, int64_t end, const Row& w, int64_t w_begin, float acc) {
-  for (int64_t k = begin, i = w_begin; k < end; k += f.step, i += f.step) {
-    const int count = static_cast<int>(std::min<int64_t>(f.step, end - k));
-    const Products products = {x.significand.data() + k, x.exponent.data() + k, w.significand.data() + i,
-                               w.exponent.data() + i, count};
-    acc = AddProducts(f, products, acc);
+// acc + x * w, instruction by instruction.
+float AddAllProducts(const Format& f, const Products& p, float acc) {
+  for (int k = 0; k < p.count; k += f.step) {
+    const Products step = {p.x_significand + k, p.x_exponent + k, p.w_significand + k, p.w_exponent + k,
+                           std::min(f.step, p.count - k)};
+    acc = AddProducts(f, step, acc);
   }
   return acc;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace cachalot
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace cachalot {
+
+HWY_EXPORT(AddAllProducts);
+
+namespace {
+
+// Values: significand * 2^(exponent - bias - mantissa bits), with its sign; the exponent is at least 1.
+struct Row {
+  std::vector<int32_t> significand, exponent;
+};
+
+// `stride`: bytes from value to value.
+void ReadRow(const Format& f, const uint8_t* p, int64_t stride, int64_t n, Row* row) {
+  row->significand.resize(n);
+  row->exponent.resize(n);
+  for (int64_t i = 0; i < n; ++i, p += stride) {
+    const int bits = f.bytes == 1 ? p[0] : p[0] | p[1] << 8;
+    const int exponent = bits >> f.mantissa_bits & f.exponent_mask, mantissa = bits & ((1 << f.mantissa_bits) - 1);
+    const int significand = exponent > 0 ? mantissa | 1 << f.mantissa_bits : mantissa;
+    const bool is_negative = bits >> f.mantissa_bits > f.exponent_mask;
+    row->significand[i] = is_negative ? -significand : significand;
+    row->exponent[i] = std::max(exponent, 1);
+  }
+}
+
+// acc + x * w over values [begin, end) of x and as many of w from w_begin on.
+float AddDot(const Format& f, const Row& x, int64_t begin, int64_t end, const Row& w, int64_t w_begin, float acc) {
+  const Products products = {x.significand.data() + begin, x.exponent.data() + begin, w.significand.data() + w_begin,
+                             w.exponent.data() + w_begin, static_cast<int>(end - begin)};
+  return HWY_DYNAMIC_DISPATCH(AddAllProducts)(f, products, acc);
 }
 
 // f32 that holds bf16 values, `stride` floats from one to the next.
@@ -232,3 +266,4 @@ void AttendAsGpu(const RowAttention& row, absl::FunctionRef<const uint8_t*(int64
 }
 
 }  // namespace cachalot
+#endif  // HWY_ONCE

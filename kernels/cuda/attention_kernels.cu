@@ -1,7 +1,7 @@
 // MLA kernels. A block of three warpgroups a work item: 64 rows of queries stay in shared memory, cache blocks of 64
-// keys go through two buffers, the even ones through the first. One warpgroup brings them. The second makes the scores
-// and probabilities of even blocks, the third of odd ones, each while the other multiplies; and each multiplies all
-// probabilities with its half of the 512 columns: a key's latent is also its value, so a block is loaded once.
+// keys go through two buffers, the even ones through the first. One warpgroup brings them. Another makes the scores and
+// probabilities of even blocks, the third of odd ones, each while the other multiplies; and each of the two multiplies
+// all probabilities with its half of the 512 columns: a key's latent is also its value, so a block is loaded once.
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/ptx.cuh"
@@ -19,6 +19,7 @@ constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kSubTileBytes = kRows * 128;  // 64 rows of 64 bf16
 constexpr int kSubTiles = kEntryDim / 64;
 constexpr int kTileBytes = kSubTiles * kSubTileBytes;
+constexpr int kRopeOffset = kLatentDim / 64 * kSubTileBytes;  // of the rotated parts
 constexpr int kMinSplitBlocks = 4;  // a split of fewer is not worth its partial result
 constexpr int kPlanThreads = 1024;
 constexpr int kMaxSplitsPerSm = 2;
@@ -275,7 +276,7 @@ struct Fp8Keys {
 #pragma unroll
     for (int i = 0; i < kRopePerThread; ++i) {
       const int index = i * kGroupThreads + thread, key = first + index / kRopeChunks, chunk = index % kRopeChunks;
-      *reinterpret_cast<uint4*>(dst + kLatentDim / 64 * kSubTileBytes + Swizzled(key, chunk)) = rope[i];
+      *reinterpret_cast<uint4*>(dst + kRopeOffset + Swizzled(key, chunk)) = rope[i];
     }
   }
 };
@@ -358,7 +359,7 @@ __device__ __forceinline__ void QueryKeys(const Shared& sh, int b, float (&s)[32
 // o += the probabilities of a block * this warpgroup's 256 columns of its latents, queued.
 __device__ __forceinline__ void AddValues(const Shared& sh, int b, int half, float (&o)[128]) {
   const uint32_t kv = SharedAddress(sh.kv[b]);
-  const uint64_t p = KMajorDescriptor(kv + kLatentDim / 64 * kSubTileBytes);
+  const uint64_t p = KMajorDescriptor(kv + kRopeOffset);
   const uint64_t v = MnMajorDescriptor(kv + half * 4 * kSubTileBytes, kSubTileBytes);
   WgmmaFence();
 #pragma unroll
@@ -407,7 +408,7 @@ __device__ __forceinline__ float Shrink(float before, float max) {
 __device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const float (&s)[32],
                                               const float (&shrink)[2], RowState& rows) {
   const int lane = threadIdx.x % kWarpSize;
-  uint8_t* p = sh.kv[b] + kLatentDim / 64 * kSubTileBytes;
+  uint8_t* p = sh.kv[b] + kRopeOffset;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int r = row + 8 * i;

@@ -428,7 +428,7 @@ bool LaunchTensorGemm(cudaStream_t stream, const GemmArguments& g) {
   work.num_splits = 1;
   int64_t items = static_cast<int64_t>(g.w.num_groups) * g.w.num_tiles * work.token_tiles;
   if (g.offsets == nullptr) {
-    // NOTE: the same for all kTokens, so that up to 64 rows their number does not change the order of the sum.
+    // NOTE: the same for all kTokens, so that up to 128 rows their number does not change the order of the sum.
     work.num_splits = NumInnerSplits(items, work.num_blocks, g.num_sms);
     items *= work.num_splits;
   } else {

@@ -25,7 +25,7 @@ struct GemmArguments {
 
 // e4m3 with e4m3 and bf16 with bf16, on 16-byte boundaries, run on tensor cores; everything else on a plain kernel.
 // A row's result does not depend on the other rows, but for the split of the inner dimension, which more than
-// 64 rows may change. False where the driver has no words for the operands' shapes.
+// 128 rows may change. False where the driver has no words for the operands' shapes.
 bool LaunchGemm(cudaStream_t stream, const GemmArguments& arguments);
 
 }  // namespace cachalot
