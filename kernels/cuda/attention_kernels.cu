@@ -193,14 +193,14 @@ struct Shared {
   uint8_t kv[2][kTileBytes];  // once its scores are made, probabilities take the place of a block's rotated parts
   float max[2][kRows];        // that even and odd blocks leave
   float sum[2][kRows];        // of each warpgroup, in the end
-  uint64_t full[2], empty[2];
+  uint64_t full[2], empty[2], item_full, item_empty;
   int32_t item;
 };
 // NOTE: kGroupBarrier is that of the odd blocks' warpgroup, the next one that of the other.
 constexpr int kSharedBytes = sizeof(Shared);
 static_assert(kSharedBytes <= 227 * 1024);
 
-enum NamedBarrier { kItemBarrier = 1, kProducerBarrier, kConsumerBarrier, kEvenReady, kOddReady, kGroupBarrier };
+enum NamedBarrier { kProducerBarrier = 1, kConsumerBarrier, kEvenReady, kOddReady, kGroupBarrier };
 
 // 64 rows of 576 bf16 from `src`, `num_rows` of them there, the others zeros; by `kCount` threads, `thread` this one.
 template <int kCount>
@@ -601,17 +601,30 @@ __device__ __forceinline__ void Consume(const AttentionArguments& a, const Query
   WriteResult(a, tile, item, sh, row, rows, o);
 }
 
-// The block's next item; false when there is none left. All threads.
-__device__ bool NextItem(const Plan& plan, Shared& sh, WorkItem* item, QueryTile* tile) {
-  SyncThreads(kItemBarrier, kThreads);  // nobody is in the one before
-  if (threadIdx.x == 0) sh.item = atomicAdd(plan.header + 1, 1);
-  SyncThreads(kItemBarrier, kThreads);
-  const int32_t index = sh.item;
-  if (index >= plan.header[0]) return false;
-  *item = plan.items[plan.order[index]];
-  *tile = plan.tiles[item->tile];
-  return true;
-}
+// Items go round a block: one thread of the producers takes the next one when all warps have seen the one before, and so
+// runs ahead of those who still multiply.
+struct Items {
+  uint32_t full, empty;  // barriers
+  uint32_t round = 0;
+
+  // The next one; false when there is none left. All warps.
+  __device__ bool Next(const Plan& plan, Shared& sh, WorkItem* item, QueryTile* tile) {
+    if (threadIdx.x == kConsumers) {
+      BarrierWait(empty, round ^ 1);
+      sh.item = atomicAdd(plan.header + 1, 1);
+      BarrierArrive(full);
+    }
+    BarrierWait(full, round);
+    round ^= 1;
+    const int32_t index = sh.item;
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) BarrierArrive(empty);
+    if (index >= plan.header[0]) return false;
+    *item = plan.items[plan.order[index]];
+    *tile = plan.tiles[item->tile];
+    return true;
+  }
+};
 
 template <bool kFp8>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -624,8 +637,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       BarrierInit(SharedAddress(&sh.full[b]), 1);
       BarrierInit(SharedAddress(&sh.empty[b]), kConsumers / kWarpSize);
     }
+    BarrierInit(SharedAddress(&sh.item_full), 1);
+    BarrierInit(SharedAddress(&sh.item_empty), kThreads / kWarpSize);
     BarrierInitDone();
   }
+  __syncthreads();
+  Items items{SharedAddress(&sh.item_full), SharedAddress(&sh.item_empty)};
   Buffers buffers{SharedAddress(sh.full), SharedAddress(sh.empty)};
   WorkItem item;
   QueryTile tile;
@@ -636,10 +653,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);
   if (group == 2) {
     FewerRegisters<kProducerRegisters>();
-    while (NextItem(plan, sh, &item, &tile)) Produce<kFp8>(a, &map, tile, item, sh, buffers);
+    while (items.Next(plan, sh, &item, &tile)) Produce<kFp8>(a, &map, tile, item, sh, buffers);
   } else {
     MoreRegisters<kConsumerRegisters>();
-    while (NextItem(plan, sh, &item, &tile)) Consume(a, tile, item, sh, buffers, group);
+    while (items.Next(plan, sh, &item, &tile)) Consume(a, tile, item, sh, buffers, group);
   }
 }
 

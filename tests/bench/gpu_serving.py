@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -106,14 +107,19 @@ def loading(args):
 
 
 def stream(prompt, tokens):
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=600)
-    body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        sys.exit(response.read().decode())
-    while response.read(1 << 16):
-        pass
+    """Takes a stream as it comes, some milliseconds at a time and unread: clients must not compete with what is measured."""
+    body = json.dumps({"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", PORT), timeout=600) as connection:
+        connection.sendall((head + body).encode())
+        reply = connection.recv(1 << 16)
+        if not reply.startswith(b"HTTP/1.1 200"):
+            sys.exit(reply.decode())
+        while reply:
+            time.sleep(0.02)
+            last, reply = reply, connection.recv(1 << 20)
+    if b"[DONE]" not in last:
+        sys.exit("a stream ended early: " + last.decode()[-200:])
 
 
 def idle(args):

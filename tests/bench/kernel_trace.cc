@@ -16,9 +16,14 @@ namespace {
 
 constexpr size_t kBufferBytes = size_t{8} << 20;
 
+// NOTE: names are CUPTI's own and stay; they are made readable when nothing is measured any more.
+struct RawSpan {
+  const char* name;
+  uint64_t start_ns, end_ns;
+};
 struct Recorder {
   std::mutex mutex;
-  std::vector<KernelSpan> spans;
+  std::vector<RawSpan> spans;
 };
 
 // NOTE: CUPTI's callbacks take no context.
@@ -38,18 +43,16 @@ std::string ShortName(const char* mangled) {
   return name.substr(0, name.find('('));
 }
 
-void Add(const CUpti_Activity* record) {
-  Recorder& recorder = TheRecorder();
-  const std::lock_guard lock(recorder.mutex);
+void Add(const CUpti_Activity* record, std::vector<RawSpan>* spans) {
   if (record->kind == CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) {
     const auto* kernel = reinterpret_cast<const CUpti_ActivityKernel9*>(record);
-    recorder.spans.push_back({ShortName(kernel->name), kernel->start, kernel->end});
+    spans->push_back({kernel->name, kernel->start, kernel->end});
   } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
     const auto* copy = reinterpret_cast<const CUpti_ActivityMemcpy5*>(record);
-    recorder.spans.push_back({"memcpy", copy->start, copy->end});
+    spans->push_back({"memcpy", copy->start, copy->end});
   } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
     const auto* set = reinterpret_cast<const CUpti_ActivityMemset4*>(record);
-    recorder.spans.push_back({"memset", set->start, set->end});
+    spans->push_back({"memset", set->start, set->end});
   }
 }
 
@@ -60,8 +63,10 @@ void CUPTIAPI GiveBuffer(uint8_t** buffer, size_t* size, size_t* max_records) {
 }
 
 void CUPTIAPI TakeBuffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t valid_bytes) {
+  Recorder& recorder = TheRecorder();
+  const std::lock_guard lock(recorder.mutex);
   CUpti_Activity* record = nullptr;
-  while (cuptiActivityGetNextRecord(buffer, valid_bytes, &record) == CUPTI_SUCCESS) Add(record);
+  while (cuptiActivityGetNextRecord(buffer, valid_bytes, &record) == CUPTI_SUCCESS) Add(record, &recorder.spans);
   std::free(buffer);
 }
 
@@ -83,7 +88,13 @@ std::vector<KernelSpan> StopTrace() {
   for (CUpti_ActivityKind kind : kKinds) cuptiActivityDisable(kind);
   Recorder& recorder = TheRecorder();
   const std::lock_guard lock(recorder.mutex);
-  std::vector<KernelSpan> spans = std::move(recorder.spans);
+  std::map<const char*, std::string> names;
+  std::vector<KernelSpan> spans;
+  for (const RawSpan& span : recorder.spans) {
+    std::string& name = names[span.name];
+    if (name.empty()) name = ShortName(span.name);
+    spans.push_back({name, span.start_ns, span.end_ns});
+  }
   recorder.spans.clear();
   std::sort(spans.begin(), spans.end(), [](const auto& a, const auto& b) { return a.start_ns < b.start_ns; });
   return spans;

@@ -31,12 +31,16 @@ def main():
     whole = spans[-1][1] - spans[0][0]
     totals, counts = defaultdict(int), defaultdict(int)
     between, within, end = 0, 0, spans[0][0]
+    gaps = [0]  # between steps, each
     previous = ""
     for start, stop, name in spans:
         gap = max(0, start - end)
         kind = name.split("<")[0]
+        if name == FIRST_KERNEL:
+            gaps.append(0)
         if kind in BETWEEN or previous in BETWEEN[1:]:
             between += gap
+            gaps[-1] += gap
         else:
             within += gap
         totals[name] += stop - start
@@ -45,6 +49,8 @@ def main():
     steps = len(begins) - 1
     print(f"{steps} steps in {whole / 1e6:.1f} ms, {whole / steps / 1e3:.1f} us each")
     print(f"idle between steps {100 * between / whole:.2f} % ({between / steps / 1e3:.2f} us a step), within steps {100 * within / whole:.2f} %")
+    gaps = sorted(gap / 1e3 for gap in gaps[1:])
+    print(f"idle between two steps: median {gaps[len(gaps) // 2]:.1f} us, 99 of 100 up to {gaps[len(gaps) * 99 // 100]:.1f}, at most {gaps[-1]:.1f}")
     for name in sorted(totals, key=lambda n: -totals[n]):
         print(f"| {name} | {counts[name] / steps:.1f} | {totals[name] / counts[name] / 1e3:.2f} us | {totals[name] / steps / 1e3:.1f} us | {100 * totals[name] / whole:.1f} % |")
 
