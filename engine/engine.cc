@@ -97,8 +97,12 @@ class EngineImpl : public Engine {
   std::mutex output_mutex_;
   std::condition_variable output_filled_;
   std::deque<std::pair<RequestId, Delta>> output_;
-  absl::flat_hash_map<RequestId, std::unique_ptr<DeltaSink>> sinks_;
   bool is_output_done_ = false;
+
+  // NOTE: a lock of their own: the output thread takes it for every delta, and the step thread must not wait for one who
+  // was interrupted while holding it.
+  std::mutex sinks_mutex_;
+  absl::flat_hash_map<RequestId, std::unique_ptr<DeltaSink>> sinks_;
 
   std::thread step_thread_, output_thread_;
 };
@@ -264,7 +268,7 @@ absl::StatusOr<RequestId> EngineImpl::Submit(Request request, DeltaSink sink) {
   const RequestId id = next_id_++;
   sequence->id = id;
   {
-    std::lock_guard output_lock(output_mutex_);
+    std::lock_guard sinks_lock(sinks_mutex_);
     sinks_[id] = std::make_unique<DeltaSink>(std::move(sink));
   }
   new_sequences_.push_back(std::move(sequence));
@@ -394,7 +398,7 @@ void EngineImpl::RunOutput() {
       DeltaSink* sink = nullptr;
       std::unique_ptr<DeltaSink> ending;
       {
-        std::lock_guard lock(output_mutex_);
+        std::lock_guard lock(sinks_mutex_);
         auto it = sinks_.find(id);
         CHECK(it != sinks_.end(), "request {} has no sink", id);
         sink = it->second.get();

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -14,7 +15,8 @@
 namespace cachalot::bench {
 namespace {
 
-constexpr size_t kBufferBytes = size_t{8} << 20;
+// NOTE: some thousand steps of the demo: where one is full, CUPTI keeps launches waiting for milliseconds.
+constexpr size_t kBufferBytes = size_t{192} << 20;
 
 // NOTE: names are CUPTI's own and stay; they are made readable when nothing is measured any more.
 struct RawSpan {
@@ -58,6 +60,7 @@ void Add(const CUpti_Activity* record, std::vector<RawSpan>* spans) {
 
 void CUPTIAPI GiveBuffer(uint8_t** buffer, size_t* size, size_t* max_records) {
   *buffer = static_cast<uint8_t*>(std::aligned_alloc(8, kBufferBytes));
+  std::memset(*buffer, 0, kBufferBytes);  // its pages are there before they are needed
   *size = kBufferBytes;
   *max_records = 0;
 }
