@@ -99,8 +99,8 @@ class EngineImpl : public Engine {
   std::deque<std::pair<RequestId, Delta>> output_;
   bool is_output_done_ = false;
 
-  // NOTE: a lock of their own: the output thread takes it for every delta, and the step thread must not wait for one who
-  // was interrupted while holding it.
+  // NOTE: a lock of their own: the output thread takes it for every delta, and the step thread must not wait for one
+  // who was interrupted while holding it.
   std::mutex sinks_mutex_;
   absl::flat_hash_map<RequestId, std::unique_ptr<DeltaSink>> sinks_;
 

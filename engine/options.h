@@ -24,8 +24,8 @@ struct EngineOptions {
   int64_t kv_cache_bytes = 0;
   double kv_cache_share = 0;
   std::string kv_cache_dtype;  // f32 | bf16 | fp8; empty: f32 on the CPU, bf16 on the GPU
-  // auto | f32 | fp8 | fp8-f32. On the CPU f32 by default; fp8 quantises 1x128, rounds everything else to bf16 where the
-  // GPU does and sums as its tensor cores do, slowly; fp8-f32 quantises alone.
+  // auto | f32 | fp8 | fp8-f32. On the CPU f32 by default; fp8 quantises 1x128, rounds everything else to bf16 where
+  // the GPU does and sums as its tensor cores do, slowly; fp8-f32 quantises alone.
   std::string activation = "auto";
   bool random_weights = false;  // the model of config.json alone, its weights made up; GPU only
 };

@@ -19,8 +19,8 @@ struct BackendOptions {
   // What norms, silu and attention emit; on the GPU f32 stands for bf16.
   ActivationFormat activation = ActivationFormat::kF32;
   ScaleRule scale_rule = ScaleRule::kFP32;  // of fp8 activations; UE8M0 for V3.1
-  // On the CPU: bf16 rounds the residual, products and what attention multiplies as the GPU does, whose oracle it is, and
-  // sums as its tensor cores do.
+  // On the CPU: bf16 rounds the residual, products and what attention multiplies as the GPU does, whose oracle it is,
+  // and sums as its tensor cores do.
   DType value_dtype = DType::kF32;
   int num_threads = 0;  // CPU workers; 0: one per core
   OpLimits limits;
