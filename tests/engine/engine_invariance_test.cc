@@ -113,8 +113,13 @@ TEST_P(InvarianceTest, PreemptedOrNot) {
   EngineOptions options = Options(golden, 64);
   options.max_model_len = 192;  // three blocks: what most sequences end up with
   options.kv_cache_bytes = roomy->model().kv_bytes_per_token * 64 * 8;
-  auto tight = MakeEngine(options);
-  const std::vector<Answer> answers = RunAll(*tight, requests);
+  std::unique_ptr<Engine> tight;
+  std::vector<Answer> answers;
+  // NOTE: on a busy machine the first may have ended before the last are submitted.
+  for (int attempt = 0; attempt < 5 && (tight == nullptr || tight->stats().preemptions == 0); ++attempt) {
+    tight = MakeEngine(options);
+    answers = RunAll(*tight, requests);
+  }
   const EngineStats stats = tight->stats();
   std::printf("[ measured ] %llu preemptions\n", static_cast<unsigned long long>(stats.preemptions));
   EXPECT_GT(stats.preemptions, 0u);
