@@ -15,8 +15,9 @@
 namespace cachalot::bench {
 namespace {
 
-// NOTE: some thousand steps of the demo: where one is full, CUPTI keeps launches waiting for milliseconds.
+// NOTE: some thousand steps of the demo. CUPTI takes another buffer in the thread that launches, which stalls it.
 constexpr size_t kBufferBytes = size_t{192} << 20;
+constexpr size_t kDeviceBufferBytes = size_t{32} << 20;  // of CUPTI's own, for a million kernels
 
 // NOTE: names are CUPTI's own and stay; they are made readable when nothing is measured any more.
 struct RawSpan {
@@ -79,6 +80,8 @@ constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, 
 }  // namespace
 
 bool StartTrace() {
+  size_t bytes = kDeviceBufferBytes, size = sizeof(bytes);
+  (void)cuptiActivitySetAttribute(CUPTI_ACTIVITY_ATTR_DEVICE_BUFFER_SIZE, &size, &bytes);  // else it has its usual ones
   if (cuptiActivityRegisterCallbacks(GiveBuffer, TakeBuffer) != CUPTI_SUCCESS) return false;
   for (CUpti_ActivityKind kind : kKinds) {
     if (cuptiActivityEnable(kind) != CUPTI_SUCCESS) return false;
