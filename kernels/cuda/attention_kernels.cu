@@ -3,6 +3,7 @@
 // probabilities of even blocks, the third of odd ones, each while the other multiplies; and each of the two multiplies
 // all probabilities with its half of the 512 columns: a key's latent is also its value, so a block is loaded once.
 #include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/attention_plan.cuh"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
@@ -12,7 +13,7 @@ namespace cachalot {
 namespace {
 
 constexpr int kEntryDim = kLatentDim + kRopeDim;  // values of a cache entry, and of an absorbed query
-constexpr int kRows = 64;                         // of a tile
+constexpr int kRows = kTileQueries;               // of a tile
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kConsumers = 2 * kGroupThreads;
 constexpr int kThreads = 3 * kGroupThreads;
@@ -20,171 +21,7 @@ constexpr int kSubTileBytes = kRows * 128;  // 64 rows of 64 bf16
 constexpr int kSubTiles = kEntryDim / 64;
 constexpr int kTileBytes = kSubTiles * kSubTileBytes;
 constexpr int kRopeOffset = kLatentDim / 64 * kSubTileBytes;  // of the rotated parts
-constexpr int kMinSplitBlocks = 4;  // a split of fewer is not worth its partial result
-constexpr int kPlanThreads = 1024;
-constexpr int kMaxSplitsPerSm = 2;
 constexpr float kLog2E = 1.4426950408889634f;
-
-// ---- The plan.
-
-struct QueryTile {
-  int32_t first_token, num_rows;  // rows (token, head) of the sequence: [64 * index, ...) of num_rows
-  int32_t index, slot;
-  int32_t kv_len;                     // keys that its last row sees
-  int32_t num_splits, first_partial;  // first_partial -1: one item writes the result
-};
-
-struct WorkItem {
-  int32_t tile, block_begin, block_end, partial;
-};
-
-struct Plan {
-  int32_t* header;       // {items, next item, split tiles}
-  int32_t* first_tile;   // [S+1]
-  int32_t* split_tiles;  // [num_sms]
-  int32_t* order;        // items, the longest first
-  WorkItem* items;
-  QueryTile* tiles;
-};
-
-__host__ __device__ int64_t MaxTiles(int num_tokens, int num_sequences, int num_heads) {
-  return static_cast<int64_t>(num_tokens) * num_heads / kRows + num_sequences + 1;
-}
-
-__host__ __device__ Plan PlanAt(void* memory, int num_tokens, int num_sequences, int num_heads, int num_sms) {
-  Plan plan;
-  plan.header = static_cast<int32_t*>(memory);
-  plan.first_tile = plan.header + 8;
-  plan.split_tiles = plan.first_tile + (num_sequences + 8) / 8 * 8;
-  const int64_t max_items = MaxTiles(num_tokens, num_sequences, num_heads) + kMaxSplitsPerSm * num_sms;
-  plan.order = plan.split_tiles + (num_sms + 7) / 8 * 8;
-  plan.items = reinterpret_cast<WorkItem*>(plan.order + (max_items + 7) / 8 * 8);
-  plan.tiles = reinterpret_cast<QueryTile*>(plan.items + max_items);
-  return plan;
-}
-
-// The sum of `value` over the threads before this one; `total` over all. Called by all kPlanThreads threads.
-__device__ int32_t BlockScan(int32_t value, int32_t* total) {
-  __shared__ int32_t sums[kWarpSize];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int32_t sum = WarpScan(value);
-  if (lane == kWarpSize - 1) sums[warp] = sum;
-  __syncthreads();
-  if (warp == 0) sums[lane] = WarpScan(sums[lane]);
-  __syncthreads();
-  *total = sums[kWarpSize - 1];
-  const int32_t before = (warp > 0 ? sums[warp - 1] : 0) + sum - value;
-  __syncthreads();
-  return before;
-}
-
-__device__ int32_t NumQueries(const AttentionArguments& a, int32_t s) {
-  return a.seq_slot[s] < 0 ? 0 : a.query_start[s + 1] - a.query_start[s];
-}
-
-// first_tile[s]: the tiles of sequences before s; returns their number.
-__device__ int32_t CountTiles(const AttentionArguments& a, const Plan& plan) {
-  int32_t total = 0;
-  for (int32_t base = 0; base < a.num_sequences; base += kPlanThreads) {
-    const int32_t s = base + static_cast<int32_t>(threadIdx.x);
-    const int32_t count = s < a.num_sequences ? (NumQueries(a, s) * a.num_heads + kRows - 1) / kRows : 0;
-    int32_t sum;
-    const int32_t before = BlockScan(count, &sum);
-    if (s < a.num_sequences) plan.first_tile[s] = total + before;
-    total += sum;
-  }
-  if (threadIdx.x == 0) plan.first_tile[a.num_sequences] = total;
-  __syncthreads();
-  return total;
-}
-
-__device__ QueryTile TileAt(const AttentionArguments& a, const Plan& plan, int32_t tile) {
-  int32_t low = 0, high = a.num_sequences;  // the last sequence that begins at or before the tile
-  while (high - low > 1) {
-    const int32_t middle = (low + high) / 2;
-    if (plan.first_tile[middle] <= tile) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  QueryTile t;
-  t.first_token = a.query_start[low];
-  t.num_rows = NumQueries(a, low) * a.num_heads;
-  t.index = tile - plan.first_tile[low];
-  t.slot = a.seq_slot[low];
-  const int32_t last_row = min((t.index + 1) * kRows, t.num_rows) - 1;
-  t.kv_len = a.positions[t.first_token + last_row / a.num_heads] + 1;
-  return t;
-}
-
-// Longest first, so that the blocks that take them one by one end together. Items as long as each other, nearly, come
-// in any order: it decides who works, not what comes out.
-__device__ void OrderItems(const Plan& plan, int32_t num_items) {
-  __shared__ int32_t next[kPlanThreads], longest;
-  next[threadIdx.x] = 0;
-  if (threadIdx.x == 0) longest = 1;
-  __syncthreads();
-  const auto length = [&](int32_t i) { return plan.items[i].block_end - plan.items[i].block_begin; };
-  for (int32_t i = threadIdx.x; i < num_items; i += kPlanThreads) atomicMax(&longest, length(i));
-  __syncthreads();
-  const auto bucket = [&](int32_t i) {
-    return kPlanThreads - 1 - static_cast<int32_t>(static_cast<int64_t>(length(i)) * (kPlanThreads - 1) / longest);
-  };
-  for (int32_t i = threadIdx.x; i < num_items; i += kPlanThreads) atomicAdd(&next[bucket(i)], 1);
-  __syncthreads();
-  int32_t total;
-  const int32_t before = BlockScan(next[threadIdx.x], &total);
-  next[threadIdx.x] = before;
-  __syncthreads();
-  for (int32_t i = threadIdx.x; i < num_items; i += kPlanThreads) plan.order[atomicAdd(&next[bucket(i)], 1)] = i;
-}
-
-__global__ void __launch_bounds__(kPlanThreads) PlanAttention(const AttentionArguments a) {
-  const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
-  const int32_t num_tiles = CountTiles(a, plan);
-  // How many blocks there are in all, and so how many an item should have.
-  int32_t blocks = 0, total_blocks;
-  for (int32_t i = threadIdx.x; i < num_tiles; i += kPlanThreads) {
-    plan.tiles[i] = TileAt(a, plan, i);
-    blocks += (plan.tiles[i].kv_len + kPageTokens - 1) / kPageTokens;
-  }
-  BlockScan(blocks, &total_blocks);
-  const int32_t per_item = max(kMinSplitBlocks, (total_blocks + a.num_sms - 1) / a.num_sms);
-
-  int32_t num_items = 0, num_partials = 0, num_split_tiles = 0;
-  for (int32_t base = 0; base < num_tiles; base += kPlanThreads) {
-    const int32_t i = base + static_cast<int32_t>(threadIdx.x);
-    int32_t splits = 0, tile_blocks = 0;
-    if (i < num_tiles) {
-      tile_blocks = (plan.tiles[i].kv_len + kPageTokens - 1) / kPageTokens;
-      splits = max(1, (tile_blocks + per_item / 2) / per_item);
-    }
-    const bool is_split = splits > 1;
-    int32_t items, partials, split_tiles;
-    const int32_t item = num_items + BlockScan(splits, &items);
-    const int32_t partial = num_partials + BlockScan(is_split ? splits : 0, &partials);
-    const int32_t split_tile = num_split_tiles + BlockScan(is_split ? 1 : 0, &split_tiles);
-    if (i < num_tiles) {
-      plan.tiles[i].num_splits = splits;
-      plan.tiles[i].first_partial = is_split ? partial : -1;
-      if (is_split) plan.split_tiles[split_tile] = i;
-      for (int32_t s = 0; s < splits; ++s) {
-        plan.items[item + s] = {i, static_cast<int32_t>(static_cast<int64_t>(tile_blocks) * s / splits),
-                                static_cast<int32_t>(static_cast<int64_t>(tile_blocks) * (s + 1) / splits),
-                                is_split ? partial + s : -1};
-      }
-    }
-    num_items += items;
-    num_partials += partials;
-    num_split_tiles += split_tiles;
-  }
-  OrderItems(plan, num_items);
-  if (threadIdx.x != 0) return;
-  plan.header[0] = num_items;
-  plan.header[1] = 0;
-  plan.header[2] = num_split_tiles;
-}
 
 // ---- Loading.
 
@@ -480,10 +317,25 @@ __device__ __forceinline__ void WriteResult(const AttentionArguments& a, const Q
   }
 }
 
+// What this warp had of a buffer it has read.
+__device__ __forceinline__ void Release(Buffers& buffers, int b) {
+  if (threadIdx.x % kWarpSize == 0) BarrierArrive(buffers.empty + 8 * b);
+  buffers.Next(b);
+}
+
+// o = o * shrink + this half of a block's values, weighed; the buffer is free then.
+__device__ __forceinline__ void TakeValues(const Shared& sh, Buffers& buffers, int b, int half,
+                                           const float (&shrink)[2], float (&o)[128]) {
+  Scale(shrink, o);
+  AddValues(sh, b, half, o);
+  WgmmaWait<0>();
+  WgmmaKeep(o);
+  Release(buffers, b);
+}
+
 // A pair of blocks by the warpgroup of the even one.
 __device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t first_key, bool has_odd, float scale,
                                            int row, RowState& rows, float (&o)[128]) {
-  const bool arrives = threadIdx.x % kWarpSize == 0;
   float s[32], shrink[2];
   buffers.WaitFull(0);
   QueryKeys(sh, 0, s);
@@ -497,28 +349,17 @@ __device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t
   Probabilities(sh, 0, row, s, shrink, rows);
   ArriveThreads(kEvenReady, kConsumers);
   SyncThreads(kGroupBarrier + 1, kGroupThreads);
-  Scale(shrink, o);
-  AddValues(sh, 0, 0, o);
-  WgmmaWait<0>();
-  WgmmaKeep(o);
-  if (arrives) BarrierArrive(buffers.empty);
-  buffers.Next(0);
+  TakeValues(sh, buffers, 0, 0, shrink, o);
   if (!has_odd) return;
   buffers.WaitFull(1);
   SyncThreads(kOddReady, kConsumers);
   TakeMax(sh, 1, row, rows, shrink);
-  Scale(shrink, o);
-  AddValues(sh, 1, 0, o);
-  WgmmaWait<0>();
-  WgmmaKeep(o);
-  if (arrives) BarrierArrive(buffers.empty + 8);
-  buffers.Next(1);
+  TakeValues(sh, buffers, 1, 0, shrink, o);
 }
 
 // The same pair by the warpgroup of the odd one.
 __device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t first_key, float scale, int row,
                                           RowState& rows, float (&o)[128]) {
-  const bool arrives = threadIdx.x % kWarpSize == 0;
   float s[32], shrink[2];
   buffers.WaitFull(1);
   QueryKeys(sh, 1, s);
@@ -540,14 +381,8 @@ __device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t 
   SyncThreads(kGroupBarrier, kGroupThreads);
   WgmmaWait<0>();
   WgmmaKeep(o);
-  if (arrives) BarrierArrive(buffers.empty);
-  buffers.Next(0);
-  Scale(shrink, o);
-  AddValues(sh, 1, 1, o);
-  WgmmaWait<0>();
-  WgmmaKeep(o);
-  if (arrives) BarrierArrive(buffers.empty + 8);
-  buffers.Next(1);
+  Release(buffers, 0);
+  TakeValues(sh, buffers, 1, 1, shrink, o);
 }
 
 // Where the last block is an even one.
@@ -556,12 +391,7 @@ __device__ __forceinline__ void AttendNoOdd(Shared& sh, Buffers& buffers, int ro
   buffers.WaitFull(0);
   SyncThreads(kEvenReady, kConsumers);
   TakeMax(sh, 0, row, rows, shrink);
-  Scale(shrink, o);
-  AddValues(sh, 0, 1, o);
-  WgmmaWait<0>();
-  WgmmaKeep(o);
-  if (threadIdx.x % kWarpSize == 0) BarrierArrive(buffers.empty);
-  buffers.Next(0);
+  TakeValues(sh, buffers, 0, 1, shrink, o);
 }
 
 __device__ __forceinline__ void Consume(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item,
@@ -685,69 +515,6 @@ __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
   for (int i = 0; i < kLatentDim / kWarpSize; ++i) out[i * kWarpSize + lane] = __float2bfloat16(o[i] / sum);
 }
 
-// ---- Other dimensions: a block a (token, head), its threads columns of the result. Right, not fast.
-
-constexpr int kPlainThreads = 128;
-
-// Column `col` of a cache entry, as bf16 has it.
-template <bool kFp8>
-__device__ float EntryValue(const AttentionArguments& a, const uint8_t* entry, int col) {
-  if constexpr (!kFp8) return __bfloat162float(reinterpret_cast<const bf16*>(entry)[col]);
-  const int groups = (a.latent_dim + kScaleGroup - 1) / kScaleGroup;
-  const auto* scales = reinterpret_cast<const float*>(entry + a.latent_dim);
-  if (col >= a.latent_dim) return __bfloat162float(reinterpret_cast<const bf16*>(scales + groups)[col - a.latent_dim]);
-  const float value = LoadNumber(entry, col, NumberType::kE4M3) * scales[col / kScaleGroup];
-  return __bfloat162float(__float2bfloat16(value));
-}
-
-template <bool kFp8>
-__global__ void __launch_bounds__(kPlainThreads) PlainAttention(const AttentionArguments a) {
-  __shared__ float q[kMaxLatentDim + kMaxRopeDim], scores[kPageTokens];
-  const int64_t row = blockIdx.x, t = row / a.num_heads;
-  const int32_t slot = a.slots[t], kv_len = a.positions[t] + 1;
-  if (slot < 0) return;
-  const int entry_dim = a.latent_dim + a.rope_dim, lane = threadIdx.x % kWarpSize;
-  const bf16* query = static_cast<const bf16*>(a.q) + row * entry_dim;
-  for (int i = threadIdx.x; i < entry_dim; i += kPlainThreads) q[i] = __bfloat162float(query[i]);
-  float max = -INFINITY, sum = 0, o[kMaxLatentDim / kPlainThreads] = {};
-  for (int32_t first = 0; first < kv_len; first += kPageTokens) {
-    const int num_keys = min(kPageTokens, kv_len - first);
-    const uint8_t* page =
-        a.cache + a.block_table[slot * a.table_stride + first / kPageTokens] * a.token_bytes * kPageTokens;
-    __syncthreads();
-    for (int key = threadIdx.x / kWarpSize; key < num_keys; key += kPlainThreads / kWarpSize) {
-      float score = 0;
-      for (int i = lane; i < entry_dim; i += kWarpSize) {
-        score = fmaf(q[i], EntryValue<kFp8>(a, page + key * a.token_bytes, i), score);
-      }
-      score = WarpSum(score);
-      if (lane == 0) scores[key] = score * a.softmax_scale * kLog2E;
-    }
-    __syncthreads();
-    float new_max = max;
-    for (int key = 0; key < num_keys; ++key) new_max = fmaxf(new_max, scores[key]);
-    const float shrink = exp2f(max - new_max);
-    max = new_max;
-    sum *= shrink;
-#pragma unroll
-    for (float& value : o) value *= shrink;
-    for (int key = 0; key < num_keys; ++key) {
-      const float p = exp2f(scores[key] - max), rounded = __bfloat162float(__float2bfloat16(p));
-      sum += p;
-#pragma unroll
-      for (int i = 0; i < kMaxLatentDim / kPlainThreads; ++i) {
-        const int col = i * kPlainThreads + threadIdx.x;
-        if (col < a.latent_dim) o[i] = fmaf(rounded, EntryValue<kFp8>(a, page + key * a.token_bytes, col), o[i]);
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kMaxLatentDim / kPlainThreads; ++i) {
-    const int col = i * kPlainThreads + threadIdx.x;
-    if (col < a.latent_dim) static_cast<bf16*>(a.out)[row * a.latent_dim + col] = __float2bfloat16(o[i] / sum);
-  }
-}
-
 // ---- Before and after.
 
 // A warp a (token, head): a pair of the rotated part each lane. kC, kR: C and R, where the compiler may know them.
@@ -821,12 +588,7 @@ size_t AttentionPartialsBytes(int num_sms) { return kMaxSplitsPerSm * num_sms * 
 
 bool LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
   if (a.latent_dim != kLatentDim || a.rope_dim != kRopeDim) {
-    const auto blocks = static_cast<unsigned>(a.num_tokens * a.num_heads);
-    if (a.is_fp8) {
-      PlainAttention<true><<<blocks, kPlainThreads, 0, stream>>>(a);
-    } else {
-      PlainAttention<false><<<blocks, kPlainThreads, 0, stream>>>(a);
-    }
+    LaunchPlainAttention(stream, a);
     return true;
   }
   PlanAttention<<<1, kPlanThreads, 0, stream>>>(a);

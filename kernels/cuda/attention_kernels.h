@@ -47,6 +47,9 @@ size_t AttentionPartialsBytes(int num_sms);
 // has no words for the cache's shape.
 bool LaunchAttention(cudaStream_t stream, const AttentionArguments& arguments);
 
+// The same in any dimensions, without a plan and without tensor cores.
+void LaunchPlainAttention(cudaStream_t stream, const AttentionArguments& arguments);
+
 // The rotated part of every absorbed query, q_absorbed[t,h,C:] = rope(q[t, h * (nope_dim + R) + nope_dim :]), and zeros
 // in `out` for rows without a slot.
 struct RopeQueriesArguments {
