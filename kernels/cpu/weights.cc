@@ -125,7 +125,7 @@ CpuKvUp::CpuKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim,
   for (int h = 0; h < num_heads; ++h) {
     const int64_t row = static_cast<int64_t>(h) * (nope_dim + v_dim);
     uint16_t* to = transposed_.data() + h * head_size;
-    for (int64_t i = 0; i < head_size; ++i) to[i] = FloatToBf16(StoredValue(kv_b, row + i % nope_dim, i / nope_dim));
+    for (int64_t i = 0; i < head_size; ++i) to[i] = FloatToBf16(StoredValue(part, row + i % nope_dim, i / nope_dim));
     w_uk_transposed_.push_back({reinterpret_cast<const uint8_t*>(to), nullptr, nope_dim * int64_t{2}, 0,
                                 static_cast<int32_t>(cols()), DType::kBF16});
   }

@@ -14,14 +14,13 @@ namespace {
 
 constexpr int kEntryDim = kLatentDim + kRopeDim;  // values of a cache entry, and of an absorbed query
 constexpr int kRows = kTileQueries;               // of a tile
-constexpr int kGroupThreads = 128;  // of a warpgroup
+constexpr int kGroupThreads = 128;                // of a warpgroup
 constexpr int kConsumers = 2 * kGroupThreads;
 constexpr int kThreads = 3 * kGroupThreads;
 constexpr int kSubTileBytes = kRows * 128;  // 64 rows of 64 bf16
 constexpr int kSubTiles = kEntryDim / 64;
 constexpr int kTileBytes = kSubTiles * kSubTileBytes;
 constexpr int kRopeOffset = kLatentDim / 64 * kSubTileBytes;  // of the rotated parts
-constexpr float kLog2E = 1.4426950408889634f;
 
 // ---- Loading.
 

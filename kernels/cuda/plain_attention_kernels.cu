@@ -6,7 +6,6 @@
 namespace cachalot {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kPlainThreads = 128;
 
 // Column `col` of a cache entry, as bf16 has it.

@@ -94,9 +94,6 @@ __device__ __forceinline__ void CopyTile(uint32_t dst, const void* map, uint32_t
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
-__device__ __forceinline__ void PrefetchMap(const void* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 
 // ---- Products.
 

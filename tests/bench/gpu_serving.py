@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PORT = 8123
@@ -115,11 +116,13 @@ def stream(prompt, tokens):
         reply = connection.recv(1 << 16)
         if not reply.startswith(b"HTTP/1.1 200"):
             sys.exit(reply.decode())
+        end = b""
         while reply:
+            end = (end + reply)[-200:]
             time.sleep(0.02)
-            last, reply = reply, connection.recv(1 << 20)
-    if b"[DONE]" not in last:
-        sys.exit("a stream ended early: " + last.decode()[-200:])
+            reply = connection.recv(1 << 20)
+    if b"[DONE]" not in end:
+        sys.exit("a stream ended early: " + end.decode())
 
 
 def idle(args):
@@ -128,11 +131,8 @@ def idle(args):
         environment = {"CUDA_INJECTION64_PATH": str(Path(args.build).resolve() / "libcachalot_trace.so"), "CACHALOT_TRACE": trace}
         server = Server(args.build, args.model or args.demo, ["--served-model-name", "m", "--max-sequences", str(args.batch), *args.options], environment)
         server.wait()
-        threads = [threading.Thread(target=stream, args=(f"word {i}", args.steps + 200)) for i in range(args.batch)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(args.batch) as pool:
+            list(pool.map(lambda i: stream(f"word {i}", args.steps + 200), range(args.batch)))  # ends where one of them does
         server.stop()
         subprocess.run([sys.executable, Path(__file__).with_name("trace_idle.py"), trace, "--steps", str(args.steps)], check=True)
 

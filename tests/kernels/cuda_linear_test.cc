@@ -12,6 +12,7 @@ using testing::Owned;
 using testing::OwnedActivation;
 using testing::OwnedWeight;
 using testing::Random;
+using testing::RandomActivation;
 
 class CudaLinearTest : public ::testing::Test {
  protected:
@@ -21,14 +22,8 @@ class CudaLinearTest : public ::testing::Test {
     options.value_dtype = DType::kBF16;
     return options;
   }
-  static OwnedActivation RandomActivation(DType dtype, int64_t rows, int64_t cols, Random& random) {
-    OwnedActivation x(dtype == DType::kBF16 ? ActivationFormat::kBF16 : ActivationFormat::kFP8, rows, cols);
-    x.values.FillNormal(random, dtype == DType::kBF16 ? 1 : 40);
-    if (dtype == DType::kBF16) return x;
-    std::vector<double> scales(x.scales->num_elements());
-    for (double& s : scales) s = 0.001 + 0.05 * random.Uniform();
-    x.scales.Fill(scales);
-    return x;
+  static ActivationFormat FormatOf(DType dtype) {
+    return dtype == DType::kBF16 ? ActivationFormat::kBF16 : ActivationFormat::kFP8;
   }
   static void ExpectSameBits(const Owned& got, const Owned& want, const std::string& what) {
     const std::vector<uint8_t> a = got.bytes(), b = want.bytes();
@@ -56,7 +51,7 @@ TEST_F(CudaLinearTest, ProductsAreTheOraclesBitForBit) {
       const OwnedWeight w(dtype, c.out, c.in, random);
       const auto on_gpu = gpu_->ops().MakeLinear({w.part()}), on_cpu = oracle_->ops().MakeLinear({w.part()});
       for (int64_t rows : c.rows) {
-        const OwnedActivation x = RandomActivation(dtype, rows, c.in, random);
+        const OwnedActivation x = RandomActivation(FormatOf(dtype), rows, c.in, random);
         for (DType y_type : {DType::kF32, DType::kBF16}) {
           Owned got(y_type, {rows, c.out}), want(y_type, {rows, c.out});
           gpu_->ops().Linear(got, x.view(), *on_gpu);
@@ -84,7 +79,7 @@ TEST_F(CudaLinearTest, GroupedProductsAreTheOraclesBitForBit) {
     std::vector<int32_t> ends = {0};
     for (int32_t count : counts) ends.push_back(ends.back() + count);
     offsets.Set(ends);
-    const OwnedActivation x = RandomActivation(DType::kF8E4M3, ends.back(), kIn, random);
+    const OwnedActivation x = RandomActivation(ActivationFormat::kFP8, ends.back(), kIn, random);
     Owned got(DType::kBF16, {ends.back(), kOut}), want(DType::kBF16, {ends.back(), kOut});
     gpu_->ops().GroupedLinear(got, x.view(), *on_gpu, offsets);
     oracle_->ops().GroupedLinear(want, x.view(), *on_cpu, offsets);

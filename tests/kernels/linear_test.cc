@@ -16,6 +16,7 @@ using testing::Owned;
 using testing::OwnedActivation;
 using testing::OwnedWeight;
 using testing::Random;
+using testing::RandomActivation;
 using testing::SameProduct;
 using testing::Values;
 
@@ -69,17 +70,6 @@ class LinearTest : public ::testing::Test {
       for (int64_t t = 0; t < count; ++t) ASSERT_TRUE(SameProduct(other, t, y, begin + t));
     }
     for (int64_t t = offsets.back(); t < x.rows(); ++t) EXPECT_TRUE(std::isnan(Element(y, t, 0)));
-  }
-
-  static OwnedActivation RandomActivation(ActivationFormat format, int64_t rows, int64_t cols, Random& random) {
-    OwnedActivation x(format, rows, cols);
-    x.values.FillNormal(random, format == ActivationFormat::kFP8 ? 40 : 1);
-    if (format == ActivationFormat::kFP8) {
-      std::vector<double> scales(x.scales->num_elements());
-      for (double& s : scales) s = 0.001 + 0.05 * random.Uniform();
-      x.scales.Fill(scales);
-    }
-    return x;
   }
 
   std::unique_ptr<Backend> backend_ = testing::MakeTestBackend(testing::CpuOptions());

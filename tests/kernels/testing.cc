@@ -61,6 +61,17 @@ OwnedActivation::OwnedActivation(ActivationFormat format, int64_t rows, int64_t 
 
 Activation OwnedActivation::view() const { return {*values, *scales}; }
 
+OwnedActivation RandomActivation(ActivationFormat format, int64_t rows, int64_t cols, Random& random) {
+  OwnedActivation x(format, rows, cols);
+  x.values.FillNormal(random, format == ActivationFormat::kFP8 ? 40 : 1);
+  if (format == ActivationFormat::kFP8) {
+    std::vector<double> scales(x.scales->num_elements());
+    for (double& s : scales) s = 0.001 + 0.05 * random.Uniform();
+    x.scales.Fill(scales);
+  }
+  return x;
+}
+
 OwnedWeight::OwnedWeight(DType dtype, int64_t rows, int64_t cols, Random& random) : weight(dtype, {rows, cols}, 1) {
   if (dtype != DType::kF8E4M3) {
     weight.FillNormal(random, 0.05);

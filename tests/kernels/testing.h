@@ -57,6 +57,9 @@ struct OwnedActivation {
   Activation view() const;
 };
 
+// Random values; FP8 with random scales.
+OwnedActivation RandomActivation(ActivationFormat format, int64_t rows, int64_t cols, Random& random);
+
 // A weight of a stored type with random values, at an odd address; FP8 with scales.
 struct OwnedWeight {
   Owned weight, scale;
