@@ -29,7 +29,8 @@ struct Shared {
   uint8_t kv[2][kTileBytes];  // once its scores are made, probabilities take the place of a block's rotated parts
   float max[2][kRows];        // that even and odd blocks leave
   float sum[2][kRows];        // of each warpgroup, in the end
-  uint64_t full[2], empty[2], item_full, item_empty;
+  float scales[2][kPageTokens][kLatentDim / kScaleGroup];  // of fp8 blocks
+  uint64_t full[2], empty[2], raw[2], item_full, item_empty;
   int32_t item;
 };
 // NOTE: kGroupBarrier is that of the odd blocks' warpgroup, the next one that of the other.
@@ -51,71 +52,17 @@ __device__ void LoadRows(uint32_t dst, const uint8_t* src, int64_t row_bytes, in
   }
 }
 
-constexpr int kFp8KeyBytes = kLatentDim + kLatentDim / 128 * 4 + kRopeDim * 2;  // ops_types.h: KvTokenBytes
-
-// Half a block of the fp8 cache on its way, by one warpgroup: 32 keys wait in registers until they become bf16.
-struct Fp8Keys {
-  static constexpr int kKeys = kPageTokens / 2;
-  static constexpr int kChunks = kLatentDim / 16;  // of 16 e4m3 a key
-  static constexpr int kPerThread = kKeys * kChunks / kGroupThreads;
-  static constexpr int kRopeChunks = kRopeDim * 2 / 16;
-  static constexpr int kRopePerThread = kKeys * kRopeChunks / kGroupThreads;
-  uint4 values[kPerThread], rope[kRopePerThread];
-  float scales[kPerThread];
-
-  // Keys [first, first + 32) of a page, of which `num_keys` are there: the others become zeros. NOTE: all addresses are a
-  // few plus constants, which saves registers.
-  __device__ __forceinline__ void Load(const uint8_t* page, int first, int num_keys, int thread) {
-    const int key = first + thread / kChunks, chunk = thread % kChunks;
-    const uint8_t* from = page + key * kFp8KeyBytes + chunk * 16;
-    const uint8_t* scale = page + key * kFp8KeyBytes + kLatentDim + chunk / 8 * 4;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      constexpr int kStep = kGroupThreads / kChunks;  // keys
-      values[i] = make_uint4(0, 0, 0, 0);
-      scales[i] = 0;
-      if (key + i * kStep >= num_keys) continue;
-      values[i] = __ldg(reinterpret_cast<const uint4*>(from + i * kStep * kFp8KeyBytes));
-      scales[i] = __ldg(reinterpret_cast<const float*>(scale + i * kStep * kFp8KeyBytes));
-    }
-    const int rope_key = first + thread / kRopeChunks;
-    from = page + rope_key * kFp8KeyBytes + kLatentDim + kLatentDim / 128 * 4 + thread % kRopeChunks * 16;
-#pragma unroll
-    for (int i = 0; i < kRopePerThread; ++i) {
-      constexpr int kStep = kGroupThreads / kRopeChunks;
-      rope[i] = make_uint4(0, 0, 0, 0);
-      if (rope_key + i * kStep >= num_keys) continue;
-      rope[i] = __ldg(reinterpret_cast<const uint4*>(from + i * kStep * kFp8KeyBytes));
-    }
-  }
-
-  __device__ __forceinline__ void Store(uint8_t* dst, int first, int thread) const {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int index = i * kGroupThreads + thread, key = first + index / kChunks, chunk = index % kChunks;
-      const uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
-      uint8_t* tile = dst + chunk / 4 * kSubTileBytes;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t packed[4];
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const uint16_t pair = static_cast<uint16_t>(words[2 * half + w / 2] >> (w % 2 * 16));
-          const float2 two = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
-          const __nv_bfloat162 both = __floats2bfloat162_rn(two.x * scales[i], two.y * scales[i]);
-          packed[w] = *reinterpret_cast<const uint32_t*>(&both);
-        }
-        *reinterpret_cast<uint4*>(tile + Swizzled(key, chunk % 4 * 2 + half)) =
-            make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRopePerThread; ++i) {
-      const int index = i * kGroupThreads + thread, key = first + index / kRopeChunks, chunk = index % kRopeChunks;
-      *reinterpret_cast<uint4*>(dst + kRopeOffset + Swizzled(key, chunk)) = rope[i];
-    }
-  }
+// What TMA is told of the cache. bf16: `latents` has whole keys. fp8: e4m3 latents, scales and rotated parts apart.
+struct CacheMaps {
+  CUtensorMap latents, scales, rope;
 };
+
+constexpr int kFp8Scales = kLatentDim / kScaleGroup;
+constexpr int kFp8KeyBytes = kLatentDim + kFp8Scales * 4 + kRopeDim * 2;  // ops_types.h: KvTokenBytes
+// A block of the fp8 cache comes as it is into the upper half of where its latents go, 64 of every key after another:
+// tile t of 64 bytes a key becomes tile t of 128. From the fifth on tiles are written where earlier ones were read.
+constexpr int kRawTileBytes = kPageTokens * 64;
+constexpr int kRawOffset = kRopeOffset - kLatentDim / 64 * kRawTileBytes;
 
 // Whose turn a buffer is: both sides count its uses.
 struct Buffers {
@@ -123,51 +70,117 @@ struct Buffers {
   uint32_t rounds = 0;  // a bit each
   __device__ void WaitFull(int b) const { BarrierWait(full + 8 * b, rounds >> b & 1); }
   __device__ void WaitEmpty(int b) const { BarrierWait(empty + 8 * b, ~rounds >> b & 1); }
+  __device__ bool IsEmpty(int b) const { return BarrierTest(empty + 8 * b, ~rounds >> b & 1); }
   __device__ void Next(int b) { rounds ^= 1u << b; }
 };
 
-// The producers' share of an item: blocks by TMA, or, where keys are missing or the cache is fp8, by hand.
-template <bool kFp8>
-__device__ void Produce(const AttentionArguments& a, const CUtensorMap* map, const QueryTile& tile,
-                        const WorkItem& item, Shared& sh, Buffers& buffers) {
+// 16 e4m3, times their scale, as bf16.
+__device__ __forceinline__ void ToBf16(const uint4& raw, float scale, uint4 (&out)[2]) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  uint32_t packed[8];
+#pragma unroll
+  for (int w = 0; w < 8; ++w) {
+    const uint16_t pair = static_cast<uint16_t>(words[w / 2] >> (w % 2 * 16));
+    const float2 two = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+    const __nv_bfloat162 both = __floats2bfloat162_rn(two.x * scale, two.y * scale);
+    packed[w] = *reinterpret_cast<const uint32_t*>(&both);
+  }
+  out[0] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  out[1] = make_uint4(packed[4], packed[5], packed[6], packed[7]);
+}
+
+// The producers' share of an item over the bf16 cache: blocks by TMA, or, where keys are missing, by hand.
+__device__ __forceinline__ void ProduceBf16(const AttentionArguments& a, const CacheMaps& maps, const QueryTile& tile,
+                                            const WorkItem& item, Shared& sh, Buffers& buffers) {
   const int thread = threadIdx.x - kConsumers;
   const int32_t* pages = a.block_table + tile.slot * a.table_stride;
-  const int64_t page_bytes = a.token_bytes * kPageTokens;
-  const auto num_keys = [&](int32_t index) { return min(kPageTokens, tile.kv_len - index * kPageTokens); };
-  const auto page_at = [&](int32_t index) { return a.cache + pages[index] * page_bytes; };
-  const auto give = [&](int b) {  // what threads have written
-    FenceProxyAsync();
-    SyncThreads(kProducerBarrier, kGroupThreads);
-    if (thread == 0) BarrierArrive(buffers.full + 8 * b);
-  };
-  [[maybe_unused]] Fp8Keys keys;
-  [[maybe_unused]] const auto load = [&](int32_t index, int first) {
-    keys.Load(page_at(index), first, num_keys(index), thread);
-  };
-  if constexpr (kFp8) load(item.block_begin, 0);
   for (int32_t index = item.block_begin; index < item.block_end; ++index) {
-    const int b = (index - item.block_begin) & 1;
+    const int b = (index - item.block_begin) & 1, num_keys = min(kPageTokens, tile.kv_len - index * kPageTokens);
     buffers.WaitEmpty(b);
     buffers.Next(b);
-    const uint32_t dst = SharedAddress(sh.kv[b]);
-    if constexpr (kFp8) {
-      keys.Store(sh.kv[b], 0, thread);
-      load(index, Fp8Keys::kKeys);
-      keys.Store(sh.kv[b], Fp8Keys::kKeys, thread);
-      if (index + 1 < item.block_end) load(index + 1, 0);
-      give(b);
-    } else if (num_keys(index) < kPageTokens) {
-      LoadRows<kGroupThreads>(dst, page_at(index), a.token_bytes, num_keys(index), thread);
+    const uint32_t dst = SharedAddress(sh.kv[b]), full = buffers.full + 8 * b;
+    if (num_keys < kPageTokens) {
+      const uint8_t* page = a.cache + pages[index] * a.token_bytes * kPageTokens;
+      LoadRows<kGroupThreads>(dst, page, a.token_bytes, num_keys, thread);
       CopyAsyncCommit();
       CopyAsyncWait<0>();
-      give(b);
-    } else if (thread == 0) {
-      BarrierExpect(buffers.full + 8 * b, kTileBytes);
+      FenceProxyAsync();
+      BarrierArrive(full);
+    } else if (thread != 0) {
+      BarrierArrive(full);
+    } else {
+      BarrierExpect(full, kTileBytes);
 #pragma unroll
       for (int t = 0; t < kSubTiles; ++t) {
-        CopyTile(dst + t * kSubTileBytes, map, buffers.full + 8 * b, 64 * t, 0, pages[index]);
+        CopyTile(dst + t * kSubTileBytes, &maps.latents, full, 64 * t, 0, pages[index]);
       }
     }
+  }
+}
+
+// A block of the fp8 cache on its way, by one thread.
+__device__ __forceinline__ void CopyRaw(const CacheMaps& maps, int32_t page, Shared& sh, int b) {
+  const uint32_t kv = SharedAddress(sh.kv[b]), raw = SharedAddress(&sh.raw[b]);
+  BarrierExpect(raw, kLatentDim / 64 * kRawTileBytes + kSubTileBytes + sizeof(sh.scales[b]));
+#pragma unroll
+  for (int t = 0; t < kLatentDim / 64; ++t) {
+    CopyTile(kv + kRawOffset + t * kRawTileBytes, &maps.latents, raw, 64 * t, 0, page);
+  }
+  CopyTile(kv + kRopeOffset, &maps.rope, raw, kLatentDim + kFp8Scales * 4, 0, page);
+  CopyTile(SharedAddress(sh.scales[b]), &maps.scales, raw, kLatentDim, 0, page);
+}
+
+// The same over the fp8 cache: blocks by TMA, then made bf16 where they are; zeros where keys are missing. The next block
+// is on its way as soon as its buffer is free.
+__device__ __forceinline__ void ProduceFp8(const AttentionArguments& a, const CacheMaps& maps, const QueryTile& tile,
+                                           const WorkItem& item, Shared& sh, Buffers& buffers, uint32_t& raw_rounds) {
+  const int thread = threadIdx.x - kConsumers;
+  const int32_t* pages = a.block_table + tile.slot * a.table_stride;
+  bool is_under_way = false;  // the block at hand: thread 0 knows
+  for (int32_t index = item.block_begin; index < item.block_end; ++index) {
+    const int b = (index - item.block_begin) & 1, num_keys = min(kPageTokens, tile.kv_len - index * kPageTokens);
+    if (thread == 0 && !is_under_way) {
+      buffers.WaitEmpty(b);
+      CopyRaw(maps, pages[index], sh, b);
+    }
+    buffers.Next(b);
+    bool wants_next = thread == 0 && index + 1 < item.block_end;
+    is_under_way = false;
+    BarrierWait(SharedAddress(&sh.raw[b]), raw_rounds >> b & 1);
+    raw_rounds ^= 1u << b;
+#pragma unroll
+    for (int t = 0; t < kLatentDim / 64; ++t) {
+      if (wants_next && buffers.IsEmpty(b ^ 1)) {
+        CopyRaw(maps, pages[index + 1], sh, b ^ 1);
+        wants_next = false;
+        is_under_way = true;
+      }
+      uint4 out[2][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int chunk = i * kGroupThreads + thread, key = chunk / 4;
+        const uint4 raw =
+            *reinterpret_cast<const uint4*>(sh.kv[b] + kRawOffset + t * kRawTileBytes + chunk * 16);
+        ToBf16(raw, sh.scales[b][key][t / 2], out[i]);
+        if (key >= num_keys) out[i][0] = out[i][1] = make_uint4(0, 0, 0, 0);
+      }
+      // NOTE: all have read what is written over: the first half, then all but the last tile, then that one.
+      if (t == 4 || t >= 6) SyncThreads(kProducerBarrier, kGroupThreads);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int chunk = i * kGroupThreads + thread, key = chunk / 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          *reinterpret_cast<uint4*>(sh.kv[b] + t * kSubTileBytes + Swizzled(key, chunk % 4 * 2 + half)) = out[i][half];
+        }
+      }
+    }
+    for (int chunk = thread; chunk < kPageTokens * 8; chunk += kGroupThreads) {
+      if (chunk / 8 < num_keys) continue;
+      *reinterpret_cast<uint4*>(sh.kv[b] + kRopeOffset + Swizzled(chunk / 8, chunk % 8)) = make_uint4(0, 0, 0, 0);
+    }
+    FenceProxyAsync();
+    BarrierArrive(buffers.full + 8 * b);
   }
 }
 
@@ -457,13 +470,14 @@ struct Items {
 
 template <bool kFp8>
 __global__ void __launch_bounds__(kThreads, 1)
-    MlaKernel(const __grid_constant__ CUtensorMap map, const AttentionArguments a) {
+    MlaKernel(const __grid_constant__ CacheMaps maps, const AttentionArguments a) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& sh = *reinterpret_cast<Shared*>(memory);
   const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
   if (threadIdx.x == 0) {
     for (int b = 0; b < 2; ++b) {
-      BarrierInit(SharedAddress(&sh.full[b]), 1);
+      BarrierInit(SharedAddress(&sh.full[b]), kGroupThreads);
+      BarrierInit(SharedAddress(&sh.raw[b]), 1);
       BarrierInit(SharedAddress(&sh.empty[b]), kConsumers / kWarpSize);
     }
     BarrierInit(SharedAddress(&sh.item_full), 1);
@@ -476,42 +490,69 @@ __global__ void __launch_bounds__(kThreads, 1)
   WorkItem item;
   QueryTile tile;
   // NOTE: what the one gives the others take: together no more than a block is launched with, or they wait for ever.
-  constexpr int kProducerRegisters = kFp8 ? 120 : 56, kConsumerRegisters = kFp8 ? 192 : 224;
+  constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kThreads / 8 * 8));
   // NOTE: told this way the compiler knows that a warpgroup stays together.
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);
   if (group == 2) {
     FewerRegisters<kProducerRegisters>();
-    while (items.Next(plan, sh, &item, &tile)) Produce<kFp8>(a, &map, tile, item, sh, buffers);
+    [[maybe_unused]] uint32_t raw_rounds = 0;
+    while (items.Next(plan, sh, &item, &tile)) {
+      if constexpr (kFp8) {
+        ProduceFp8(a, maps, tile, item, sh, buffers, raw_rounds);
+      } else {
+        ProduceBf16(a, maps, tile, item, sh, buffers);
+      }
+    }
   } else {
     MoreRegisters<kConsumerRegisters>();
     while (items.Next(plan, sh, &item, &tile)) Consume(a, tile, item, sh, buffers, group);
   }
 }
 
-// Joins the splits of a tile, in their order. blockIdx: x split tile, y eight rows; a warp a row.
+// Joins the splits of tiles, in their order. A warp a quarter of a row, a block two rows, as often as there are any.
 __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
   AllowNextKernel();
+  constexpr int kWidth = 4 * kWarpSize, kQuarters = kLatentDim / kWidth, kBlockRows = 256 / kWarpSize / kQuarters;
   const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
-  if (static_cast<int32_t>(blockIdx.x) >= plan.header[2]) return;
-  const QueryTile tile = plan.tiles[plan.split_tiles[blockIdx.x]];
-  const int lane = threadIdx.x % kWarpSize, r = blockIdx.y * 8 + threadIdx.x / kWarpSize;
-  if (tile.index * kRows + r >= tile.num_rows) return;
-  const float* partials = a.partials + tile.first_partial * kPartialFloats;
-  float max = -INFINITY;
-  for (int s = 0; s < tile.num_splits; ++s) max = fmaxf(max, partials[s * kPartialFloats + kRows * kLatentDim + r]);
-  float sum = 0, o[kLatentDim / kWarpSize] = {};
-  for (int s = 0; s < tile.num_splits; ++s) {
-    const float* partial = partials + s * kPartialFloats;
-    const float weight = exp2f(partial[kRows * kLatentDim + r] - max);
-    sum += weight * partial[kRows * kLatentDim + kRows + r];
-#pragma unroll
-    for (int i = 0; i < kLatentDim / kWarpSize; ++i) o[i] += weight * partial[r * kLatentDim + i * kWarpSize + lane];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int32_t num_pieces = plan.header[2] * (kRows / kBlockRows);
+  for (int32_t piece = blockIdx.x; piece < num_pieces; piece += gridDim.x) {
+    const QueryTile tile = plan.tiles[plan.split_tiles[piece / (kRows / kBlockRows)]];
+    const int r = piece % (kRows / kBlockRows) * kBlockRows + warp / kQuarters;
+    const int column = warp % kQuarters * kWidth + 4 * lane;
+    if (tile.index * kRows + r >= tile.num_rows) continue;
+    const float* partials = a.partials + tile.first_partial * kPartialFloats;
+    const float* maxima = partials + kRows * kLatentDim + r;
+    float max = -INFINITY;
+    for (int s = lane; s < tile.num_splits; s += kWarpSize) max = fmaxf(max, maxima[s * kPartialFloats]);
+    max = WarpMax(max);
+    float sum = 0;
+    float4 o = make_float4(0, 0, 0, 0);
+    for (int first = 0; first < tile.num_splits; first += kWarpSize) {
+      // Every lane the weight of one split, then all lanes the splits one after the other.
+      const bool is_there = first + lane < tile.num_splits;
+      const float* own = maxima + (is_there ? first + lane : 0) * kPartialFloats;
+      const float own_weight = is_there ? exp2f(own[0] - max) : 0.0f;
+      sum += WarpSum(own_weight * own[kRows]);
+      const int count = min(kWarpSize, tile.num_splits - first);
+#pragma unroll 8
+      for (int s = 0; s < count; ++s) {
+        const float weight = __shfl_sync(0xffffffffu, own_weight, s);
+        const float4 part =
+            *reinterpret_cast<const float4*>(partials + (first + s) * kPartialFloats + r * kLatentDim + column);
+        o.x = fmaf(weight, part.x, o.x);
+        o.y = fmaf(weight, part.y, o.y);
+        o.z = fmaf(weight, part.z, o.z);
+        o.w = fmaf(weight, part.w, o.w);
+      }
+    }
+    const int64_t row = static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows + r;
+    const __nv_bfloat162 packed[2] = {__floats2bfloat162_rn(o.x / sum, o.y / sum),
+                                      __floats2bfloat162_rn(o.z / sum, o.w / sum)};
+    *reinterpret_cast<uint2*>(static_cast<bf16*>(a.out) + row * kLatentDim + column) =
+        *reinterpret_cast<const uint2*>(packed);
   }
-  bf16* out = static_cast<bf16*>(a.out) +
-              (static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows + r) * kLatentDim;
-#pragma unroll
-  for (int i = 0; i < kLatentDim / kWarpSize; ++i) out[i * kWarpSize + lane] = __float2bfloat16(o[i] / sum);
 }
 
 // ---- Before and after.
@@ -559,20 +600,28 @@ __global__ void __launch_bounds__(256)
 
 template <bool kFp8>
 bool LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
-  CUtensorMap map = {};
-  if (!kFp8 && !MakeTensorMap(&map, a.cache,
-                              {.cols = kEntryDim,
-                               .rows = kPageTokens,
-                               .row_bytes = a.token_bytes,
-                               .num_groups = a.num_blocks,
-                               .group_bytes = a.token_bytes * kPageTokens,
-                               .box_rows = kPageTokens})) {
+  CacheMaps maps = {};
+  const auto make = [&](CUtensorMap* map, CUtensorMapDataType type, int64_t cols, int box_bytes) {
+    return MakeTensorMap(map, a.cache,
+                         {.type = type,
+                          .cols = cols,
+                          .rows = kPageTokens,
+                          .row_bytes = a.token_bytes,
+                          .num_groups = a.num_blocks,
+                          .group_bytes = a.token_bytes * kPageTokens,
+                          .box_rows = kPageTokens,
+                          .box_bytes = box_bytes});
+  };
+  constexpr auto kBytes = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  if (kFp8 ? !make(&maps.latents, kBytes, kFp8KeyBytes, 64) || !make(&maps.scales, kBytes, kFp8KeyBytes, 16) ||
+                 !make(&maps.rope, kBytes, kFp8KeyBytes, 128)
+           : !make(&maps.latents, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kEntryDim, 128)) {
     return false;
   }
   static const cudaError_t configured =
       cudaFuncSetAttribute(MlaKernel<kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   (void)configured;  // NOTE: where it failed, the launch fails too
-  MlaKernel<kFp8><<<a.num_sms, kThreads, kSharedBytes, stream>>>(map, a);
+  MlaKernel<kFp8><<<a.num_sms, kThreads, kSharedBytes, stream>>>(maps, a);
   return true;
 }
 
@@ -592,7 +641,7 @@ bool LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
   }
   PlanAttention<<<1, kPlanThreads, 0, stream>>>(a);
   if (!(a.is_fp8 ? LaunchMla<true>(stream, a) : LaunchMla<false>(stream, a))) return false;
-  JoinSplits<<<dim3(a.num_sms, kRows / 8), 256, 0, stream>>>(a);
+  JoinSplits<<<4 * a.num_sms, 256, 0, stream>>>(a);
   return true;
 }
 
