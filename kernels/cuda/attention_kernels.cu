@@ -67,7 +67,7 @@ constexpr int kRawOffset = kRopeOffset - kLatentDim / 64 * kRawTileBytes;
 // Whose turn a buffer is: both sides count its uses.
 struct Buffers {
   uint32_t full, empty;  // barriers
-  uint32_t rounds = 0;  // a bit each
+  uint32_t rounds = 0;   // a bit each
   __device__ void WaitFull(int b) const { BarrierWait(full + 8 * b, rounds >> b & 1); }
   __device__ void WaitEmpty(int b) const { BarrierWait(empty + 8 * b, ~rounds >> b & 1); }
   __device__ bool IsEmpty(int b) const { return BarrierTest(empty + 8 * b, ~rounds >> b & 1); }
@@ -130,8 +130,8 @@ __device__ __forceinline__ void CopyRaw(const CacheMaps& maps, int32_t page, Sha
   CopyTile(SharedAddress(sh.scales[b]), &maps.scales, raw, kLatentDim, 0, page);
 }
 
-// The same over the fp8 cache: blocks by TMA, then made bf16 where they are; zeros where keys are missing. The next block
-// is on its way as soon as its buffer is free.
+// The same over the fp8 cache: blocks by TMA, then made bf16 where they are; zeros where keys are missing. The next
+// block is on its way as soon as its buffer is free.
 __device__ __forceinline__ void ProduceFp8(const AttentionArguments& a, const CacheMaps& maps, const QueryTile& tile,
                                            const WorkItem& item, Shared& sh, Buffers& buffers, uint32_t& raw_rounds) {
   const int thread = threadIdx.x - kConsumers;
@@ -159,8 +159,7 @@ __device__ __forceinline__ void ProduceFp8(const AttentionArguments& a, const Ca
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int chunk = i * kGroupThreads + thread, key = chunk / 4;
-        const uint4 raw =
-            *reinterpret_cast<const uint4*>(sh.kv[b] + kRawOffset + t * kRawTileBytes + chunk * 16);
+        const uint4 raw = *reinterpret_cast<const uint4*>(sh.kv[b] + kRawOffset + t * kRawTileBytes + chunk * 16);
         ToBf16(raw, sh.scales[b][key][t / 2], out[i]);
         if (key >= num_keys) out[i][0] = out[i][1] = make_uint4(0, 0, 0, 0);
       }
@@ -289,8 +288,8 @@ __device__ __forceinline__ void TakeMax(const Shared& sh, int b, int row, RowSta
 // Where a split keeps its unscaled result [64,512], then its rows' maxima and sums.
 constexpr int64_t kPartialFloats = kRows * kLatentDim + 2 * kRows;
 
-__device__ __forceinline__ void WriteResult(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item, Shared& sh,
-                            int row, RowState& rows, const float (&o)[128]) {
+__device__ __forceinline__ void WriteResult(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item,
+                                            Shared& sh, int row, RowState& rows, const float (&o)[128]) {
   const int half = threadIdx.x / kGroupThreads, lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -443,8 +442,8 @@ __device__ __forceinline__ void Consume(const AttentionArguments& a, const Query
   WriteResult(a, tile, item, sh, row, rows, o);
 }
 
-// Items go round a block: one thread of the producers takes the next one when all warps have seen the one before, and so
-// runs ahead of those who still multiply.
+// Items go round a block: one thread of the producers takes the next one when all warps have seen the one before, and
+// so runs ahead of those who still multiply.
 struct Items {
   uint32_t full, empty;  // barriers
   uint32_t round = 0;

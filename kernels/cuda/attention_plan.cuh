@@ -1,5 +1,5 @@
-// How a step's attention is cut into items, on the device: tiles of queries of one sequence, each with a run of blocks of
-// keys, so that all SMs have work and end together.
+// How a step's attention is cut into items, on the device: tiles of queries of one sequence, each with a run of blocks
+// of keys, so that all SMs have work and end together.
 #ifndef CACHALOT_KERNELS_CUDA_ATTENTION_PLAN_CUH_
 #define CACHALOT_KERNELS_CUDA_ATTENTION_PLAN_CUH_
 

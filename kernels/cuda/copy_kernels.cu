@@ -23,7 +23,8 @@ void Launch(cudaStream_t stream, void* dst, const void* src, int64_t bytes) {
 
 void LaunchCopy(cudaStream_t stream, void* dst, const void* src, int64_t bytes) {
   if (bytes <= 0) return;
-  const uintptr_t all = reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src) | static_cast<uintptr_t>(bytes);
+  const uintptr_t all =
+      reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src) | static_cast<uintptr_t>(bytes);
   if (all % sizeof(uint4) == 0) {
     Launch<uint4>(stream, dst, src, bytes);
   } else if (all % sizeof(uint32_t) == 0) {

@@ -1,6 +1,6 @@
 // GEMM kernels. The tensor core kernel takes 128 rows of the weight as M of wgmma and a few tokens as N, so that few
-// tokens waste nothing: y^T = w * x^T. Tiles come by TMA. FP8 sums are promoted to fp32 every 128 of the inner dimension, times the scales
-// (DeepSeek-V3 report, 3.3.2).
+// tokens waste nothing: y^T = w * x^T. Tiles come by TMA. FP8 sums are promoted to fp32 every 128 of the inner
+// dimension, times the scales (DeepSeek-V3 report, 3.3.2).
 #include <cooperative_groups.h>
 
 #include "kernels/cuda/common.cuh"
@@ -12,7 +12,7 @@
 namespace cachalot {
 namespace {
 
-constexpr int kTileRows = 128;    // of the weight
+constexpr int kTileRows = 128;  // of the weight
 constexpr int kBlockBytes = kInnerBlockBytes;
 constexpr int kMaxGroups = 512;
 
@@ -146,15 +146,16 @@ __device__ void Produce(const Work& work, const Item& item, const RowTile& tile,
   }
   const int32_t first_column = static_cast<int32_t>(item.group * work.g.x_group_stride);
   const bool has_scale = thread < item.num_tokens;
-  const float* scales = kFp8 ? work.g.x.scales + (item.first_row + (has_scale ? thread : 0)) * work.g.x.scale_stride
-                             : nullptr;
+  const float* scales =
+      kFp8 ? work.g.x.scales + (item.first_row + (has_scale ? thread : 0)) * work.g.x.scale_stride : nullptr;
   for (int32_t block = begin; block < end; ++block, ring.Next()) {
     BarrierWait(ring.Empty(), ring.round ^ 1);
     const uint32_t stage = shared + ring.stage * T::kStageBytes;
     const int32_t column = block * (kBlockBytes / T::kElementBytes);
     if (thread == 0) {
       if (block - begin >= num_early) begin_stage(ring.stage, ring.Full(), block);
-      CopyTile(stage + T::kWeightBytes, x_map, ring.Full(), first_column + column, static_cast<int32_t>(item.first_row));
+      CopyTile(stage + T::kWeightBytes, x_map, ring.Full(), first_column + column,
+               static_cast<int32_t>(item.first_row));
     }
     if constexpr (kFp8) {
       if (thread < kTokens) {
@@ -329,7 +330,8 @@ __global__ void __launch_bounds__(kConsumers + kProducers, Tile<kTokens, kFp8>::
   Ring<T::kStages> ring{SharedAddress(full), SharedAddress(empty)};
   bool is_early = work.g.offsets == nullptr;  // else the kernel before says what the items are
   const bool is_producer = threadIdx.x >= kConsumers;
-  // NOTE: the splits of a tile are neighbours in order, so the blocks of a cluster have one item each, of the same tile.
+  // NOTE: the splits of a tile are neighbours in order, so the blocks of a cluster have one item each, of the same
+  // tile.
   for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
     const Item item = ItemAt<kTokens>(work, first_item, index);
     const RowTile tile = work.g.w.tiles[item.weight_tile];
@@ -345,7 +347,8 @@ __global__ void __launch_bounds__(kConsumers + kProducers, Tile<kTokens, kFp8>::
       continue;
     }
     const WeightRef& w = work.g.w;
-    const float* w_scales = w.scales + item.group * w.group_scales + static_cast<int64_t>(tile.scale_row) * w.scale_cols;
+    const float* w_scales =
+        w.scales + item.group * w.group_scales + static_cast<int64_t>(tile.scale_row) * w.scale_cols;
     float sum[kTokens / 2];
     Consume<kTokens, kFp8>(w_scales, shared, begin, end, ring, sum);
     if (work.num_splits == 1) {

@@ -88,19 +88,20 @@ __device__ __forceinline__ void MoreRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// A box of a tensor in global memory, by one thread; its bytes count at the barrier, those outside the tensor are zeros.
+// A box of a tensor in global memory, by one thread; its bytes count at the barrier, those outside the tensor are
+// zeros.
 __device__ __forceinline__ void CopyTile(uint32_t dst, const void* map, uint32_t barrier, int32_t x, int32_t y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          dst),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(dst),
       "l"(map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
 }
 __device__ __forceinline__ void CopyTile(uint32_t dst, const void* map, uint32_t barrier, int32_t x, int32_t y,
                                          int32_t z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
-          "r"(dst),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(dst),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
