@@ -30,14 +30,13 @@ struct Shared {
   float max[2][kRows];        // that even and odd blocks leave
   float sum[2][kRows];        // of each warpgroup, in the end
   float scales[2][kPageTokens][kLatentDim / kScaleGroup];  // of fp8 blocks
-  uint64_t full[2], empty[2], raw[2], item_full, item_empty;
+  uint64_t full[2], empty[2], scored[2], weighed[2], raw[2], item_full, item_empty;
   int32_t item;
 };
-// NOTE: kGroupBarrier is that of the odd blocks' warpgroup, the next one that of the other.
 constexpr int kSharedBytes = sizeof(Shared);
 static_assert(kSharedBytes <= 227 * 1024);
 
-enum NamedBarrier { kProducerBarrier = 1, kConsumerBarrier, kEvenReady, kOddReady, kGroupBarrier };
+enum NamedBarrier { kProducerBarrier = 1, kConsumerBarrier };
 
 // 64 rows of 576 bf16 from `src`, `num_rows` of them there, the others zeros; by `kCount` threads, `thread` this one.
 template <int kCount>
@@ -64,12 +63,25 @@ constexpr int kFp8KeyBytes = kLatentDim + kFp8Scales * 4 + kRopeDim * 2;  // ops
 constexpr int kRawTileBytes = kPageTokens * 64;
 constexpr int kRawOffset = kRopeOffset - kLatentDim / 64 * kRawTileBytes;
 
-// Whose turn a buffer is: both sides count its uses.
+// Whose turn a buffer is: all count its uses. A block is copied (full), its scores are made by one warpgroup (scored),
+// and its probabilities are there (weighed) when both add its values (empty). NOTE: every thread arrives for itself,
+// and warpgroups do not meet at named barriers of their own: compute-sanitizer's racecheck loses track of either. Lanes
+// may leave a wait one by one, and wgmma and bar.sync want whole warps: hence __syncwarp.
 struct Buffers {
-  uint32_t full, empty;  // barriers
-  uint32_t rounds = 0;   // a bit each
+  uint32_t full, empty, scored, weighed;  // barriers
+  uint32_t rounds = 0;                    // a bit each
   __device__ void WaitFull(int b) const { BarrierWait(full + 8 * b, rounds >> b & 1); }
   __device__ void WaitEmpty(int b) const { BarrierWait(empty + 8 * b, ~rounds >> b & 1); }
+  __device__ void WaitWeighed(int b) const {
+    BarrierWait(weighed + 8 * b, rounds >> b & 1);
+    __syncwarp();
+  }
+  // The warpgroup of the block's scores.
+  __device__ void MeetScored(int b) const {
+    BarrierArrive(scored + 8 * b);
+    BarrierWait(scored + 8 * b, rounds >> b & 1);
+  }
+  __device__ void ArriveWeighed(int b) const { BarrierArrive(weighed + 8 * b); }
   __device__ bool IsEmpty(int b) const { return BarrierTest(empty + 8 * b, ~rounds >> b & 1); }
   __device__ void Next(int b) { rounds ^= 1u << b; }
 };
@@ -147,6 +159,7 @@ __device__ __forceinline__ void ProduceFp8(const AttentionArguments& a, const Ca
     bool wants_next = thread == 0 && index + 1 < item.block_end;
     is_under_way = false;
     BarrierWait(SharedAddress(&sh.raw[b]), raw_rounds >> b & 1);
+    __syncwarp();
     raw_rounds ^= 1u << b;
 #pragma unroll
     for (int t = 0; t < kLatentDim / 64; ++t) {
@@ -328,9 +341,9 @@ __device__ __forceinline__ void WriteResult(const AttentionArguments& a, const Q
   }
 }
 
-// What this warp had of a buffer it has read.
+// What this thread had of a buffer it has read.
 __device__ __forceinline__ void Release(Buffers& buffers, int b) {
-  if (threadIdx.x % kWarpSize == 0) BarrierArrive(buffers.empty + 8 * b);
+  BarrierArrive(buffers.empty + 8 * b);
   buffers.Next(b);
 }
 
@@ -349,21 +362,22 @@ __device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t
                                            int row, RowState& rows, float (&o)[128]) {
   float s[32], shrink[2];
   buffers.WaitFull(0);
+  __syncwarp();
   QueryKeys(sh, 0, s);
   WgmmaWait<0>();
   WgmmaKeep(s);
-  SyncThreads(kGroupBarrier + 1, kGroupThreads);  // nobody reads the rotated parts any more
+  buffers.MeetScored(0);  // nobody reads the rotated parts any more
   const float before[2] = {rows.max[0], rows.max[1]};
   MaskAndMax(first_key, scale, s, rows);
 #pragma unroll
   for (int i = 0; i < 2; ++i) shrink[i] = Shrink(before[i], rows.max[i]);
   Probabilities(sh, 0, row, s, shrink, rows);
-  ArriveThreads(kEvenReady, kConsumers);
-  SyncThreads(kGroupBarrier + 1, kGroupThreads);
+  buffers.ArriveWeighed(0);
+  buffers.WaitWeighed(0);
   TakeValues(sh, buffers, 0, 0, shrink, o);
   if (!has_odd) return;
   buffers.WaitFull(1);
-  SyncThreads(kOddReady, kConsumers);
+  buffers.WaitWeighed(1);
   TakeMax(sh, 1, row, rows, shrink);
   TakeValues(sh, buffers, 1, 0, shrink, o);
 }
@@ -373,12 +387,13 @@ __device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t 
                                           RowState& rows, float (&o)[128]) {
   float s[32], shrink[2];
   buffers.WaitFull(1);
+  __syncwarp();
   QueryKeys(sh, 1, s);
   WgmmaWait<0>();
   WgmmaKeep(s);
-  SyncThreads(kGroupBarrier, kGroupThreads);  // nobody reads the rotated parts any more
+  buffers.MeetScored(1);  // nobody reads the rotated parts any more
   buffers.WaitFull(0);
-  SyncThreads(kEvenReady, kConsumers);
+  buffers.WaitWeighed(0);
   TakeMax(sh, 0, row, rows, shrink);
   Scale(shrink, o);
   AddValues(sh, 0, 1, o);
@@ -388,11 +403,11 @@ __device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t 
 #pragma unroll
   for (int i = 0; i < 2; ++i) shrink[i] = Shrink(before[i], rows.max[i]);
   Probabilities(sh, 1, row, s, shrink, rows);
-  ArriveThreads(kOddReady, kConsumers);
-  SyncThreads(kGroupBarrier, kGroupThreads);
+  buffers.ArriveWeighed(1);
   WgmmaWait<0>();
   WgmmaKeep(o);
   Release(buffers, 0);
+  buffers.WaitWeighed(1);
   TakeValues(sh, buffers, 1, 1, shrink, o);
 }
 
@@ -400,7 +415,7 @@ __device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t 
 __device__ __forceinline__ void AttendNoOdd(Shared& sh, Buffers& buffers, int row, RowState& rows, float (&o)[128]) {
   float shrink[2];
   buffers.WaitFull(0);
-  SyncThreads(kEvenReady, kConsumers);
+  buffers.WaitWeighed(0);
   TakeMax(sh, 0, row, rows, shrink);
   TakeValues(sh, buffers, 0, 1, shrink, o);
 }
@@ -456,10 +471,10 @@ struct Items {
       BarrierArrive(full);
     }
     BarrierWait(full, round);
+    __syncwarp();
     round ^= 1;
     const int32_t index = sh.item;
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) BarrierArrive(empty);
+    BarrierArrive(empty);
     if (index >= plan.header[0]) return false;
     *item = plan.items[plan.order[index]];
     *tile = plan.tiles[item->tile];
@@ -476,16 +491,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int b = 0; b < 2; ++b) {
       BarrierInit(SharedAddress(&sh.full[b]), kGroupThreads);
+      BarrierInit(SharedAddress(&sh.scored[b]), kGroupThreads);
+      BarrierInit(SharedAddress(&sh.weighed[b]), kGroupThreads);
       BarrierInit(SharedAddress(&sh.raw[b]), 1);
-      BarrierInit(SharedAddress(&sh.empty[b]), kConsumers / kWarpSize);
+      BarrierInit(SharedAddress(&sh.empty[b]), kConsumers);
     }
     BarrierInit(SharedAddress(&sh.item_full), 1);
-    BarrierInit(SharedAddress(&sh.item_empty), kThreads / kWarpSize);
+    BarrierInit(SharedAddress(&sh.item_empty), kThreads);
     BarrierInitDone();
   }
   __syncthreads();
   Items items{SharedAddress(&sh.item_full), SharedAddress(&sh.item_empty)};
-  Buffers buffers{SharedAddress(sh.full), SharedAddress(sh.empty)};
+  Buffers buffers{SharedAddress(sh.full), SharedAddress(sh.empty), SharedAddress(sh.scored), SharedAddress(sh.weighed)};
   WorkItem item;
   QueryTile tile;
   // NOTE: what the one gives the others take: together no more than a block is launched with, or they wait for ever.

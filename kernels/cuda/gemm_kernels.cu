@@ -204,7 +204,6 @@ __device__ void Consume(const float* w_scales, const uint8_t* memory, int32_t be
   using T = Tile<kTokens, kFp8>;
   const uint32_t shared = SharedAddress(memory);
   const float* scales = reinterpret_cast<const float*>(memory + T::kStages * T::kStageBytes);
-  const bool arrives = threadIdx.x % kWarpSize == 0;
 #pragma unroll
   for (float& value : sum) value = 0;
   if constexpr (kFp8) {
@@ -218,8 +217,7 @@ __device__ void Consume(const float* w_scales, const uint8_t* memory, int32_t be
       WgmmaWait<0>();
       WgmmaKeep(part);
       Promote<kTokens>(scales + ring.stage * kTokens, w_scale, part, sum);
-      __syncwarp();
-      if (arrives) BarrierArrive(ring.Empty());
+      BarrierArrive(ring.Empty());
     }
     return;
   }
@@ -228,12 +226,12 @@ __device__ void Consume(const float* w_scales, const uint8_t* memory, int32_t be
     BarrierWait(ring.Full(), ring.round);
     Multiply<kTokens, false>(shared + ring.stage * T::kStageBytes, sum);
     WgmmaWait<1>();
-    if (arrives && block > begin) BarrierArrive(before);
+    if (block > begin) BarrierArrive(before);
     before = ring.Empty();
   }
   WgmmaWait<0>();
   WgmmaKeep(sum);
-  if (arrives && end > begin) BarrierArrive(before);
+  if (end > begin) BarrierArrive(before);
 }
 
 // Straight to y: eight lanes have neighbouring rows of the weight.
@@ -320,7 +318,7 @@ __global__ void __launch_bounds__(kConsumers + kProducers, Tile<kTokens, kFp8>::
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
       BarrierInit(SharedAddress(&full[i]), 1 + (kFp8 ? kProducers : 0));
-      BarrierInit(SharedAddress(&empty[i]), kConsumers / kWarpSize);
+      BarrierInit(SharedAddress(&empty[i]), kConsumers);
     }
     BarrierInitDone();
   }

@@ -70,12 +70,9 @@ __device__ __forceinline__ bool BarrierTest(uint32_t barrier, uint32_t parity) {
       : "memory");
   return is_over != 0;
 }
-// Some warps of a block, `threads` in all; id 1 to 15. Those who only say that they are there do not wait.
+// Some warps of a block, `threads` in all; id 1 to 15.
 __device__ __forceinline__ void SyncThreads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void ArriveThreads(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Registers of every thread of this warpgroup from here on.
