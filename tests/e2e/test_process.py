@@ -135,7 +135,7 @@ def test_logs_are_json_and_hold_no_prompts_unless_asked(start):
     secret = "a secret prompt"
     for asked, holds in (("summary", False), ("prompts", True)):
         server = start("--log-format", "json", "--log-requests", asked)
-        server.client().completions.create(model=server.model, prompt=secret, max_tokens=3)
+        server.client().completions.create(model=server.model, prompt=secret, max_tokens=3, extra_body={"ignore_eos": True})
         assert server.stop() == 0
         lines = [json.loads(line) for line in server.log + server.process.stderr.read().decode().splitlines()]
         assert all(set(line) >= {"time", "level", "message"} for line in lines)
