@@ -65,8 +65,8 @@ constexpr int kRawOffset = kRopeOffset - kLatentDim / 64 * kRawTileBytes;
 
 // Whose turn a buffer is: all count its uses. A block is copied (full), its scores are made by one warpgroup (scored),
 // and its probabilities are there (weighed) when both add its values (empty). NOTE: every thread arrives for itself,
-// and warpgroups do not meet at named barriers of their own: compute-sanitizer's racecheck loses track of either. Lanes
-// may leave a wait one by one, and wgmma and bar.sync want whole warps: hence __syncwarp.
+// and a warpgroup that meets the other at a named barrier has none of its own: compute-sanitizer's racecheck loses
+// track of either. Lanes may leave a wait one by one, and wgmma and bar.sync want whole warps: hence __syncwarp.
 struct Buffers {
   uint32_t full, empty, scored, weighed;  // barriers
   uint32_t rounds = 0;                    // a bit each
@@ -287,8 +287,11 @@ __device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const 
   FenceProxyAsync();
 }
 
-// The rows' maximum after the other warpgroup's block: their sums shrink with it.
-__device__ __forceinline__ void TakeMax(const Shared& sh, int b, int row, RowState& rows, float (&shrink)[2]) {
+// The rows' maximum after the other warpgroup's block, once that one has its probabilities: their sums shrink with it.
+__device__ __forceinline__ void TakeMax(const Shared& sh, const Buffers& buffers, int b, int row, RowState& rows,
+                                        float (&shrink)[2]) {
+  buffers.WaitFull(b);
+  buffers.WaitWeighed(b);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float max = sh.max[b][row + 8 * i];
@@ -357,28 +360,37 @@ __device__ __forceinline__ void TakeValues(const Shared& sh, Buffers& buffers, i
   Release(buffers, b);
 }
 
-// A pair of blocks by the warpgroup of the even one.
-__device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t first_key, bool has_odd, float scale,
-                                           int row, RowState& rows, float (&o)[128]) {
-  float s[32], shrink[2];
-  buffers.WaitFull(0);
+// Scores of a buffer's block, by the warpgroup that makes them.
+__device__ __forceinline__ void Score(const Shared& sh, const Buffers& buffers, int b, float (&s)[32]) {
+  buffers.WaitFull(b);
   __syncwarp();
-  QueryKeys(sh, 0, s);
+  QueryKeys(sh, b, s);
   WgmmaWait<0>();
   WgmmaKeep(s);
-  buffers.MeetScored(0);  // nobody reads the rotated parts any more
+  buffers.MeetScored(b);  // nobody reads the rotated parts any more
+}
+
+// They become its probabilities; by how much the rows' earlier results shrink.
+__device__ __forceinline__ void Weigh(Shared& sh, const Buffers& buffers, int b, int32_t first_key, float scale,
+                                      int row, float (&s)[32], RowState& rows, float (&shrink)[2]) {
   const float before[2] = {rows.max[0], rows.max[1]};
   MaskAndMax(first_key, scale, s, rows);
 #pragma unroll
   for (int i = 0; i < 2; ++i) shrink[i] = Shrink(before[i], rows.max[i]);
-  Probabilities(sh, 0, row, s, shrink, rows);
-  buffers.ArriveWeighed(0);
+  Probabilities(sh, b, row, s, shrink, rows);
+  buffers.ArriveWeighed(b);
+}
+
+// A pair of blocks by the warpgroup of the even one.
+__device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t first_key, bool has_odd, float scale,
+                                           int row, RowState& rows, float (&o)[128]) {
+  float s[32], shrink[2];
+  Score(sh, buffers, 0, s);
+  Weigh(sh, buffers, 0, first_key, scale, row, s, rows, shrink);
   buffers.WaitWeighed(0);
   TakeValues(sh, buffers, 0, 0, shrink, o);
   if (!has_odd) return;
-  buffers.WaitFull(1);
-  buffers.WaitWeighed(1);
-  TakeMax(sh, 1, row, rows, shrink);
+  TakeMax(sh, buffers, 1, row, rows, shrink);
   TakeValues(sh, buffers, 1, 0, shrink, o);
 }
 
@@ -386,24 +398,12 @@ __device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t
 __device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t first_key, float scale, int row,
                                           RowState& rows, float (&o)[128]) {
   float s[32], shrink[2];
-  buffers.WaitFull(1);
-  __syncwarp();
-  QueryKeys(sh, 1, s);
-  WgmmaWait<0>();
-  WgmmaKeep(s);
-  buffers.MeetScored(1);  // nobody reads the rotated parts any more
-  buffers.WaitFull(0);
-  buffers.WaitWeighed(0);
-  TakeMax(sh, 0, row, rows, shrink);
+  Score(sh, buffers, 1, s);
+  TakeMax(sh, buffers, 0, row, rows, shrink);
   Scale(shrink, o);
   AddValues(sh, 0, 1, o);
   // While tensor cores add the even block's values:
-  const float before[2] = {rows.max[0], rows.max[1]};
-  MaskAndMax(first_key, scale, s, rows);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) shrink[i] = Shrink(before[i], rows.max[i]);
-  Probabilities(sh, 1, row, s, shrink, rows);
-  buffers.ArriveWeighed(1);
+  Weigh(sh, buffers, 1, first_key, scale, row, s, rows, shrink);
   WgmmaWait<0>();
   WgmmaKeep(o);
   Release(buffers, 0);
@@ -414,9 +414,7 @@ __device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t 
 // Where the last block is an even one.
 __device__ __forceinline__ void AttendNoOdd(Shared& sh, Buffers& buffers, int row, RowState& rows, float (&o)[128]) {
   float shrink[2];
-  buffers.WaitFull(0);
-  buffers.WaitWeighed(0);
-  TakeMax(sh, 0, row, rows, shrink);
+  TakeMax(sh, buffers, 0, row, rows, shrink);
   TakeValues(sh, buffers, 0, 1, shrink, o);
 }
 
