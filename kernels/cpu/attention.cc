@@ -3,6 +3,7 @@
 // Rows go through in blocks that fit the workspace. Within a block a tile of queries of one sequence meets the keys
 // group by group; groups are combined in order, so the result does not depend on who computed them.
 #include <algorithm>
+#include <vector>
 
 #include "kernels/cpu/attention_kernels.h"
 #include "kernels/cpu/cpu_ops.h"
@@ -10,6 +11,7 @@
 #include "kernels/cpu/hopper.h"
 #include "kernels/cpu/linear_kernels.h"
 #include "kernels/cpu/quantize.h"
+#include "kernels/splits.h"
 
 namespace cachalot {
 namespace {
@@ -81,6 +83,9 @@ struct CpuOps::AttentionPlan {
   Arena slots_arena;  // partial results
   int64_t num_slots;
   bool imitates_gpu;
+  // If it does: of the whole call, and of this block's (row, head) pairs.
+  int64_t num_call_rows;
+  const KeySplits* key_splits;
 
   void MakeTiles(int64_t tile_queries);
   // Keys of group g that the tile's queries see.
@@ -100,7 +105,7 @@ struct CpuOps::AttentionPlan {
   }
   // Of a product of the block's rows with one matrix [rows,cols] a head.
   int64_t GpuSplits(int64_t rows, int64_t cols) const {
-    return GpuInnerSplits(num_rows, dims.heads * ((rows + kQuantGroup - 1) / kQuantGroup), cols, DType::kBF16);
+    return GpuInnerSplits(num_call_rows, dims.heads * ((rows + kQuantGroup - 1) / kQuantGroup), cols, DType::kBF16);
   }
   const uint8_t* PageAt(int32_t slot, int64_t index) const;
   void AttendRowAsGpu(int64_t t) const;
@@ -215,6 +220,7 @@ void CpuOps::AttentionPlan::AttendRowAsGpu(int64_t t) const {
   row.query_stride = dims.query_stride();
   row.out = total.latents + t * dims.heads * dims.latent_stride();
   row.out_stride = dims.latent_stride();
+  row.splits = key_splits + t * dims.heads;
   row.num_heads = dims.heads;
   row.kv_lora_rank = dims.latent;
   row.rope_dim = dims.rope;
@@ -289,8 +295,34 @@ void CpuOps::ProjectValues(const AttentionPlan& plan) {
   });
 }
 
+// How the GPU would cut the keys of every (row, head): tiles do not leave a sequence (attention_plan.cuh).
+std::vector<KeySplits> GpuKeySplits(const Dimensions& dims, const StepInput& input, const int32_t* positions,
+                                    int64_t num_rows) {
+  std::vector<KeySplits> splits(num_rows * dims.heads);
+  if (dims.latent != kLatentDim || dims.rope != kRopeDim) return splits;
+  const int32_t* starts = input.query_start.as<int32_t>();
+  int64_t total_pages = 0;
+  const auto for_tiles = [&](auto&& f) {
+    for (int64_t s = 0; s < input.seq_slot.dim(0); ++s) {
+      if (input.seq_slot.as<int32_t>()[s] < 0) continue;
+      const int64_t begin = starts[s] * dims.heads, end = starts[s + 1] * dims.heads;
+      for (int64_t first = begin; first < end; first += kGpuTileQueries) {
+        const int64_t last = std::min<int64_t>(first + kGpuTileQueries, end) - 1;
+        f(first, last, positions[last / dims.heads] / kBlockTokens + 1);
+      }
+    }
+  };
+  for_tiles([&](int64_t, int64_t, int64_t pages) { total_pages += pages; });
+  const int64_t pages_per_item = PagesPerItem(total_pages, kHopperSms);
+  for_tiles([&](int64_t first, int64_t last, int64_t pages) {
+    const auto num_splits = static_cast<int32_t>(NumKeySplits(pages, pages_per_item));
+    for (int64_t i = first; i <= last; ++i) splits[i] = {static_cast<int32_t>(pages), num_splits};
+  });
+  return splits;
+}
+
 void CpuOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& kv_up, const KvCache& cache,
-                          const SlotState& state, const StepInput&, const StepRows& rows, const RopeTable& rope,
+                          const SlotState& state, const StepInput& input, const StepRows& rows, const RopeTable& rope,
                           float softmax_scale) {
   const auto* up = dynamic_cast<const CpuKvUp*>(&kv_up);
   CHECK(up != nullptr, "this weight was not made by MakeKvUp");
@@ -305,6 +337,8 @@ void CpuOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& 
   CHECK_SHAPE(rows.slots, num_rows);
   CHECK_SHAPE(rows.positions, num_rows);
 
+  std::vector<KeySplits> key_splits;
+  if (ImitatesGpu()) key_splits = GpuKeySplits(dims, input, rows.positions.as<int32_t>(), num_rows);
   const int64_t rows_per_block = RowsPerBlock(dims, options_.limits.max_tokens);
   for (int64_t begin = 0; begin < num_rows; begin += rows_per_block) {
     const int64_t n = std::min(rows_per_block, num_rows - begin), queries = n * dims.heads;
@@ -317,6 +351,8 @@ void CpuOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& 
     plan.rope = &rope;
     plan.softmax_scale = softmax_scale;
     plan.imitates_gpu = ImitatesGpu();
+    plan.num_call_rows = num_rows;
+    plan.key_splits = key_splits.data() + (key_splits.empty() ? 0 : begin * dims.heads);
     plan.positions = rows.positions.as<int32_t>() + begin;
     plan.slots = rows.slots.as<int32_t>() + begin;
     plan.num_rows = n;

@@ -11,7 +11,8 @@
 #include "kernels/cpu/attention_kernels.h"
 #include "kernels/cpu/elementwise_kernels.h"
 #include "kernels/cpu/quantize.h"
-#include "kernels/inner_splits.h"
+#include "kernels/exponential.h"
+#include "kernels/splits.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/hopper.cc"
@@ -149,22 +150,70 @@ void ReadBf16(const float* values, int64_t stride, int64_t n, Row* row) {
   ReadRow(kBf16, reinterpret_cast<const uint8_t*>(values) + 2, stride * int64_t{sizeof(float)}, n, row);
 }
 
-// What a head knows of its row: sums[i], of eight threads, each of two keys in eight of even or odd pages.
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// What a split leaves: its latents are not divided by its sum yet.
+struct SplitResult {
+  float max, sum;
+  std::vector<float> latents;
+};
+
+// What a head knows of its row: sums[i], of eight threads, each of two keys in eight of a split's even or odd pages.
 struct HeadState {
   Row query;
-  float max = -std::numeric_limits<float>::infinity(), sums[8] = {};
+  float max = -kInfinity, sums[8] = {};
+  int64_t first_page = 0;  // of the split
+  std::vector<SplitResult> before;
+
+  float Sum() const {
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  }
+  // The split's end; the next one begins with `page`.
+  void EndSplit(float* latents, int64_t latent_dim, int64_t page) {
+    before.push_back({max, Sum(), {latents, latents + latent_dim}});
+    std::fill_n(latents, latent_dim, 0.0f);
+    max = -kInfinity;
+    std::fill_n(sums, 8, 0.0f);
+    first_page = page;
+  }
 };
+
+// As a warp adds what each lane has.
+float WarpSum(float (&x)[32]) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    float next[32];
+    for (int i = 0; i < 32; ++i) next[i] = x[i] + x[i ^ offset];
+    std::copy_n(next, 32, x);
+  }
+  return x[0];
+}
+
+void Join(const std::vector<SplitResult>& splits, int64_t latent_dim, float* out) {
+  float max = -kInfinity, sum = 0;
+  for (const SplitResult& split : splits) max = std::max(max, split.max);
+  for (size_t first = 0; first < splits.size(); first += 32) {
+    float parts[32] = {};
+    for (size_t s = first; s < std::min(first + 32, splits.size()); ++s) {
+      const float weight = Exp2(splits[s].max - max);
+      parts[s - first] = weight * splits[s].sum;
+      for (int64_t c = 0; c < latent_dim; ++c) out[c] = std::fma(weight, splits[s].latents[c], out[c]);
+    }
+    sum += WarpSum(parts);
+  }
+  for (int64_t c = 0; c < latent_dim; ++c) out[c] /= sum;
+}
 
 // exp2(score - max) of a page's keys, in `p`; by how much earlier results shrink.
 float PageProbabilities(HeadState* head, int64_t page, const float* scores, int64_t num_keys, float* p) {
   const float before = head->max;
   head->max = std::max(before, *std::max_element(scores, scores + num_keys));
-  const float shrink = std::exp2(before - head->max);
-  for (int64_t k = 0; k < kBlockTokens; ++k) p[k] = k < num_keys ? std::exp2(scores[k] - head->max) : 0.0f;
+  const float shrink = Exp2(before - head->max);
+  for (int64_t k = 0; k < kBlockTokens; ++k) p[k] = k < num_keys ? Exp2(scores[k] - head->max) : 0.0f;
   for (int i = 0; i < 8; ++i) {
     float sum = 0;
     for (int j = 0; j < 8; ++j) sum += p[8 * j + 2 * (i % 4)] + p[8 * j + 2 * (i % 4) + 1];
-    head->sums[i] = i / 4 == page % 2 ? std::fma(head->sums[i], shrink, sum) : head->sums[i] * shrink;
+    head->sums[i] =
+        i / 4 == (page - head->first_page) % 2 ? std::fma(head->sums[i], shrink, sum) : head->sums[i] * shrink;
   }
   return shrink;
 }
@@ -216,11 +265,62 @@ void TensorCoreBlock(const RowBlock& block, const Activation& x, const Tensor& y
   }
 }
 
+namespace {
+
+// As plain_attention_kernels.cu: a warp a key, then keys one after the other.
+void AttendPlainly(const RowAttention& row, absl::FunctionRef<const uint8_t*(int64_t)> page_at) {
+  const int64_t latent_dim = row.kv_lora_rank, entry_dim = latent_dim + row.rope_dim;
+  const int64_t stride = PaddedQuery(latent_dim, row.rope_dim);
+  const int64_t entry_bytes = KvTokenBytes(row.dtype, latent_dim, row.rope_dim);
+  std::vector<float> max(row.num_heads, -kInfinity), sum(row.num_heads, 0.0f), entries(kBlockTokens * stride + 64);
+  for (int64_t h = 0; h < row.num_heads; ++h) std::fill_n(row.out + h * row.out_stride, latent_dim, 0.0f);
+  for (int64_t first = 0; first < row.num_keys; first += kBlockTokens) {
+    const int64_t num_keys = std::min<int64_t>(kBlockTokens, row.num_keys - first);
+    const uint8_t* page = page_at(first / kBlockTokens);
+    for (int64_t k = 0; k < num_keys; ++k) {
+      float* entry = entries.data() + k * stride;
+      ReadKvEntry(row.dtype, page + k * entry_bytes, latent_dim, row.rope_dim, stride, entry);
+      RoundToBf16(entry, entry_dim);
+    }
+    for (int64_t h = 0; h < row.num_heads; ++h) {
+      const float* query = row.queries + h * row.query_stride;
+      float* out = row.out + h * row.out_stride;
+      float scores[kBlockTokens];
+      for (int64_t k = 0; k < num_keys; ++k) {
+        float lanes[32] = {};
+        for (int64_t i = 0; i < entry_dim; ++i) {
+          lanes[i % 32] = std::fma(query[i], entries[k * stride + i], lanes[i % 32]);
+        }
+        scores[k] = WarpSum(lanes) * row.softmax_scale * kLog2E;
+      }
+      const float before = max[h];
+      max[h] = std::max(before, *std::max_element(scores, scores + num_keys));
+      const float shrink = Exp2(before - max[h]);
+      sum[h] *= shrink;
+      for (int64_t c = 0; c < latent_dim; ++c) out[c] *= shrink;
+      for (int64_t k = 0; k < num_keys; ++k) {
+        const float p = Exp2(scores[k] - max[h]), rounded = Bf16ToFloat(FloatToBf16(p));
+        sum[h] += p;
+        for (int64_t c = 0; c < latent_dim; ++c) out[c] = std::fma(rounded, entries[k * stride + c], out[c]);
+      }
+    }
+  }
+  for (int64_t h = 0; h < row.num_heads; ++h) {
+    float* out = row.out + h * row.out_stride;
+    for (int64_t c = 0; c < latent_dim; ++c) out[c] /= sum[h];
+    RoundToBf16(out, latent_dim);
+  }
+}
+
+}  // namespace
+
 void AttendAsGpu(const RowAttention& row, absl::FunctionRef<const uint8_t*(int64_t)> page_at) {
+  if (row.kv_lora_rank != kLatentDim || row.rope_dim != kRopeDim) return AttendPlainly(row, page_at);
+
   const int64_t latent_dim = row.kv_lora_rank, entry_dim = latent_dim + row.rope_dim;
   const int64_t stride = PaddedQuery(latent_dim, row.rope_dim);  // NOTE: entries are read as whole vectors
   const int64_t entry_bytes = KvTokenBytes(row.dtype, latent_dim, row.rope_dim);
-  const float scale = row.softmax_scale * 1.4426950408889634f;  // log2(e)
+  const float scale = row.softmax_scale * kLog2E;
   std::vector<HeadState> heads(row.num_heads);
   for (int64_t h = 0; h < row.num_heads; ++h) {
     ReadBf16(row.queries + h * row.query_stride, 1, entry_dim, &heads[h].query);
@@ -244,23 +344,32 @@ void AttendAsGpu(const RowAttention& row, absl::FunctionRef<const uint8_t*(int64
     for (int64_t c = 0; c < latent_dim; ++c) ReadBf16(entries.data() + c, stride, num_keys, &columns[c]);
     for (int64_t h = 0; h < row.num_heads; ++h) {
       float scores[kBlockTokens], p[kBlockTokens];
+      float* out = row.out + h * row.out_stride;
+      const int64_t index = first / kBlockTokens, next_split = static_cast<int64_t>(heads[h].before.size()) + 1;
+      if (next_split < row.splits[h].num_splits &&
+          index == SplitBegin(row.splits[h].num_pages, row.splits[h].num_splits, next_split)) {
+        heads[h].EndSplit(out, latent_dim, index);
+      }
       for (int64_t k = 0; k < num_keys; ++k) {
         scores[k] = AddDot(kBf16, heads[h].query, 0, entry_dim, keys[k], 0, 0.0f) * scale;
       }
-      const float shrink = PageProbabilities(&heads[h], first / kBlockTokens, scores, num_keys, p);
+      const float shrink = PageProbabilities(&heads[h], index, scores, num_keys, p);
       RoundToBf16(p, kBlockTokens);
       ReadBf16(p, 1, kBlockTokens, &probabilities);
-      float* out = row.out + h * row.out_stride;
       for (int64_t c = 0; c < latent_dim; ++c) {
         out[c] = AddDot(kBf16, probabilities, 0, num_keys, columns[c], 0, out[c] * shrink);
       }
     }
   }
   for (int64_t h = 0; h < row.num_heads; ++h) {
-    const float* s = heads[h].sums;
-    const float sum = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])), factor = 1.0f / sum;
     float* out = row.out + h * row.out_stride;
-    for (int64_t c = 0; c < latent_dim; ++c) out[c] *= factor;
+    if (row.splits[h].num_splits > 1) {
+      heads[h].EndSplit(out, latent_dim, 0);  // NOTE: splits of later keys than the row sees add nothing
+      Join(heads[h].before, latent_dim, out);
+    } else {
+      const float factor = 1.0f / heads[h].Sum();
+      for (int64_t c = 0; c < latent_dim; ++c) out[c] *= factor;
+    }
     RoundToBf16(out, latent_dim);
   }
 }

@@ -1,5 +1,4 @@
-// Hopper's arithmetic, for the CPU backend as the GPU's oracle: products bit for bit, attention but for exp2's last
-// bits.
+// Hopper's arithmetic, for the CPU backend as the GPU's oracle: products and attention bit for bit.
 //
 // One wgmma adds 32 products of e4m3 or 16 of bf16 and the accumulator at once. All are cut, towards zero, to multiples
 // of 2^(E - F): E is the largest of their exponents, a product's being the sum of its factors', and F is 13 for e4m3
@@ -22,11 +21,17 @@ bool TensorCoresTake(const RowBlock& block, const Activation& x);
 // every 128 values, times the scales. The inner dimension is cut into `num_splits` parts, added in order.
 void TensorCoreBlock(const RowBlock& block, const Activation& x, const Tensor& y, int64_t num_splits);
 
-// The heads of one row over its keys, page after page (attention_kernels.cu). NOTE: the GPU joins parts where it cuts
-// the keys of a row, which few long rows alone make it do.
+// How the keys that a tile of queries sees are cut (splits.h).
+struct KeySplits {
+  int32_t num_pages = 0, num_splits = 1;
+};
+
+// The heads of one row over its keys, page after page, and the results of splits joined (attention_kernels.cu); in
+// other dimensions than kLatentDim and kRopeDim key after key (plain_attention_kernels.cu).
 struct RowAttention {
-  const float* queries = nullptr;  // [H][query_stride], of which C+R hold bf16 values, not scaled
-  float* out = nullptr;            // [H][out_stride], of which C become means of latents, in bf16
+  const float* queries = nullptr;     // [H][query_stride], of which C+R hold bf16 values, not scaled
+  float* out = nullptr;               // [H][out_stride], of which C become means of latents, in bf16
+  const KeySplits* splits = nullptr;  // [H], of each head's tile
   int64_t query_stride = 0, out_stride = 0;
   int64_t num_heads = 0, kv_lora_rank = 0, rope_dim = 0, num_keys = 0;
   KvDType dtype = KvDType::kBF16;

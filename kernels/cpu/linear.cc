@@ -4,7 +4,7 @@
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/hopper.h"
 #include "kernels/cpu/linear_kernels.h"
-#include "kernels/inner_splits.h"
+#include "kernels/splits.h"
 
 namespace cachalot {
 namespace {

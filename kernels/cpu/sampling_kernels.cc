@@ -9,6 +9,7 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/sampling_kernels.cc"
 #include "hwy/foreach_target.h"
 // NOTE: after foreach_target.
+#include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 #include "kernels/cpu/simd-inl.h"
 

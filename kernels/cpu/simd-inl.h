@@ -14,8 +14,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "hwy/contrib/math/math-inl.h"
 #include "kernels/cpu/quantize.h"
+#include "kernels/exponential.h"
 #include "kernels/ops_types.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -173,8 +173,20 @@ HWY_INLINE void ReduceAll(VF* acc, float* sums) {
   }
 }
 
-// exp of any argument. NOTE: Highway's is defined up to 104, where it is infinite already; NaN stays NaN.
-HWY_INLINE VF ExpOf(VF x) { return hn::Exp(DF(), hn::Min(hn::Set(DF(), 104.0f), x)); }
+// Exp of exponential.h, bit for bit where the target has fused multiply-adds.
+HWY_INLINE VF ExpOf(VF x) {
+  const DF d;
+  const VF to_integer = hn::Set(d, kToInteger), log2e = hn::Set(d, kLog2E);
+  const VF shifted = hn::MulAdd(x, log2e, to_integer);
+  const VF r = hn::MulAdd(x, hn::Set(d, kLog2ERest), hn::MulAdd(x, log2e, hn::Sub(to_integer, shifted)));
+  VF p = hn::MulAdd(hn::Set(d, kExp2C5), r, hn::Set(d, kExp2C4));
+  for (float c : {kExp2C3, kExp2C2, kExp2C1, 1.0f}) p = hn::MulAdd(p, r, hn::Set(d, c));
+  const DU du;
+  const auto scale = hn::Add(hn::ShiftLeft<23>(hn::BitCast(du, shifted)), hn::Set(du, 0x3f800000u));
+  const VF result = hn::Mul(p, hn::BitCast(d, scale));
+  return hn::IfThenElse(hn::Lt(x, hn::Set(d, kLeastExp)), hn::Zero(d),
+                        hn::IfThenElse(hn::Gt(x, hn::Set(d, kMostExp)), hn::Inf(d), result));
+}
 
 HWY_INLINE float SumOfLanes(VF v) { return hn::GetLane(ReduceLanes<1>(&v)); }
 HWY_INLINE float MaxOfLanes(VF v) { return hn::GetLane(hn::MaxOfLanes(DF(), v)); }

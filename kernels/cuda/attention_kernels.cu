@@ -8,12 +8,13 @@
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/tensor_map.h"
+#include "kernels/exponential.h"
 
 namespace cachalot {
 namespace {
 
 constexpr int kEntryDim = kLatentDim + kRopeDim;  // values of a cache entry, and of an absorbed query
-constexpr int kRows = kTileQueries;               // of a tile
+constexpr int kRows = kGpuTileQueries;            // of a tile
 constexpr int kGroupThreads = 128;                // of a warpgroup
 constexpr int kConsumers = 2 * kGroupThreads;
 constexpr int kThreads = 3 * kGroupThreads;
@@ -262,7 +263,7 @@ __device__ __forceinline__ void MaskAndMax(int32_t first_key, float scale, float
 
 // By how much earlier results shrink when the maximum goes from `before` to `max`.
 __device__ __forceinline__ float Shrink(float before, float max) {
-  return exp2f(before - (max == -INFINITY ? 0.0f : max));  // nothing seen yet
+  return Exp2(before - (max == -INFINITY ? 0.0f : max));  // nothing seen yet
 }
 
 // exp2(score - max) in the place of the block's rotated parts, as bf16; the rows' sums, shrunk, grow by them.
@@ -277,7 +278,7 @@ __device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const 
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float p0 = exp2f(s[4 * j + 2 * i] - base), p1 = exp2f(s[4 * j + 2 * i + 1] - base);
+      const float p0 = Exp2(s[4 * j + 2 * i] - base), p1 = Exp2(s[4 * j + 2 * i + 1] - base);
       sum += p0 + p1;
       *reinterpret_cast<__nv_bfloat162*>(p + Swizzled(r, j) + lane % 4 * 4) = __floats2bfloat162_rn(p0, p1);
     }
@@ -547,7 +548,7 @@ __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
       // Every lane the weight of one split, then all lanes the splits one after the other.
       const bool is_there = first + lane < tile.num_splits;
       const float* own = maxima + (is_there ? first + lane : 0) * kPartialFloats;
-      const float own_weight = is_there ? exp2f(own[0] - max) : 0.0f;
+      const float own_weight = is_there ? Exp2(own[0] - max) : 0.0f;
       sum += WarpSum(own_weight * own[kRows]);
       const int count = min(kWarpSize, tile.num_splits - first);
 #pragma unroll 8

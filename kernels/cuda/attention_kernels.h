@@ -8,13 +8,11 @@
 #include <cstdint>
 
 #include "kernels/cuda/device_tensor.h"
+#include "kernels/splits.h"
 
 namespace cachalot {
 
-// What the kernels on tensor cores are made for: every published model has these.
-inline constexpr int kLatentDim = 512;  // C
-inline constexpr int kRopeDim = 64;     // R
-// What one without them can do for others: multiples of 4 and 2.
+// What the kernel without tensor cores can do: multiples of 4 and 2. Every published model has kLatentDim and kRopeDim.
 inline constexpr int kMaxLatentDim = 1024;
 inline constexpr int kMaxRopeDim = 128;
 inline constexpr int kPageTokens = 64;  // tokens of a block of the cache

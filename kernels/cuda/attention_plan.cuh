@@ -5,12 +5,11 @@
 
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/common.cuh"
+#include "kernels/splits.h"
 
 namespace cachalot {
 namespace {
 
-constexpr int kTileQueries = 64;    // (token, head) rows of a tile
-constexpr int kMinSplitBlocks = 4;  // a split of fewer is not worth its partial result
 constexpr int kPlanThreads = 1024;
 constexpr int kMaxSplitsPerSm = 2;
 
@@ -35,7 +34,7 @@ struct Plan {
 };
 
 __host__ __device__ int64_t MaxTiles(int num_tokens, int num_sequences, int num_heads) {
-  return static_cast<int64_t>(num_tokens) * num_heads / kTileQueries + num_sequences + 1;
+  return static_cast<int64_t>(num_tokens) * num_heads / kGpuTileQueries + num_sequences + 1;
 }
 
 __host__ __device__ Plan PlanAt(void* memory, int num_tokens, int num_sequences, int num_heads, int num_sms) {
@@ -74,7 +73,8 @@ __device__ int32_t CountTiles(const AttentionArguments& a, const Plan& plan) {
   int32_t total = 0;
   for (int32_t base = 0; base < a.num_sequences; base += kPlanThreads) {
     const int32_t s = base + static_cast<int32_t>(threadIdx.x);
-    const int32_t count = s < a.num_sequences ? (NumQueries(a, s) * a.num_heads + kTileQueries - 1) / kTileQueries : 0;
+    const int32_t count =
+        s < a.num_sequences ? (NumQueries(a, s) * a.num_heads + kGpuTileQueries - 1) / kGpuTileQueries : 0;
     int32_t sum;
     const int32_t before = BlockScan(count, &sum);
     if (s < a.num_sequences) plan.first_tile[s] = total + before;
@@ -100,7 +100,7 @@ __device__ QueryTile TileAt(const AttentionArguments& a, const Plan& plan, int32
   t.num_rows = NumQueries(a, low) * a.num_heads;
   t.index = tile - plan.first_tile[low];
   t.slot = a.seq_slot[low];
-  const int32_t last_row = min((t.index + 1) * kTileQueries, t.num_rows) - 1;
+  const int32_t last_row = min((t.index + 1) * kGpuTileQueries, t.num_rows) - 1;
   t.kv_len = a.positions[t.first_token + last_row / a.num_heads] + 1;
   return t;
 }
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kPlanThreads) PlanAttention(const AttentionArg
     blocks += (plan.tiles[i].kv_len + kPageTokens - 1) / kPageTokens;
   }
   BlockScan(blocks, &total_blocks);
-  const int32_t per_item = max(kMinSplitBlocks, (total_blocks + a.num_sms - 1) / a.num_sms);
+  const auto per_item = static_cast<int32_t>(PagesPerItem(total_blocks, a.num_sms));
 
   int32_t num_items = 0, num_partials = 0, num_split_tiles = 0;
   for (int32_t base = 0; base < num_tiles; base += kPlanThreads) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kPlanThreads) PlanAttention(const AttentionArg
     int32_t splits = 0, tile_blocks = 0;
     if (i < num_tiles) {
       tile_blocks = (plan.tiles[i].kv_len + kPageTokens - 1) / kPageTokens;
-      splits = max(1, (tile_blocks + per_item / 2) / per_item);
+      splits = static_cast<int32_t>(NumKeySplits(tile_blocks, per_item));
     }
     const bool is_split = splits > 1;
     int32_t items, partials, split_tiles;
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kPlanThreads) PlanAttention(const AttentionArg
       plan.tiles[i].first_partial = is_split ? partial : -1;
       if (is_split) plan.split_tiles[split_tile] = i;
       for (int32_t s = 0; s < splits; ++s) {
-        plan.items[item + s] = {i, static_cast<int32_t>(static_cast<int64_t>(tile_blocks) * s / splits),
-                                static_cast<int32_t>(static_cast<int64_t>(tile_blocks) * (s + 1) / splits),
+        plan.items[item + s] = {i, static_cast<int32_t>(SplitBegin(tile_blocks, splits, s)),
+                                static_cast<int32_t>(SplitBegin(tile_blocks, splits, s + 1)),
                                 is_split ? partial + s : -1};
       }
     }

@@ -52,8 +52,6 @@ __device__ __forceinline__ void StoreNumber(void* data, int64_t i, NumberType ty
   }
 }
 
-inline constexpr float kLog2E = 1.4426950408889634f;
-
 template <typename T>
 __device__ __forceinline__ T WarpSum(T x) {
 #pragma unroll

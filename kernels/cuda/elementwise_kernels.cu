@@ -5,6 +5,7 @@
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rms_norm.cuh"
 #include "kernels/cuda/rows.cuh"
+#include "kernels/exponential.h"
 
 namespace cachalot {
 namespace {
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kScalarNormThreads) NormScalarKernel(RmsNormAr
   NormRowScalar(a, blockIdx.x, shared);
 }
 
-__device__ __forceinline__ float SiluTimes(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+__device__ __forceinline__ float SiluTimes(float gate, float up) { return gate / (1.0f + Exp(-gate)) * up; }
 
 __device__ __forceinline__ int64_t ValidRows(const SiluMulArgs& a) {
   if (a.num_valid_rows == nullptr) return a.num_rows;

@@ -7,7 +7,7 @@
 #include "kernels/cuda/gemm_kernels.h"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/tensor_map.h"
-#include "kernels/inner_splits.h"
+#include "kernels/splits.h"
 
 namespace cachalot {
 namespace {

@@ -2,6 +2,7 @@
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/rows.cuh"
+#include "kernels/exponential.h"
 
 namespace cachalot {
 namespace {
@@ -45,13 +46,13 @@ __global__ void __launch_bounds__(kPlainThreads) PlainAttention(const AttentionA
     __syncthreads();
     float new_max = max;
     for (int key = 0; key < num_keys; ++key) new_max = fmaxf(new_max, scores[key]);
-    const float shrink = exp2f(max - new_max);
+    const float shrink = Exp2(max - new_max);
     max = new_max;
     sum *= shrink;
 #pragma unroll
     for (float& value : o) value *= shrink;
     for (int key = 0; key < num_keys; ++key) {
-      const float p = exp2f(scores[key] - max), rounded = __bfloat162float(__float2bfloat16(p));
+      const float p = Exp2(scores[key] - max), rounded = __bfloat162float(__float2bfloat16(p));
       sum += p;
 #pragma unroll
       for (int i = 0; i < kMaxLatentDim / kPlainThreads; ++i) {

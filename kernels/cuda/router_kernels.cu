@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/router_kernels.h"
+#include "kernels/exponential.h"
 
 namespace cachalot {
 namespace {
@@ -87,7 +88,7 @@ __device__ void Scores(const SelectArgs& a, const float* logits, float* scores, 
     max = WarpMax(max);
   }
   for (int e = lane; e < n; e += kWarpSize) {
-    scores[e] = a.is_softmax ? expf(logits[e] - max) : 1.0f / (1.0f + expf(-logits[e]));
+    scores[e] = a.is_softmax ? Exp(logits[e] - max) : 1.0f / (1.0f + Exp(-logits[e]));
     sum += scores[e];
   }
   if (a.is_softmax) sum = WarpSum(sum);
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) SelectInRegisters(SelectArg
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     if (i >= n) continue;
-    scores[i] = a.is_softmax ? expf(scores[i] - max) : 1.0f / (1.0f + expf(-scores[i]));
+    scores[i] = a.is_softmax ? Exp(scores[i] - max) : 1.0f / (1.0f + Exp(-scores[i]));
     sum += scores[i];
   }
   if (a.is_softmax) sum = WarpSum(sum);

@@ -84,7 +84,7 @@ __device__ __forceinline__ float Penalized(float logit, uint32_t count, const Dr
   if (count == 0) return logit;
   const int generated = static_cast<int>(count & kGeneratedMask);
   logit = logit > 0 ? logit / p.repetition_penalty : logit * p.repetition_penalty;
-  logit = __fsub_rn(logit, __fmul_rn(p.frequency_penalty, static_cast<float>(generated)));
+  logit -= p.frequency_penalty * static_cast<float>(generated);
   return generated > 0 ? logit - p.presence_penalty : logit;
 }
 

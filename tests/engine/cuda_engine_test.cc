@@ -137,6 +137,8 @@ struct Bound {
   double wrong = 0;       // of clear positions, the share that may have another best token
   double max_margin = 0;  // there
 };
+// NOTE: the logits have the same bits, their log-probabilities are made in another way: 4e-6 a step of a float near 32.
+constexpr Bound kSame = {.mean_kl = 1e-7};
 
 // Returns what the CPU made of the texts.
 std::vector<Answer> ExpectAgreement(const std::string& name, const std::string& model_dir, const char* kv_dtype,
@@ -183,8 +185,10 @@ class CudaQuantisedGoldenTest : public CudaGoldenTest {};
 TEST_P(CudaQuantisedGoldenTest, Agrees) {
   std::string model_dir;
   const auto texts = GoldenTexts(GetParam(), &model_dir);
+  // NOTE: what fits no tile of the tensor cores the oracle adds in another order.
+  const Bound bound = std::string(GetParam()) == "odd" ? Bound{.wrong = 0.01, .max_margin = 0.5} : kSame;
   for (const char* kv_dtype : {"bf16", "fp8"}) {
-    ExpectAgreement(GetParam(), model_dir, kv_dtype, "fp8", texts, {.wrong = 0.01, .max_margin = 0.5});
+    ExpectAgreement(GetParam(), model_dir, kv_dtype, "fp8", texts, bound);
   }
 }
 
@@ -210,8 +214,7 @@ int CountSame(const std::vector<Answer>& want, const std::vector<Answer>& got) {
   return num_same;
 }
 
-// Greedy answers, then the log-probabilities of the CPU's answers. NOTE: among the demo's thousands of positions are
-// some where experts tie within the last bits of exp2, or, unquantised, of bf16.
+// Greedy answers, then the log-probabilities of the CPU's answers.
 TEST_F(CudaEngineTest, DemoAgrees) {
   const auto prompts = DemoPrompts();
   std::vector<Request> requests;
@@ -233,8 +236,7 @@ TEST_F(CudaEngineTest, DemoAgrees) {
   for (const char* kv_dtype : {"bf16", "fp8"}) {
     const auto unquantised =
         ExpectAgreement("demo", DemoDir(), kv_dtype, "f32", texts, {.wrong = 0.01, .max_margin = 0.5});
-    const auto quantised =
-        ExpectAgreement("demo", DemoDir(), kv_dtype, "fp8", texts, {.wrong = 0.005, .max_margin = 0.6});
+    const auto quantised = ExpectAgreement("demo", DemoDir(), kv_dtype, "fp8", texts, kSame);
     Print(std::string("demo, cache ") + kv_dtype + ", the CPU quantised against unquantised",
           Compare(quantised, unquantised));
   }

@@ -115,15 +115,18 @@ TEST_P(AttentionTest, LongestContext) {
   EXPECT_TRUE(SameRow(one.values, 0, three.values, 2));
 }
 
-// The GPU's oracle: pages one after the other, rounded and summed as there.
+// The GPU's oracle: pages one after the other, rounded, summed and cut as there.
 TEST(AttentionOracleTest, PrefillAndDecode) {
   for (const Dims& dims : {Dims{3, 128, 64, 128, 512}, Dims{3, 10, 6, 7, 36}}) {
     for (KvDType kv_dtype : {KvDType::kBF16, KvDType::kFP8}) {
       for (ActivationFormat format : {ActivationFormat::kBF16, ActivationFormat::kFP8}) {
-        World world(dims, kv_dtype, DType::kF8E4M3, 3, 256, format);
+        World world(dims, kv_dtype, DType::kF8E4M3, 4, 2432, format);
         world.UseGpuOracle();
-        for (auto [slot, length] : {std::pair{0, 1}, {1, 65}, {2, 200}}) world.Write(slot, length);
+        for (auto [slot, length] : {std::pair{0, 1}, {1, 65}, {2, 200}, {3, 2400}}) world.Write(slot, length);
         world.Check({{1, 62, 2, true}, {2, 190, 10}, {-1, 0, 2}, {0, 0, 1, true}}, {0, 1, 2, 11, 14}, DType::kBF16);
+        // These keys are cut, if the dimensions are those of the tensor cores' kernel.
+        world.Check({{3, 2399, 1, true}, {2, 199, 1, true}}, {0, 1}, DType::kBF16);
+        world.Check({{3, 2300, 100}}, {0, 50, 99}, DType::kBF16);
       }
     }
   }

@@ -78,16 +78,18 @@ AttentionWorld::AttentionWorld(const AttentionDims& dims, KvDType kv_dtype, DTyp
 
 void AttentionWorld::UseThreads(int num_threads) {
   options_.num_threads = num_threads;
-  MakeBackend();
+  Use(MakeTestBackend(options_));
 }
 
 void AttentionWorld::UseGpuOracle() {
+  options_.device = "cpu";
   options_.value_dtype = DType::kBF16;
-  MakeBackend();
+  Use(*MakeBackend(options_));
 }
 
-void AttentionWorld::MakeBackend() {
-  backend_ = MakeTestBackend(options_);
+void AttentionWorld::Use(std::unique_ptr<Backend> backend) {
+  kv_up_.reset();
+  backend_ = std::move(backend);
   kv_up_ = backend_->ops().MakeKvUp(kv_b_.part(), static_cast<int>(dims_.heads), static_cast<int>(dims_.nope),
                                     static_cast<int>(dims_.value));
 }

@@ -48,7 +48,7 @@ class AttentionWorld {
   void Check(const std::vector<Chunk>& chunks, const std::vector<int64_t>& rows, DType q_dtype = DType::kF32);
 
  private:
-  void MakeBackend();
+  void Use(std::unique_ptr<Backend> backend);
   uint8_t* Entry(int32_t slot, int64_t position) const;
   void WriteEntry(uint8_t* entry, const float* values) const;
   std::vector<double> ReadEntry(uint8_t* entry) const;

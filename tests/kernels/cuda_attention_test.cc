@@ -11,6 +11,8 @@ namespace {
 using testing::AllRows;
 using testing::AttentionWorld;
 using testing::Chunk;
+using testing::OwnedActivation;
+using testing::SameRow;
 using Dims = testing::AttentionDims;
 
 // 128 heads; what a rank of eight has; an odd number; smaller heads.
@@ -98,6 +100,39 @@ INSTANTIATE_TEST_SUITE_P(Shapes, CudaAttentionTest,
                                             ::testing::Values(KvDType::kBF16, KvDType::kFP8),
                                             ::testing::Values(ActivationFormat::kBF16, ActivationFormat::kFP8)),
                          CaseName);
+
+// What the CPU's oracle says, bit for bit: keys whole, and cut into splits, by rows that see all of them or a part.
+TEST(CudaAttentionOracleTest, SameBits) {
+  const std::vector<std::vector<Chunk>> steps = {
+      {{1, 62, 2, true}, {2, 190, 10}, {-1, 0, 2}, {0, 0, 1, true}, {3, 0, 70}},
+      {{4, 698, 2, true}},
+      {{1, 64, 1, true}, {-1, 0, 1, true}, {4, 600, 70}, {4, 699, 1, true}, {5, 2399, 1, true}}};
+  for (const Dims& dims : {Dims{16, 128, 64, 128, 512}, Dims{5, 32, 64, 32, 512}}) {
+    for (KvDType kv_dtype : {KvDType::kBF16, KvDType::kFP8}) {
+      for (ActivationFormat format : {ActivationFormat::kBF16, ActivationFormat::kFP8}) {
+        AttentionWorld world(dims, kv_dtype, DType::kF8E4M3, 6, 2432, format);
+        for (auto [slot, length] : {std::pair{0, 1}, {1, 65}, {2, 200}, {3, 70}, {4, 700}, {5, 2400}}) {
+          world.Write(slot, length);
+        }
+        std::vector<OwnedActivation> got;
+        for (const std::vector<Chunk>& chunks : steps) got.push_back(world.Attend(chunks, DType::kBF16));
+        world.UseGpuOracle();
+        for (size_t i = 0; i < steps.size(); ++i) {
+          const OwnedActivation want = world.Attend(steps[i], DType::kBF16);
+          int64_t t = 0;
+          for (const Chunk& chunk : steps[i]) {
+            for (int64_t end = t + chunk.count; t < end; ++t) {
+              if (chunk.slot < 0) continue;
+              EXPECT_TRUE(SameRow(got[i].values, t, want.values, t)) << i << " " << t;
+              if (format != ActivationFormat::kFP8) continue;
+              EXPECT_TRUE(SameRow(got[i].scales, t, want.scales, t)) << i << " " << t;
+            }
+          }
+        }
+      }
+    }
+  }
+}
 
 // Every position that the model has. A few keys are large: a mean over so many hears no single one of the others.
 TEST(CudaAttentionLongTest, LongestContext) {
