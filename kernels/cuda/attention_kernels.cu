@@ -17,7 +17,11 @@ constexpr int kEntryDim = kLatentDim + kRopeDim;  // values of a cache entry, an
 constexpr int kRows = kGpuTileQueries;            // of a tile
 constexpr int kGroupThreads = 128;                // of a warpgroup
 constexpr int kConsumers = 2 * kGroupThreads;
-constexpr int kThreads = 3 * kGroupThreads;
+// Warpgroups that bring keys: those of the fp8 cache cost more than a copy.
+template <bool kFp8>
+constexpr int kProducerGroups = kFp8 ? 2 : 1;
+template <bool kFp8>
+constexpr int kThreads = kConsumers + kProducerGroups<kFp8>* kGroupThreads;
 constexpr int kSubTileBytes = kRows * 128;  // 64 rows of 64 bf16
 constexpr int kSubTiles = kEntryDim / 64;
 constexpr int kTileBytes = kSubTiles * kSubTileBytes;
@@ -30,14 +34,13 @@ struct Shared {
   uint8_t kv[2][kTileBytes];  // once its scores are made, probabilities take the place of a block's rotated parts
   float max[2][kRows];        // that even and odd blocks leave
   float sum[2][kRows];        // of each warpgroup, in the end
-  float scales[2][kPageTokens][kLatentDim / kScaleGroup];  // of fp8 blocks
-  uint64_t full[2], empty[2], scored[2], weighed[2], raw[2], item_full, item_empty;
+  uint64_t full[2], empty[2], scored[2], weighed[2], item_full, item_empty;
   int32_t item;
 };
 constexpr int kSharedBytes = sizeof(Shared);
 static_assert(kSharedBytes <= 227 * 1024);
 
-enum NamedBarrier { kProducerBarrier = 1, kConsumerBarrier };
+constexpr int kConsumerBarrier = 1;
 
 // 64 rows of 576 bf16 from `src`, `num_rows` of them there, the others zeros; by `kCount` threads, `thread` this one.
 template <int kCount>
@@ -52,17 +55,59 @@ __device__ void LoadRows(uint32_t dst, const uint8_t* src, int64_t row_bytes, in
   }
 }
 
-// What TMA is told of the cache. bf16: `latents` has whole keys. fp8: e4m3 latents, scales and rotated parts apart.
-struct CacheMaps {
-  CUtensorMap latents, scales, rope;
-};
+// Half a block of the fp8 cache on its way, by one warpgroup: a fourth of a key waits in a thread's registers, of every
+// 64 bytes 16, until it becomes bf16. NOTE: neighbours in a warp have the same chunks of neighbouring keys, which a
+// swizzled tile has in different banks.
+struct Fp8Key {
+  static constexpr int kTiles = kLatentDim / 64, kScales = kLatentDim / kScaleGroup;
+  static constexpr int kBytes = kLatentDim + kScales * 4 + kRopeDim * 2;  // ops_types.h: KvTokenBytes
+  static constexpr int kRopeBytes = kLatentDim + kScales * 4;             // before the rotated part
+  uint4 values[kTiles];
+  float4 scales;
 
-constexpr int kFp8Scales = kLatentDim / kScaleGroup;
-constexpr int kFp8KeyBytes = kLatentDim + kFp8Scales * 4 + kRopeDim * 2;  // ops_types.h: KvTokenBytes
-// A block of the fp8 cache comes as it is into the upper half of where its latents go, 64 of every key after another:
-// tile t of 64 bytes a key becomes tile t of 128. From the fifth on tiles are written where earlier ones were read.
-constexpr int kRawTileBytes = kPageTokens * 64;
-constexpr int kRawOffset = kRopeOffset - kLatentDim / 64 * kRawTileBytes;
+  // Zeros where the key is missing. Its rotated part comes as far as the second-level cache.
+  __device__ __forceinline__ void Load(const uint8_t* entry, int quarter, bool is_there) {
+    const auto* from = reinterpret_cast<const uint4*>(entry) + quarter;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) values[i] = is_there ? __ldg(from + 4 * i) : make_uint4(0, 0, 0, 0);
+    scales = is_there ? __ldg(reinterpret_cast<const float4*>(entry + kLatentDim)) : make_float4(0, 0, 0, 0);
+    if (is_there) PrefetchL2(entry + kRopeBytes + 32 * quarter);
+  }
+
+  __device__ __forceinline__ void StoreTile(uint8_t* kv, int i, float scale, int key, int quarter) const {
+    const uint32_t words[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const auto pair = static_cast<uint16_t>(words[2 * half + w / 2] >> (w % 2 * 16));
+        const float2 two = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+        const __nv_bfloat162 both = __floats2bfloat162_rn(two.x * scale, two.y * scale);
+        packed[w] = *reinterpret_cast<const uint32_t*>(&both);
+      }
+      *reinterpret_cast<uint4*>(kv + i * kSubTileBytes + Swizzled(key, 2 * quarter + half)) =
+          make_uint4(packed[0], packed[1], packed[2], packed[3]);
+    }
+  }
+
+  __device__ __forceinline__ void Store(uint8_t* kv, const uint8_t* entry, int key, int quarter, bool is_there) const {
+    const float scale[kScales] = {scales.x, scales.y, scales.z, scales.w};
+#pragma unroll
+    for (int i = 0; i < kTiles / 2; ++i) StoreTile(kv, i, scale[i / 2], key, quarter);
+    uint4 rope[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const auto* from = reinterpret_cast<const uint4*>(entry + kRopeBytes) + quarter + 4 * i;
+      rope[i] = is_there ? __ldg(from) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = kTiles / 2; i < kTiles; ++i) StoreTile(kv, i, scale[i / 2], key, quarter);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) *reinterpret_cast<uint4*>(kv + kRopeOffset + Swizzled(key, quarter + 4 * i)) = rope[i];
+  }
+};
+static_assert(Fp8Key::kScales == 4 && Fp8Key::kBytes % 16 == 0);
 
 // Whose turn a buffer is: all count its uses. A block is copied (full), its scores are made by one warpgroup (scored),
 // and its probabilities are there (weighed) when both add its values (empty). NOTE: every thread arrives for itself,
@@ -83,27 +128,11 @@ struct Buffers {
     BarrierWait(scored + 8 * b, rounds >> b & 1);
   }
   __device__ void ArriveWeighed(int b) const { BarrierArrive(weighed + 8 * b); }
-  __device__ bool IsEmpty(int b) const { return BarrierTest(empty + 8 * b, ~rounds >> b & 1); }
   __device__ void Next(int b) { rounds ^= 1u << b; }
 };
 
-// 16 e4m3, times their scale, as bf16.
-__device__ __forceinline__ void ToBf16(const uint4& raw, float scale, uint4 (&out)[2]) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  uint32_t packed[8];
-#pragma unroll
-  for (int w = 0; w < 8; ++w) {
-    const uint16_t pair = static_cast<uint16_t>(words[w / 2] >> (w % 2 * 16));
-    const float2 two = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
-    const __nv_bfloat162 both = __floats2bfloat162_rn(two.x * scale, two.y * scale);
-    packed[w] = *reinterpret_cast<const uint32_t*>(&both);
-  }
-  out[0] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-  out[1] = make_uint4(packed[4], packed[5], packed[6], packed[7]);
-}
-
 // The producers' share of an item over the bf16 cache: blocks by TMA, or, where keys are missing, by hand.
-__device__ __forceinline__ void ProduceBf16(const AttentionArguments& a, const CacheMaps& maps, const QueryTile& tile,
+__device__ __forceinline__ void ProduceBf16(const AttentionArguments& a, const CUtensorMap* map, const QueryTile& tile,
                                             const WorkItem& item, Shared& sh, Buffers& buffers) {
   const int thread = threadIdx.x - kConsumers;
   const int32_t* pages = a.block_table + tile.slot * a.table_stride;
@@ -125,81 +154,37 @@ __device__ __forceinline__ void ProduceBf16(const AttentionArguments& a, const C
       BarrierExpect(full, kTileBytes);
 #pragma unroll
       for (int t = 0; t < kSubTiles; ++t) {
-        CopyTile(dst + t * kSubTileBytes, &maps.latents, full, 64 * t, 0, pages[index]);
+        CopyTile(dst + t * kSubTileBytes, map, full, 64 * t, 0, pages[index]);
       }
     }
   }
 }
 
-// A block of the fp8 cache on its way, by one thread.
-__device__ __forceinline__ void CopyRaw(const CacheMaps& maps, int32_t page, Shared& sh, int b) {
-  const uint32_t kv = SharedAddress(sh.kv[b]), raw = SharedAddress(&sh.raw[b]);
-  BarrierExpect(raw, kLatentDim / 64 * kRawTileBytes + kSubTileBytes + sizeof(sh.scales[b]));
-#pragma unroll
-  for (int t = 0; t < kLatentDim / 64; ++t) {
-    CopyTile(kv + kRawOffset + t * kRawTileBytes, &maps.latents, raw, 64 * t, 0, page);
-  }
-  CopyTile(kv + kRopeOffset, &maps.rope, raw, kLatentDim + kFp8Scales * 4, 0, page);
-  CopyTile(SharedAddress(sh.scales[b]), &maps.scales, raw, kLatentDim, 0, page);
-}
-
-// The same over the fp8 cache: blocks by TMA, then made bf16 where they are; zeros where keys are missing. The next
-// block is on its way as soon as its buffer is free.
-__device__ __forceinline__ void ProduceFp8(const AttentionArguments& a, const CacheMaps& maps, const QueryTile& tile,
-                                           const WorkItem& item, Shared& sh, Buffers& buffers, uint32_t& raw_rounds) {
-  const int thread = threadIdx.x - kConsumers;
+// The same over the fp8 cache, the next block on its way while consumers are busy with this one.
+__device__ __forceinline__ void ProduceFp8(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item,
+                                           Shared& sh, Buffers& buffers) {
+  const int thread = threadIdx.x - kConsumers, key = thread / 4, quarter = thread % 4;
   const int32_t* pages = a.block_table + tile.slot * a.table_stride;
-  bool is_under_way = false;  // the block at hand: thread 0 knows
+  const auto entry_of = [&](int32_t index) {
+    return a.cache + (pages[index] * static_cast<int64_t>(kPageTokens) + key) * Fp8Key::kBytes;
+  };
+  const auto is_there = [&](int32_t index) { return index * kPageTokens + key < tile.kv_len; };
+  Fp8Key part;
+  const uint8_t* entry = entry_of(item.block_begin);
+  part.Load(entry, quarter, is_there(item.block_begin));
   for (int32_t index = item.block_begin; index < item.block_end; ++index) {
-    const int b = (index - item.block_begin) & 1, num_keys = min(kPageTokens, tile.kv_len - index * kPageTokens);
-    if (thread == 0 && !is_under_way) {
-      buffers.WaitEmpty(b);
-      CopyRaw(maps, pages[index], sh, b);
-    }
+    const int b = (index - item.block_begin) & 1;
+    buffers.WaitEmpty(b);
     buffers.Next(b);
-    bool wants_next = thread == 0 && index + 1 < item.block_end;
-    is_under_way = false;
-    BarrierWait(SharedAddress(&sh.raw[b]), raw_rounds >> b & 1);
-    __syncwarp();
-    raw_rounds ^= 1u << b;
-#pragma unroll
-    for (int t = 0; t < kLatentDim / 64; ++t) {
-      if (wants_next && buffers.IsEmpty(b ^ 1)) {
-        CopyRaw(maps, pages[index + 1], sh, b ^ 1);
-        wants_next = false;
-        is_under_way = true;
-      }
-      uint4 out[2][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int chunk = i * kGroupThreads + thread, key = chunk / 4;
-        const uint4 raw = *reinterpret_cast<const uint4*>(sh.kv[b] + kRawOffset + t * kRawTileBytes + chunk * 16);
-        ToBf16(raw, sh.scales[b][key][t / 2], out[i]);
-        if (key >= num_keys) out[i][0] = out[i][1] = make_uint4(0, 0, 0, 0);
-      }
-      // NOTE: all have read what is written over: the first half, then all but the last tile, then that one.
-      if (t == 4 || t >= 6) SyncThreads(kProducerBarrier, kGroupThreads);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int chunk = i * kGroupThreads + thread, key = chunk / 4;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          *reinterpret_cast<uint4*>(sh.kv[b] + t * kSubTileBytes + Swizzled(key, chunk % 4 * 2 + half)) = out[i][half];
-        }
-      }
-    }
-    for (int chunk = thread; chunk < kPageTokens * 8; chunk += kGroupThreads) {
-      if (chunk / 8 < num_keys) continue;
-      *reinterpret_cast<uint4*>(sh.kv[b] + kRopeOffset + Swizzled(chunk / 8, chunk % 8)) = make_uint4(0, 0, 0, 0);
-    }
+    part.Store(sh.kv[b], entry, key, quarter, is_there(index));
     FenceProxyAsync();
     BarrierArrive(buffers.full + 8 * b);
+    if (index + 1 == item.block_end) break;
+    entry = entry_of(index + 1);
+    part.Load(entry, quarter, is_there(index + 1));
   }
 }
 
-// ---- One work item.
-
-// What a thread knows of its two rows.
 struct RowState {
   int32_t last_key[2];  // -1: the row is beyond the tile's end
   float max[2], sum[2];
@@ -223,9 +208,13 @@ __device__ __forceinline__ void AddValues(const Shared& sh, int b, int half, flo
   const uint32_t kv = SharedAddress(sh.kv[b]);
   const uint64_t p = KMajorDescriptor(kv + kRopeOffset);
   const uint64_t v = MnMajorDescriptor(kv + half * 4 * kSubTileBytes, kSubTileBytes);
+  const uint64_t v2 = MnMajorDescriptor(kv + (half * 4 + 2) * kSubTileBytes, kSubTileBytes);
   WgmmaFence();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) WgmmaBf16Transposed<256>(o, p + 2 * step, v + 128 * step, true);
+  for (int step = 0; step < 4; ++step) {
+    WgmmaBf16Transposed<128>(*reinterpret_cast<float(*)[64]>(&o[0]), p + 2 * step, v + 128 * step, true);
+    WgmmaBf16Transposed<128>(*reinterpret_cast<float(*)[64]>(&o[64]), p + 2 * step, v2 + 128 * step, true);
+  }
   WgmmaCommit();
 }
 
@@ -482,21 +471,20 @@ struct Items {
 };
 
 template <bool kFp8>
-__global__ void __launch_bounds__(kThreads, 1)
-    MlaKernel(const __grid_constant__ CacheMaps maps, const AttentionArguments a) {
+__global__ void __launch_bounds__(kThreads<kFp8>, 1)
+    MlaKernel(const __grid_constant__ CUtensorMap map, const AttentionArguments a) {
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& sh = *reinterpret_cast<Shared*>(memory);
   const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
   if (threadIdx.x == 0) {
     for (int b = 0; b < 2; ++b) {
-      BarrierInit(SharedAddress(&sh.full[b]), kGroupThreads);
+      BarrierInit(SharedAddress(&sh.full[b]), kProducerGroups<kFp8> * kGroupThreads);
       BarrierInit(SharedAddress(&sh.scored[b]), kGroupThreads);
       BarrierInit(SharedAddress(&sh.weighed[b]), kGroupThreads);
-      BarrierInit(SharedAddress(&sh.raw[b]), 1);
       BarrierInit(SharedAddress(&sh.empty[b]), kConsumers);
     }
     BarrierInit(SharedAddress(&sh.item_full), 1);
-    BarrierInit(SharedAddress(&sh.item_empty), kThreads);
+    BarrierInit(SharedAddress(&sh.item_empty), kThreads<kFp8>);
     BarrierInitDone();
   }
   __syncthreads();
@@ -505,18 +493,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   WorkItem item;
   QueryTile tile;
   // NOTE: what the one gives the others take: together no more than a block is launched with, or they wait for ever.
-  constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (65536 / kThreads / 8 * 8));
+  constexpr int kProducerRegisters = kFp8 ? 64 : 56, kConsumerRegisters = kFp8 ? 192 : 224;
+  static_assert(kProducerGroups<kFp8> * kProducerRegisters + 2 * kConsumerRegisters <=
+                (kProducerGroups<kFp8> + 2) * (65536 / kThreads<kFp8> / 8 * 8));
   // NOTE: told this way the compiler knows that a warpgroup stays together.
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / kGroupThreads, 0);
-  if (group == 2) {
+  if (group >= 2) {
     FewerRegisters<kProducerRegisters>();
-    [[maybe_unused]] uint32_t raw_rounds = 0;
     while (items.Next(plan, sh, &item, &tile)) {
       if constexpr (kFp8) {
-        ProduceFp8(a, maps, tile, item, sh, buffers, raw_rounds);
+        ProduceFp8(a, tile, item, sh, buffers);
       } else {
-        ProduceBf16(a, maps, tile, item, sh, buffers);
+        ProduceBf16(a, &map, tile, item, sh, buffers);
       }
     }
   } else {
@@ -615,28 +603,20 @@ __global__ void __launch_bounds__(256)
 
 template <bool kFp8>
 bool LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
-  CacheMaps maps = {};
-  const auto make = [&](CUtensorMap* map, CUtensorMapDataType type, int64_t cols, int box_bytes) {
-    return MakeTensorMap(map, a.cache,
-                         {.type = type,
-                          .cols = cols,
-                          .rows = kPageTokens,
-                          .row_bytes = a.token_bytes,
-                          .num_groups = a.num_blocks,
-                          .group_bytes = a.token_bytes * kPageTokens,
-                          .box_rows = kPageTokens,
-                          .box_bytes = box_bytes});
-  };
-  constexpr auto kBytes = CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  if (kFp8 ? !make(&maps.latents, kBytes, kFp8KeyBytes, 64) || !make(&maps.scales, kBytes, kFp8KeyBytes, 16) ||
-                 !make(&maps.rope, kBytes, kFp8KeyBytes, 128)
-           : !make(&maps.latents, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kEntryDim, 128)) {
+  CUtensorMap map = {};
+  if (!kFp8 && !MakeTensorMap(&map, a.cache,
+                              {.cols = kEntryDim,
+                               .rows = kPageTokens,
+                               .row_bytes = a.token_bytes,
+                               .num_groups = a.num_blocks,
+                               .group_bytes = a.token_bytes * kPageTokens,
+                               .box_rows = kPageTokens})) {
     return false;
   }
   static const cudaError_t configured =
       cudaFuncSetAttribute(MlaKernel<kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   (void)configured;  // NOTE: where it failed, the launch fails too
-  MlaKernel<kFp8><<<a.num_sms, kThreads, kSharedBytes, stream>>>(maps, a);
+  MlaKernel<kFp8><<<a.num_sms, kThreads<kFp8>, kSharedBytes, stream>>>(map, a);
   return true;
 }
 
