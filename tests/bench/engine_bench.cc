@@ -73,6 +73,7 @@ struct Timing {
   double first_token = 0;  // seconds until every request had one
   double rest = 0;         // seconds from then to the end
   int num_tokens = 0;      // generated after the first ones
+  double host_us = 0;      // a step, then: what the step thread does beside waiting
 };
 
 Timing Run(Engine& engine, int num_requests, int prompt_tokens, int max_tokens) {
@@ -83,6 +84,7 @@ Timing Run(Engine& engine, int num_requests, int prompt_tokens, int max_tokens) 
   Timing timing;
   const auto begin = Clock::now();
   Clock::time_point started = begin;
+  EngineStats before;
   for (int r = 0; r < num_requests; ++r) {
     Request request;
     for (int i = 0; i < prompt_tokens; ++i) request.prompt.push_back(3 + random() % 250);
@@ -93,7 +95,10 @@ Timing Run(Engine& engine, int num_requests, int prompt_tokens, int max_tokens) 
     auto id = engine.Submit(std::move(request), [&, has_started](Delta delta) mutable {
       std::lock_guard lock(mutex);
       if (num_started == num_requests) timing.num_tokens += static_cast<int>(delta.tokens.size());
-      if (!has_started && ++num_started == num_requests) started = Clock::now();
+      if (!has_started && ++num_started == num_requests) {
+        started = Clock::now();
+        before = engine.stats();
+      }
       has_started = true;
       if (delta.finish_reason != FinishReason::kNone && ++num_ended == num_requests) changed.notify_one();
     });
@@ -106,6 +111,8 @@ Timing Run(Engine& engine, int num_requests, int prompt_tokens, int max_tokens) 
   changed.wait(lock, [&] { return num_ended == num_requests; });
   timing.first_token = Seconds(begin, started);
   timing.rest = Seconds(started, Clock::now());
+  const EngineStats after = engine.stats();
+  timing.host_us = 1e6 * (after.host_seconds - before.host_seconds) / std::max<double>(after.steps - before.steps, 1);
   return timing;
 }
 
@@ -117,11 +124,9 @@ void RunOnGpu(Engine& engine) {
     std::printf("prefill B=%-3d x 512 tokens: %9.0f tok/s\n", batch, batch * 512 / t.first_token);
   }
   for (int batch : {1, 8, 64, 128, 256}) {
-    const EngineStats before = engine.stats();
     const Timing t = Run(engine, batch, 64, 257);
-    const EngineStats after = engine.stats();
     std::printf("decode B=%-3d             : %9.0f tok/s, host %.1f us a step\n", batch, t.num_tokens / t.rest,
-                1e6 * (after.host_seconds - before.host_seconds) / static_cast<double>(after.steps - before.steps));
+                t.host_us);
   }
 }
 
