@@ -203,12 +203,14 @@ void Join(const std::vector<SplitResult>& splits, int64_t latent_dim, float* out
   for (int64_t c = 0; c < latent_dim; ++c) out[c] /= sum;
 }
 
-// exp2(score - max) of a page's keys, in `p`; by how much earlier results shrink.
-float PageProbabilities(HeadState* head, int64_t page, const float* scores, int64_t num_keys, float* p) {
+// exp2(score * scale - max) of a page's keys, in `p`; by how much earlier results shrink.
+float PageProbabilities(HeadState* head, int64_t page, const float* scores, float scale, int64_t num_keys, float* p) {
   const float before = head->max;
-  head->max = std::max(before, *std::max_element(scores, scores + num_keys));
+  head->max = GrownMax(before, *std::max_element(scores, scores + num_keys) * scale);
   const float shrink = Exp2(before - head->max);
-  for (int64_t k = 0; k < kBlockTokens; ++k) p[k] = k < num_keys ? Exp2(scores[k] - head->max) : 0.0f;
+  for (int64_t k = 0; k < kBlockTokens; ++k) {
+    p[k] = k < num_keys ? Exp2(std::fma(scores[k], scale, -head->max)) : 0.0f;
+  }
   for (int i = 0; i < 8; ++i) {
     float sum = 0;
     for (int j = 0; j < 8; ++j) sum += p[8 * j + 2 * (i % 4)] + p[8 * j + 2 * (i % 4) + 1];
@@ -351,9 +353,9 @@ void AttendAsGpu(const RowAttention& row, absl::FunctionRef<const uint8_t*(int64
         heads[h].EndSplit(out, latent_dim, index);
       }
       for (int64_t k = 0; k < num_keys; ++k) {
-        scores[k] = AddDot(kBf16, heads[h].query, 0, entry_dim, keys[k], 0, 0.0f) * scale;
+        scores[k] = AddDot(kBf16, heads[h].query, 0, entry_dim, keys[k], 0, 0.0f);
       }
-      const float shrink = PageProbabilities(&heads[h], index, scores, num_keys, p);
+      const float shrink = PageProbabilities(&heads[h], index, scores, scale, num_keys, p);
       RoundToBf16(p, kBlockTokens);
       ReadBf16(p, 1, kBlockTokens, &probabilities);
       for (int64_t c = 0; c < latent_dim; ++c) {

@@ -24,6 +24,8 @@ template <bool kFp8>
 constexpr int kThreads = kConsumers + kProducerGroups<kFp8>* kGroupThreads;
 constexpr int kSubTileBytes = kRows * 128;  // 64 rows of 64 bf16
 constexpr int kSubTiles = kEntryDim / 64;
+// A block goes in parts: the columns of one warpgroup, of the other, and the rotated ones.
+constexpr int kParts = 3, kRopePart = 2, kPartTiles = kLatentDim / 2 / 64;
 constexpr int kTileBytes = kSubTiles * kSubTileBytes;
 constexpr int kRopeOffset = kLatentDim / 64 * kSubTileBytes;  // of the rotated parts
 
@@ -34,7 +36,7 @@ struct Shared {
   uint8_t kv[2][kTileBytes];  // once its scores are made, probabilities take the place of a block's rotated parts
   float max[2][kRows];        // that even and odd blocks leave
   float sum[2][kRows];        // of each warpgroup, in the end
-  uint64_t full[2], empty[2], scored[2], weighed[2], item_full, item_empty;
+  uint64_t full[2][kParts], empty[2][kParts], scored[2], weighed[2], item_full, item_empty;
   int32_t item;
 };
 constexpr int kSharedBytes = sizeof(Shared);
@@ -65,13 +67,12 @@ struct Fp8Key {
   uint4 values[kTiles];
   float4 scales;
 
-  // Zeros where the key is missing. Its rotated part comes as far as the second-level cache.
+  // Zeros where the key is missing. Its rotated part comes later.
   __device__ __forceinline__ void Load(const uint8_t* entry, int quarter, bool is_there) {
     const auto* from = reinterpret_cast<const uint4*>(entry) + quarter;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) values[i] = is_there ? __ldg(from + 4 * i) : make_uint4(0, 0, 0, 0);
     scales = is_there ? __ldg(reinterpret_cast<const float4*>(entry + kLatentDim)) : make_float4(0, 0, 0, 0);
-    if (is_there) PrefetchL2(entry + kRopeBytes + 32 * quarter);
   }
 
   __device__ __forceinline__ void StoreTile(uint8_t* kv, int i, float scale, int key, int quarter) const {
@@ -91,33 +92,48 @@ struct Fp8Key {
     }
   }
 
-  __device__ __forceinline__ void Store(uint8_t* kv, const uint8_t* entry, int key, int quarter, bool is_there) const {
+  // Calls begin(part) before it stores one, end(part) after.
+  template <class Begin, class End>
+  __device__ __forceinline__ void Store(uint8_t* kv, const uint8_t* entry, int key, int quarter, bool is_there,
+                                        const Begin& begin, const End& end) const {
     const float scale[kScales] = {scales.x, scales.y, scales.z, scales.w};
+    begin(0);
 #pragma unroll
-    for (int i = 0; i < kTiles / 2; ++i) StoreTile(kv, i, scale[i / 2], key, quarter);
+    for (int i = 0; i < kPartTiles; ++i) StoreTile(kv, i, scale[i / 2], key, quarter);
+    end(0);
     uint4 rope[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const auto* from = reinterpret_cast<const uint4*>(entry + kRopeBytes) + quarter + 4 * i;
       rope[i] = is_there ? __ldg(from) : make_uint4(0, 0, 0, 0);
     }
+    begin(1);
 #pragma unroll
-    for (int i = kTiles / 2; i < kTiles; ++i) StoreTile(kv, i, scale[i / 2], key, quarter);
+    for (int i = kPartTiles; i < kTiles; ++i) StoreTile(kv, i, scale[i / 2], key, quarter);
+    end(1);
+    begin(kRopePart);
 #pragma unroll
     for (int i = 0; i < 2; ++i) *reinterpret_cast<uint4*>(kv + kRopeOffset + Swizzled(key, quarter + 4 * i)) = rope[i];
+    end(kRopePart);
   }
 };
 static_assert(Fp8Key::kScales == 4 && Fp8Key::kBytes % 16 == 0);
 
-// Whose turn a buffer is: all count its uses. A block is copied (full), its scores are made by one warpgroup (scored),
-// and its probabilities are there (weighed) when both add its values (empty). NOTE: every thread arrives for itself,
-// and a warpgroup that meets the other at a named barrier has none of its own: compute-sanitizer's racecheck loses
-// track of either. Lanes may leave a wait one by one, and wgmma and bar.sync want whole warps: hence __syncwarp.
+// Whose turn a buffer is: all count its uses. A block is copied, part after part (full), its scores are made by one
+// warpgroup (scored), and its probabilities are there (weighed) when both add their values (empty). NOTE: every thread
+// arrives for itself, and a warpgroup that meets the other at a named barrier has none of its own: compute-sanitizer's
+// racecheck loses track of either. Lanes may leave a wait one by one, and wgmma and bar.sync want whole warps: hence
+// __syncwarp.
 struct Buffers {
   uint32_t full, empty, scored, weighed;  // barriers
   uint32_t rounds = 0;                    // a bit each
-  __device__ void WaitFull(int b) const { BarrierWait(full + 8 * b, rounds >> b & 1); }
-  __device__ void WaitEmpty(int b) const { BarrierWait(empty + 8 * b, ~rounds >> b & 1); }
+  __device__ uint32_t Full(int b, int part) const { return full + 8 * (kParts * b + part); }
+  __device__ uint32_t Empty(int b, int part) const { return empty + 8 * (kParts * b + part); }
+  __device__ void WaitFull(int b, int part) const {
+    BarrierWait(Full(b, part), rounds >> b & 1);
+    __syncwarp();
+  }
+  __device__ void WaitEmpty(int b, int part) const { BarrierWait(Empty(b, part), ~rounds >> b & 1); }
   __device__ void WaitWeighed(int b) const {
     BarrierWait(weighed + 8 * b, rounds >> b & 1);
     __syncwarp();
@@ -138,67 +154,84 @@ __device__ __forceinline__ void ProduceBf16(const AttentionArguments& a, const C
   const int32_t* pages = a.block_table + tile.slot * a.table_stride;
   for (int32_t index = item.block_begin; index < item.block_end; ++index) {
     const int b = (index - item.block_begin) & 1, num_keys = min(kPageTokens, tile.kv_len - index * kPageTokens);
-    buffers.WaitEmpty(b);
-    buffers.Next(b);
-    const uint32_t dst = SharedAddress(sh.kv[b]), full = buffers.full + 8 * b;
+    const uint32_t dst = SharedAddress(sh.kv[b]);
     if (num_keys < kPageTokens) {
+      for (int part = 0; part < kParts; ++part) buffers.WaitEmpty(b, part);
       const uint8_t* page = a.cache + pages[index] * a.token_bytes * kPageTokens;
       LoadRows<kGroupThreads>(dst, page, a.token_bytes, num_keys, thread);
       CopyAsyncCommit();
       CopyAsyncWait<0>();
       FenceProxyAsync();
-      BarrierArrive(full);
-    } else if (thread != 0) {
-      BarrierArrive(full);
+      for (int part = 0; part < kParts; ++part) BarrierArrive(buffers.Full(b, part));
     } else {
-      BarrierExpect(full, kTileBytes);
-#pragma unroll
-      for (int t = 0; t < kSubTiles; ++t) {
-        CopyTile(dst + t * kSubTileBytes, map, full, 64 * t, 0, pages[index]);
+      for (int part = 0; part < kParts; ++part) {
+        buffers.WaitEmpty(b, part);
+        const uint32_t full = buffers.Full(b, part);
+        if (thread != 0) {
+          BarrierArrive(full);
+          continue;
+        }
+        const int tile_begin = part * kPartTiles, tile_end = min(tile_begin + kPartTiles, kSubTiles);
+        BarrierExpect(full, (tile_end - tile_begin) * kSubTileBytes);
+        for (int t = tile_begin; t < tile_end; ++t) {
+          CopyTile(dst + t * kSubTileBytes, map, full, 64 * t, 0, pages[index]);
+        }
       }
     }
+    buffers.Next(b);
   }
 }
 
-// The same over the fp8 cache, the next block on its way while consumers are busy with this one.
+// The same over the fp8 cache. While consumers are busy with a block the next one comes, and the one after that as far
+// as the second-level cache.
 __device__ __forceinline__ void ProduceFp8(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item,
                                            Shared& sh, Buffers& buffers) {
   const int thread = threadIdx.x - kConsumers, key = thread / 4, quarter = thread % 4;
   const int32_t* pages = a.block_table + tile.slot * a.table_stride;
-  const auto entry_of = [&](int32_t index) {
-    return a.cache + (pages[index] * static_cast<int64_t>(kPageTokens) + key) * Fp8Key::kBytes;
+  const auto page = [&](int32_t index) {
+    return a.cache + pages[index] * static_cast<int64_t>(kPageTokens) * Fp8Key::kBytes;
   };
   const auto is_there = [&](int32_t index) { return index * kPageTokens + key < tile.kv_len; };
-  Fp8Key part;
-  const uint8_t* entry = entry_of(item.block_begin);
-  part.Load(entry, quarter, is_there(item.block_begin));
+  Fp8Key own;
+  const uint8_t* entry = page(item.block_begin) + key * Fp8Key::kBytes;
+  own.Load(entry, quarter, is_there(item.block_begin));
   for (int32_t index = item.block_begin; index < item.block_end; ++index) {
     const int b = (index - item.block_begin) & 1;
-    buffers.WaitEmpty(b);
+    own.Store(
+        sh.kv[b], entry, key, quarter, is_there(index), [&](int part) { buffers.WaitEmpty(b, part); },
+        [&](int part) {
+          FenceProxyAsync();
+          BarrierArrive(buffers.Full(b, part));
+        });
     buffers.Next(b);
-    part.Store(sh.kv[b], entry, key, quarter, is_there(index));
-    FenceProxyAsync();
-    BarrierArrive(buffers.full + 8 * b);
     if (index + 1 == item.block_end) break;
-    entry = entry_of(index + 1);
-    part.Load(entry, quarter, is_there(index + 1));
+    entry = page(index + 1) + key * Fp8Key::kBytes;
+    own.Load(entry, quarter, is_there(index + 1));
+    if (thread == 0 && index + 2 < item.block_end) PrefetchL2(page(index + 2), kPageTokens * Fp8Key::kBytes);
   }
 }
 
 struct RowState {
   int32_t last_key[2];  // -1: the row is beyond the tile's end
-  float max[2], sum[2];
+  uint32_t last_clear;  // the last key that every row of the warp sees
+  float max[2];         // GrownMax of the scores so far, in the log2 domain
+  float sum[2];
 };
 
-// Scores of a buffer's 64 keys, queued.
-__device__ __forceinline__ void QueryKeys(const Shared& sh, int b, float (&s)[32]) {
-  const uint32_t q = SharedAddress(sh.q), k = SharedAddress(sh.kv[b]);
-  WgmmaFence();
+// Scores of a buffer's 64 keys, queued part after part.
+__device__ __forceinline__ void QueryKeys(const Shared& sh, const Buffers& buffers, int b, float (&s)[32]) {
+  const uint64_t q = KMajorDescriptor(SharedAddress(sh.q)), k = KMajorDescriptor(SharedAddress(sh.kv[b]));
 #pragma unroll
   for (int tile = 0; tile < kSubTiles; ++tile) {
-    const uint64_t from = KMajorDescriptor(q + tile * kSubTileBytes), to = KMajorDescriptor(k + tile * kSubTileBytes);
+    if (tile % kPartTiles == 0) {
+      buffers.WaitFull(b, tile / kPartTiles);
+      WgmmaFence();
+    }
 #pragma unroll
-    for (int step = 0; step < 4; ++step) WgmmaBf16<64>(s, from + 2 * step, to + 2 * step, tile + step > 0);
+    for (int step = 0; step < 4; ++step) {
+      const int offset = tile * (kSubTileBytes / 16) + 2 * step;
+      WgmmaBf16<64>(s, q + offset, k + offset, tile + step > 0);
+    }
   }
   WgmmaCommit();
 }
@@ -218,7 +251,9 @@ __device__ __forceinline__ void AddValues(const Shared& sh, int b, int half, flo
   WgmmaCommit();
 }
 
+// Most of the time there is nothing to do: GrownMax.
 __device__ __forceinline__ void Scale(const float (&factor)[2], float (&o)[128]) {
+  if (__all_sync(0xffffffffu, factor[0] == 1 && factor[1] == 1)) return;
 #pragma unroll
   for (int j = 0; j < 32; ++j) {
 #pragma unroll
@@ -229,24 +264,24 @@ __device__ __forceinline__ void Scale(const float (&factor)[2], float (&o)[128])
   }
 }
 
-// Scores to the log2 domain, masked; the rows' maxima grow by theirs.
-__device__ __forceinline__ void MaskAndMax(int32_t first_key, float scale, float (&s)[32], RowState& rows) {
+// Scores of keys that a row does not see become -infinity; the largest of each row, in the log2 domain.
+__device__ __forceinline__ void MaskAndMax(int32_t first_key, float scale, const RowState& rows, float (&s)[32],
+                                           float (&largest)[2]) {
   const int lane = threadIdx.x % kWarpSize;
+  if (static_cast<uint32_t>(first_key + kPageTokens - 1) > rows.last_clear) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      if (first_key + i / 4 * 8 + 2 * (lane % 4) + i % 2 > rows.last_key[i / 2 % 2]) s[i] = -INFINITY;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float max = -INFINITY;
+    float max = s[2 * i];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& score = s[4 * j + 2 * i + c];
-        score = first_key + 8 * j + 2 * (lane % 4) + c <= rows.last_key[i] ? score * scale : -INFINITY;
-        max = fmaxf(max, score);
-      }
-    }
+    for (int j = 0; j < 8; ++j) max = fmaxf(fmaxf(max, s[4 * j + 2 * i]), s[4 * j + 2 * i + 1]);
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
-    rows.max[i] = fmaxf(rows.max[i], max);
+    largest[i] = max * scale;
   }
 }
 
@@ -255,8 +290,8 @@ __device__ __forceinline__ float Shrink(float before, float max) {
   return Exp2(before - (max == -INFINITY ? 0.0f : max));  // nothing seen yet
 }
 
-// exp2(score - max) in the place of the block's rotated parts, as bf16; the rows' sums, shrunk, grow by them.
-__device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const float (&s)[32],
+// exp2(score * scale - max) in the place of the block's rotated parts, as bf16; the rows' sums, shrunk, grow by them.
+__device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const float (&s)[32], float scale,
                                               const float (&shrink)[2], RowState& rows) {
   const int lane = threadIdx.x % kWarpSize;
   uint8_t* p = sh.kv[b] + kRopeOffset;
@@ -267,7 +302,7 @@ __device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const 
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float p0 = Exp2(s[4 * j + 2 * i] - base), p1 = Exp2(s[4 * j + 2 * i + 1] - base);
+      const float p0 = Exp2(fmaf(s[4 * j + 2 * i], scale, -base)), p1 = Exp2(fmaf(s[4 * j + 2 * i + 1], scale, -base));
       sum += p0 + p1;
       *reinterpret_cast<__nv_bfloat162*>(p + Swizzled(r, j) + lane % 4 * 4) = __floats2bfloat162_rn(p0, p1);
     }
@@ -280,7 +315,7 @@ __device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const 
 // The rows' maximum after the other warpgroup's block, once that one has its probabilities: their sums shrink with it.
 __device__ __forceinline__ void TakeMax(const Shared& sh, const Buffers& buffers, int b, int row, RowState& rows,
                                         float (&shrink)[2]) {
-  buffers.WaitFull(b);
+  buffers.WaitFull(b, threadIdx.x / kGroupThreads);
   buffers.WaitWeighed(b);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -335,8 +370,9 @@ __device__ __forceinline__ void WriteResult(const AttentionArguments& a, const Q
 }
 
 // What this thread had of a buffer it has read.
-__device__ __forceinline__ void Release(Buffers& buffers, int b) {
-  BarrierArrive(buffers.empty + 8 * b);
+__device__ __forceinline__ void Release(Buffers& buffers, int b, int half) {
+  BarrierArrive(buffers.Empty(b, half));
+  BarrierArrive(buffers.Empty(b, kRopePart));
   buffers.Next(b);
 }
 
@@ -347,36 +383,38 @@ __device__ __forceinline__ void TakeValues(const Shared& sh, Buffers& buffers, i
   AddValues(sh, b, half, o);
   WgmmaWait<0>();
   WgmmaKeep(o);
-  Release(buffers, b);
+  Release(buffers, b, half);
 }
 
 // Scores of a buffer's block, by the warpgroup that makes them.
 __device__ __forceinline__ void Score(const Shared& sh, const Buffers& buffers, int b, float (&s)[32]) {
-  buffers.WaitFull(b);
-  __syncwarp();
-  QueryKeys(sh, b, s);
+  QueryKeys(sh, buffers, b, s);
   WgmmaWait<0>();
   WgmmaKeep(s);
   buffers.MeetScored(b);  // nobody reads the rotated parts any more
 }
 
 // They become its probabilities; by how much the rows' earlier results shrink.
-__device__ __forceinline__ void Weigh(Shared& sh, const Buffers& buffers, int b, int32_t first_key, float scale,
-                                      int row, float (&s)[32], RowState& rows, float (&shrink)[2]) {
-  const float before[2] = {rows.max[0], rows.max[1]};
-  MaskAndMax(first_key, scale, s, rows);
+__device__ __forceinline__ void Weigh(Shared& sh, const Buffers& buffers, int b, float scale, int row,
+                                      const float (&s)[32], const float (&largest)[2], RowState& rows,
+                                      float (&shrink)[2]) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) shrink[i] = Shrink(before[i], rows.max[i]);
-  Probabilities(sh, b, row, s, shrink, rows);
+  for (int i = 0; i < 2; ++i) {
+    const float before = rows.max[i];
+    rows.max[i] = GrownMax(before, largest[i]);
+    shrink[i] = Shrink(before, rows.max[i]);
+  }
+  Probabilities(sh, b, row, s, scale, shrink, rows);
   buffers.ArriveWeighed(b);
 }
 
 // A pair of blocks by the warpgroup of the even one.
 __device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t first_key, bool has_odd, float scale,
                                            int row, RowState& rows, float (&o)[128]) {
-  float s[32], shrink[2];
+  float s[32], largest[2], shrink[2];
   Score(sh, buffers, 0, s);
-  Weigh(sh, buffers, 0, first_key, scale, row, s, rows, shrink);
+  MaskAndMax(first_key, scale, rows, s, largest);
+  Weigh(sh, buffers, 0, scale, row, s, largest, rows, shrink);
   buffers.WaitWeighed(0);
   TakeValues(sh, buffers, 0, 0, shrink, o);
   if (!has_odd) return;
@@ -387,16 +425,17 @@ __device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t
 // The same pair by the warpgroup of the odd one.
 __device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t first_key, float scale, int row,
                                           RowState& rows, float (&o)[128]) {
-  float s[32], shrink[2];
+  float s[32], largest[2], shrink[2];
   Score(sh, buffers, 1, s);
+  MaskAndMax(first_key, scale, rows, s, largest);
   TakeMax(sh, buffers, 0, row, rows, shrink);
   Scale(shrink, o);
   AddValues(sh, 0, 1, o);
   // While tensor cores add the even block's values:
-  Weigh(sh, buffers, 1, first_key, scale, row, s, rows, shrink);
+  Weigh(sh, buffers, 1, scale, row, s, largest, rows, shrink);
   WgmmaWait<0>();
   WgmmaKeep(o);
-  Release(buffers, 0);
+  Release(buffers, 0, 1);
   buffers.WaitWeighed(1);
   TakeValues(sh, buffers, 1, 1, shrink, o);
 }
@@ -425,6 +464,7 @@ __device__ __forceinline__ void Consume(const AttentionArguments& a, const Query
     rows.max[i] = -INFINITY;
     rows.sum[i] = 0;
   }
+  rows.last_clear = __reduce_min_sync(0xffffffffu, umin(rows.last_key[0], rows.last_key[1]));  // NOTE: -1 is large
   float o[128];
 #pragma unroll
   for (float& value : o) value = 0;
@@ -478,10 +518,12 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
   const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
   if (threadIdx.x == 0) {
     for (int b = 0; b < 2; ++b) {
-      BarrierInit(SharedAddress(&sh.full[b]), kProducerGroups<kFp8> * kGroupThreads);
+      for (int part = 0; part < kParts; ++part) {
+        BarrierInit(SharedAddress(&sh.full[b][part]), kProducerGroups<kFp8> * kGroupThreads);
+        BarrierInit(SharedAddress(&sh.empty[b][part]), part == kRopePart ? kConsumers : kGroupThreads);
+      }
       BarrierInit(SharedAddress(&sh.scored[b]), kGroupThreads);
       BarrierInit(SharedAddress(&sh.weighed[b]), kGroupThreads);
-      BarrierInit(SharedAddress(&sh.empty[b]), kConsumers);
     }
     BarrierInit(SharedAddress(&sh.item_full), 1);
     BarrierInit(SharedAddress(&sh.item_empty), kThreads<kFp8>);

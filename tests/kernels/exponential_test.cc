@@ -28,9 +28,11 @@ double LargestError(float low, float high, const F& f, const G& exact) {
 }
 
 TEST(Exp2, IsNearAndEndsWell) {
-  EXPECT_LT(LargestError(kLeastExp2, 127.0f, Exp2, [](double x) { return std::exp2(x); }), 1.6e-7);
-  for (int n = -125; n <= 127; ++n) EXPECT_EQ(Exp2(static_cast<float>(n)), std::ldexp(1.0f, n)) << n;
-  EXPECT_EQ(Exp2(std::nextafter(kLeastExp2, -kInfinity)), 0.0f);
+  EXPECT_LT(LargestError(-126.0f, 127.0f, Exp2, [](double x) { return std::exp2(x); }), 1.6e-7);
+  for (int n = -126; n <= 127; ++n) EXPECT_EQ(Exp2(static_cast<float>(n)), std::ldexp(1.0f, n)) << n;
+  EXPECT_NEAR(Exp2(-126.25f), std::exp2(-126.25), std::exp2(-148.0));
+  EXPECT_EQ(Exp2(-126.75f), 0.0f);
+  EXPECT_EQ(Exp2(kLeastExp2), 0.0f);
   EXPECT_EQ(Exp2(-1e30f), 0.0f);
   EXPECT_EQ(Exp2(-kInfinity), 0.0f);
   EXPECT_TRUE(std::isnan(Exp2(kNaN)));
@@ -45,6 +47,14 @@ TEST(Exp, IsNearAndEndsWell) {
   EXPECT_EQ(Exp(89.0f), kInfinity);
   EXPECT_EQ(Exp(kInfinity), kInfinity);
   EXPECT_TRUE(std::isnan(Exp(kNaN)));
+}
+
+TEST(GrownMax, MovesWhenItMust) {
+  EXPECT_EQ(GrownMax(-kInfinity, -kInfinity), -kInfinity);
+  EXPECT_EQ(GrownMax(-kInfinity, -1e30f), -1e30f);
+  EXPECT_EQ(GrownMax(3, -kInfinity), 3);
+  EXPECT_EQ(GrownMax(3, 11), 3);
+  EXPECT_EQ(GrownMax(3, std::nextafter(11.0f, 12.0f)), std::nextafter(11.0f, 12.0f));
 }
 
 // Every target has fused multiply-adds but these, which round one step more.
