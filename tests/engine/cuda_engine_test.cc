@@ -120,15 +120,23 @@ void Print(const std::string& what, const Agreement& a) {
       what.c_str(), a.num_positions, a.mean_kl, a.max_kl, a.num_top1_wrong, a.num_clear, kMargin, a.max_margin_wrong);
 }
 
+// NOTE: what a step computes together decides how it cuts its sums, and both devices are to cut them alike: so requests
+// that fill whole steps come first, and all texts are there when the first of them begins.
 std::vector<Answer> Score(EngineOptions options, const std::vector<std::vector<int32_t>>& texts) {
-  std::vector<Request> requests;
-  options.max_model_len = 0;
+  constexpr int kNumFillers = 4;
+  options.max_batch_tokens = 256;
+  Request filler = Greedy(std::vector<int32_t>(options.max_batch_tokens, 3), 1);
+  filler.priority = -1;
+  std::vector<Request> requests(kNumFillers, filler);
+  options.max_model_len = static_cast<int>(requests[0].prompt.size()) + 1;
   for (const auto& text : texts) {
     requests.push_back(ScoreRequest(text, kMaxTopLogprobs));
     options.max_model_len = std::max(options.max_model_len, static_cast<int>(text.size()) + 8);
   }
   auto engine = MakeEngine(options);
-  return RunAll(*engine, requests);
+  std::vector<Answer> answers = RunAll(*engine, requests);
+  answers.erase(answers.begin(), answers.begin() + kNumFillers);
+  return answers;
 }
 
 // How far the GPU may be from the CPU.
@@ -189,6 +197,23 @@ TEST_P(CudaQuantisedGoldenTest, Agrees) {
   const Bound bound = std::string(GetParam()) == "odd" ? Bound{.wrong = 0.01, .max_margin = 0.5} : kSame;
   for (const char* kv_dtype : {"bf16", "fp8"}) {
     ExpectAgreement(GetParam(), model_dir, kv_dtype, "fp8", texts, bound);
+  }
+}
+
+// Texts long enough that attention's keys are cut, of a few rows and of many.
+TEST_F(CudaEngineTest, LongTextsAgree) {
+  std::string model_dir;
+  GoldenTexts("v3_heads", &model_dir);
+  std::vector<std::vector<int32_t>> texts;
+  uint32_t random = 1;
+  for (int length : {2, 63, 64, 65, 130, 400, 900, 1500}) {
+    for (texts.emplace_back(); static_cast<int>(texts.back().size()) < length;) {
+      random = random * 1664525 + 1013904223;
+      texts.back().push_back(static_cast<int32_t>(random >> 24));
+    }
+  }
+  for (const char* kv_dtype : {"bf16", "fp8"}) {
+    ExpectAgreement("v3_heads, long", model_dir, kv_dtype, "fp8", texts, kSame);
   }
 }
 
