@@ -1,7 +1,7 @@
-// MLA kernels. A block of three warpgroups a work item: 64 rows of queries stay in shared memory, cache blocks of 64
-// keys go through two buffers, the even ones through the first. One warpgroup brings them. Another makes the scores and
-// probabilities of even blocks, the third of odd ones, each while the other multiplies; and each of the two multiplies
-// all probabilities with its half of the 512 columns: a key's latent is also its value, so a block is loaded once.
+// MLA kernels. A block of three warpgroups, four where the cache is fp8, a work item: 64 rows of queries stay in shared
+// memory, cache blocks of 64 keys go through two buffers. The last warpgroups bring them; the first makes scores and
+// probabilities of even blocks, the second of odd ones, each while the other multiplies, and each multiplies all
+// probabilities with its half of the 512 columns: a key's latent is also its value, so a block is loaded once.
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/attention_plan.cuh"
 #include "kernels/cuda/common.cuh"
