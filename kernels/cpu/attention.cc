@@ -11,6 +11,7 @@
 #include "kernels/cpu/hopper.h"
 #include "kernels/cpu/linear_kernels.h"
 #include "kernels/cpu/quantize.h"
+#include "kernels/gemm_plan.h"
 #include "kernels/splits.h"
 
 namespace cachalot {
@@ -105,7 +106,13 @@ struct CpuOps::AttentionPlan {
   }
   // Of a product of the block's rows with one matrix [rows,cols] a head.
   int64_t GpuSplits(int64_t rows, int64_t cols) const {
-    return GpuInnerSplits(num_call_rows, dims.heads * ((rows + kQuantGroup - 1) / kQuantGroup), cols, DType::kBF16);
+    constexpr int64_t kStep = kInnerBlockBytes / 2;
+    return PlanGemm({.num_rows = num_call_rows,
+                     .num_groups = dims.heads,
+                     .weight_rows = rows,
+                     .num_steps = (cols + kStep - 1) / kStep,
+                     .is_fp8 = false})
+        .splits;
   }
   const uint8_t* PageAt(int32_t slot, int64_t index) const;
   void AttendRowAsGpu(int64_t t) const;

@@ -87,8 +87,6 @@ class CpuOps : public Ops {
   };
   // Products and what attention multiplies are rounded and summed as on the GPU, whose oracle this is then.
   bool ImitatesGpu() const { return options_.value_dtype == DType::kBF16; }
-  // `weight_tiles` of 128 rows, of all heads or of one matrix.
-  static int64_t GpuInnerSplits(int64_t num_rows, int64_t weight_tiles, int64_t cols, DType dtype);
 
   void RunProducts(int64_t num_products, absl::FunctionRef<Product(int64_t)> product);
   void SiluMulRows(const Activation& out, const Tensor& gate_up, int64_t num_rows);

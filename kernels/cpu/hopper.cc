@@ -12,7 +12,7 @@
 #include "kernels/cpu/elementwise_kernels.h"
 #include "kernels/cpu/quantize.h"
 #include "kernels/exponential.h"
-#include "kernels/splits.h"
+#include "kernels/gemm_plan.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/hopper.cc"
@@ -256,7 +256,7 @@ void TensorCoreBlock(const RowBlock& block, const Activation& x, const Tensor& y
     for (int64_t t = 0; t < x.rows(); ++t) {
       float sum = 0;
       for (int64_t i = 0; i < num_splits; ++i) {
-        sum += sum_of(t, num_steps * i / num_splits, num_steps * (i + 1) / num_splits);
+        sum += sum_of(t, InnerSplitBegin(num_steps, num_splits, i), InnerSplitBegin(num_steps, num_splits, i + 1));
       }
       if (y.dtype == DType::kBF16) {
         y.row<uint16_t>(t)[block.first_row + r] = FloatToBf16(sum);

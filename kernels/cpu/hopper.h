@@ -14,7 +14,7 @@
 
 namespace cachalot {
 
-// Whether the GPU makes the product of such rows on tensor cores (gemm_kernels.h).
+// Whether the GPU makes the product of such rows on tensor cores (kernels/cuda/gemm/gemm.h).
 bool TensorCoresTake(const RowBlock& block, const Activation& x);
 
 // As LinearBlock, for rows of e4m3 or bf16 and x of the same type, or f32 that holds bf16 values. FP8 sums are promoted

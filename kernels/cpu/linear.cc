@@ -4,10 +4,21 @@
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/hopper.h"
 #include "kernels/cpu/linear_kernels.h"
-#include "kernels/splits.h"
+#include "kernels/gemm_plan.h"
 
 namespace cachalot {
 namespace {
+
+int64_t GpuInnerSplits(int64_t num_rows, const CpuLinear& w) {
+  const std::vector<RowBlock>& blocks = w.blocks();
+  const int64_t step = kInnerBlockBytes / DTypeBytes(blocks[0].dtype);
+  return PlanGemm({.num_rows = num_rows,
+                   .weight_rows = w.rows(),
+                   .num_steps = (w.cols() + step - 1) / step,
+                   .is_fp8 = blocks[0].dtype == DType::kF8E4M3,
+                   .has_even_tiles = blocks.back().first_row == kQuantGroup * static_cast<int64_t>(blocks.size() - 1)})
+      .splits;
+}
 
 // Multiply-adds worth a task of their own.
 constexpr int64_t kTaskCost = 1 << 17;
@@ -26,12 +37,6 @@ void CheckProduct(const Tensor& y, const Activation& x, const Weight& w) {
 }
 
 }  // namespace
-
-int64_t CpuOps::GpuInnerSplits(int64_t num_rows, int64_t weight_tiles, int64_t cols, DType dtype) {
-  const int64_t token_tiles = (num_rows + TokenTile(num_rows) - 1) / TokenTile(num_rows);
-  const int64_t num_blocks = (cols * DTypeBytes(dtype) + kInnerBlockBytes - 1) / kInnerBlockBytes;
-  return NumInnerSplits(weight_tiles * token_tiles, num_blocks, kHopperSms);
-}
 
 // A task is a block of weight rows (or a part of one, when blocks are few) times up to kLinearRows rows of x.
 void CpuOps::RunProducts(int64_t num_products, absl::FunctionRef<Product(int64_t)> product) {
@@ -65,9 +70,7 @@ void CpuOps::RunProducts(int64_t num_products, absl::FunctionRef<Product(int64_t
     const RowBlock rows = block.Rows(begin, end - begin);
     const Activation x = p.x.Rows(t, num_rows);
     if (ImitatesGpu() && TensorCoresTake(rows, x)) {
-      const int64_t tiles = static_cast<int64_t>(p.w->blocks().size());
-      return TensorCoreBlock(rows, x, p.y.Rows(t, num_rows),
-                             p.is_grouped ? 1 : GpuInnerSplits(p.x.rows(), tiles, p.w->cols(), rows.dtype));
+      return TensorCoreBlock(rows, x, p.y.Rows(t, num_rows), p.is_grouped ? 1 : GpuInnerSplits(p.x.rows(), *p.w));
     }
     LinearBlock(rows, x, p.y.Rows(t, num_rows), WorkerArena(worker));
   };

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/gemm/gemm.h"
 
 namespace cachalot {
 namespace {
@@ -37,8 +38,10 @@ absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Make(const BackendOptions& opt
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&ops->num_sms_, cudaDevAttrMultiProcessorCount, ordinal);
   }
+  if (error == cudaSuccess) error = PrepareGemm();
   if (error != cudaSuccess) {
-    return absl::InternalError(absl::StrCat("the GPU does not say how many SMs it has: ", cudaGetErrorString(error)));
+    return absl::InternalError(
+        absl::StrCat("the GPU does not say what it has, or not give it: ", cudaGetErrorString(error)));
   }
   return ops;
 }

@@ -72,7 +72,7 @@ class CudaOps : public Ops {
   };
   absl::Status MakeWorkspace();
 
-  // kernels/cuda/gemm.cc: y = x * w^T for every group; `offsets` null: all rows of x for each group.
+  // kernels/cuda/gemm/gemm.cc: y = x * w^T for every group; `offsets` null: all rows of x for each group.
   void Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
                 const WeightRef& w, const int32_t* offsets);
 

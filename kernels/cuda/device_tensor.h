@@ -42,6 +42,7 @@ struct WeightRef {
   int32_t num_groups = 1;
   int32_t rows = 0, cols = 0;
   int32_t num_tiles = 0, scale_cols = 0;
+  bool has_even_tiles = false;  // tile i begins at row 128 i and has row i of the scales
   NumberType type = NumberType::kBF16;
 };
 

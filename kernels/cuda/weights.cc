@@ -59,10 +59,12 @@ struct Layout {
 };
 
 // Strides of `w`, whose type, groups, rows and cols are set.
-Layout LayOut(int64_t scale_rows, int64_t num_tiles, WeightRef* w) {
+Layout LayOut(int64_t scale_rows, const std::vector<RowTile>& tiles, WeightRef* w) {
+  const int64_t num_tiles = static_cast<int64_t>(tiles.size());
   w->row_bytes = AlignUp(w->cols * NumberBytes(w->type), kRowAlignment);
   w->group_bytes = w->rows * w->row_bytes;
   w->num_tiles = static_cast<int32_t>(num_tiles);
+  w->has_even_tiles = tiles.back().first_row == kQuantGroup * (num_tiles - 1);
   if (w->type == NumberType::kE4M3) {
     w->scale_cols = static_cast<int32_t>(NumScaleBlocks(w->cols));
     w->group_scales = scale_rows * w->scale_cols;
@@ -167,7 +169,7 @@ std::unique_ptr<CudaLinear> CudaOps::MakeMatrices(const std::vector<std::vector<
   }
   int64_t scale_rows = 0;
   const std::vector<RowTile> tiles = TilesOf(part_rows, &scale_rows);
-  const Layout layout = LayOut(scale_rows, static_cast<int64_t>(tiles.size()), &w);
+  const Layout layout = LayOut(scale_rows, tiles, &w);
   std::vector<Buffer> memory;
   memory.push_back(AllocateWeight(layout.bytes));
   if (memory[0].data() != nullptr) {
@@ -213,7 +215,7 @@ std::unique_ptr<Weight> CudaOps::MakeKvUp(const WeightPart& kv_b, int num_heads,
     w.type = NumberType::kBF16;
     int64_t scale_rows = 0;
     const std::vector<RowTile> tiles = TilesOf({w.rows}, &scale_rows);
-    const Layout layout = LayOut(scale_rows, static_cast<int64_t>(tiles.size()), &w);
+    const Layout layout = LayOut(scale_rows, tiles, &w);
     memory.push_back(AllocateWeight(layout.bytes));
     if (memory.back().data() == nullptr) continue;
     Place(layout, memory.back().data(), &w);

@@ -119,9 +119,10 @@ Timing Run(Engine& engine, int num_requests, int prompt_tokens, int max_tokens) 
 // Many requests at once, and what the host does in a step beside waiting for the GPU.
 void RunOnGpu(Engine& engine) {
   Run(engine, 64, 64, 8);
-  for (int batch : {1, 8, 64, 256}) {
-    const Timing t = Run(engine, batch, 512, 1);
-    std::printf("prefill B=%-3d x 512 tokens: %9.0f tok/s\n", batch, batch * 512 / t.first_token);
+  const std::pair<int, int> prefills[] = {{1, 512}, {8, 512}, {64, 512}, {256, 512}, {1, 4096}, {16, 4096}};
+  for (const auto& [batch, prompt] : prefills) {
+    const Timing t = Run(engine, batch, prompt, 1);
+    std::printf("prefill B=%-3d x %-4d tokens: %9.0f tok/s\n", batch, prompt, batch * prompt / t.first_token);
   }
   for (int batch : {1, 8, 64, 128, 256}) {
     const Timing t = Run(engine, batch, 64, 257);
@@ -155,7 +156,7 @@ int Main(int argc, char** argv) {
     return 1;
   }
   const bool on_gpu = options.device == "cuda";
-  if (on_gpu) options.max_sequences = 256, options.max_model_len = 1024;
+  if (on_gpu) options.max_sequences = 256, options.max_model_len = 8192;
   const auto begin = Clock::now();
   auto engine = Engine::Create(options);
   if (!engine.ok()) {

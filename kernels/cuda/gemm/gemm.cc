@@ -1,6 +1,7 @@
 // Linear and GroupedLinear.
+#include "kernels/cuda/gemm/gemm.h"
+
 #include "kernels/cuda/cuda_ops.h"
-#include "kernels/cuda/gemm_kernels.h"
 
 namespace cachalot {
 namespace {
@@ -26,7 +27,8 @@ void CudaOps::Multiply(const Tensor& y, int64_t y_group_stride, const Activation
   arguments.x_group_stride = x_group_stride;
   arguments.y_group_stride = y_group_stride;
   arguments.num_sms = num_sms_;
-  CHECK(LaunchGemm(stream_.get(), arguments), "no tensor map of {} rows of {} by {}", x.rows(), w.cols, w.rows);
+  CHECK(LaunchGemm(stream_.get(), arguments, ChooseGemm(arguments)), "no tensor map of {} rows of {} by {}", x.rows(),
+        w.cols, w.rows);
   stream_.Launched("gemm");
 }
 
