@@ -16,26 +16,46 @@ namespace {
 
 constexpr int kWaveTokens = 64;
 
-// kWaves: of either warpgroup; they alternate, so that both have as many when there are few.
-template <int kWaves, int kRows, bool kFp8>
+// kWaves: of either warpgroup. kIsUneven: tiles may have few tokens; the warpgroups' waves alternate then, so that both
+// have as many, and those without tokens are left out.
+template <int kWaves, int kRows, bool kFp8, bool kIsUneven>
 struct ManyRows {
+  static constexpr bool kUneven = kIsUneven;
   static constexpr int kTokens = 2 * kWaves * kWaveTokens;
+  static constexpr int kGroupStride = kIsUneven ? kWaveTokens : kWaves * kWaveTokens;  // first rows of warpgroups
+  static constexpr int kWaveStride = kIsUneven ? 2 * kWaveTokens : kWaveTokens;
   static constexpr int kChunks = kRows % kScaleTileRows == 0 ? 1 : 3;  // of columns with one scale each
   static constexpr int kChunk = kRows / kChunks;
   using L = Layout<kTokens, kRows, kChunks, kFp8, 1>;
   static constexpr int kOutStride = kRows + 8;
   static_assert(kRows == 128 || kRows == 96 || kRows == 192);
   static_assert(kTokens * kOutStride * 4 <= L::kStages * L::kStageBytes);
+
+  static __device__ __forceinline__ int FirstRow(int wave) {
+    return threadIdx.x / 128 * kGroupStride + wave * kWaveStride;
+  }
+  // Of this warpgroup: waves that have tokens.
+  static __device__ __forceinline__ int NumWaves(int32_t num_tokens) {
+    if (!kIsUneven) return kWaves;
+    return (num_tokens + (threadIdx.x < 128 ? 2 : 1) * kWaveTokens - 1) / (2 * kWaveTokens);
+  }
+  static __device__ __forceinline__ int NumTileWaves(int32_t num_tokens) {
+    return kIsUneven ? (num_tokens + kWaveTokens - 1) / kWaveTokens : 2 * kWaves;
+  }
+};
+
+struct TokenMaps {
+  CUtensorMap tile, wave;  // boxes of all tokens of a tile, and of 64
 };
 
 template <typename K>
 __device__ __forceinline__ void Fill(const Work& work, const Item& item, const RowTile& tile, const CUtensorMap* w_map,
-                                     const CUtensorMap* x_map, uint32_t shared, int32_t begin, int32_t end,
+                                     const TokenMaps* x_maps, uint32_t shared, int32_t begin, int32_t end,
                                      Rings<typename K::L>& rings, bool is_early) {
   using L = typename K::L;
   constexpr bool kFp8 = L::kElementBytes == 1;
   const int thread = threadIdx.x - kConsumers;
-  const int num_waves = (item.num_tokens + kWaveTokens - 1) / kWaveTokens;
+  const int num_waves = K::NumTileWaves(item.num_tokens);
   const int stage_bytes = L::kWeightBytes + num_waves * kWaveTokens * kStepBytes;
   const auto begin_stage = [&](int stage, uint32_t full, int32_t step) {
     BarrierExpect(full, stage_bytes);
@@ -63,8 +83,13 @@ __device__ __forceinline__ void Fill(const Work& work, const Item& item, const R
     if (step - begin >= num_early) begin_stage(rings.stages.at, rings.stages.Full(), step);
     const uint32_t tokens = shared + rings.stages.at * L::kStageBytes + L::kWeightBytes;
     const int32_t column = first_column + step * L::kStepElements, row = static_cast<int32_t>(item.first_row);
+    if (num_waves == K::kTokens / kWaveTokens) {
+      CopyTile(tokens, &x_maps->tile, rings.stages.Full(), column, row);
+      continue;
+    }
     for (int wave = 0; wave < num_waves; ++wave) {
-      CopyTile(tokens + wave * kWaveTokens * kStepBytes, x_map, rings.stages.Full(), column, row + wave * kWaveTokens);
+      CopyTile(tokens + wave * kWaveTokens * kStepBytes, &x_maps->wave, rings.stages.Full(), column,
+               row + wave * kWaveTokens);
     }
   }
 }
@@ -85,68 +110,62 @@ __device__ __forceinline__ void Multiply(uint32_t tokens, uint32_t weight, float
   WgmmaCommit();
 }
 
-// This thread's part of the product over steps begin .. end, of the `num_waves` waves of its warpgroup that have
-// tokens.
-template <typename K, int kWaves, int kRows, bool kFp8>
-__device__ __forceinline__ void Consume(const uint8_t* memory, int num_waves, int32_t begin, int32_t end,
-                                        Rings<typename K::L>& rings, float (&sum)[kWaves][kRows / 2]) {
+// This thread's part of the product over steps begin .. end, kActive waves of its warpgroup.
+template <typename K, int kActive, int kWaves, int kRows>
+__device__ __forceinline__ void ConsumeFp8(const uint8_t* memory, int32_t begin, int32_t end,
+                                           Rings<typename K::L>& rings, float (&sum)[kWaves][kRows / 2]) {
   using L = typename K::L;
   const uint32_t shared = SharedAddress(memory);
-  const int first_row = threadIdx.x / 128 * kWaveTokens;  // of this warpgroup's first wave
+  const int row = threadIdx.x % 128 / kWarpSize * 16 + threadIdx.x % kWarpSize / 4;
+  for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
+    const int phase = (step - begin) % kScaleSteps;
+    if (phase == 0) BarrierWait(rings.scales.Full(), rings.scales.round);
+    const float* scales =
+        reinterpret_cast<const float*>(memory + L::kStages * L::kStageBytes + rings.scales.at * L::kScaleBytes) + phase;
+    const uint32_t stage = shared + rings.stages.at * L::kStageBytes;
+    BarrierWait(rings.stages.Full(), rings.stages.round);
 #pragma unroll
-  for (auto& wave : sum) {
+    for (int wave = 0; wave < kActive; ++wave) {
+      const int first = K::FirstRow(wave);
+      float part[kRows / 2];
+      Multiply<kRows, true>(stage + L::kWeightBytes + first * kStepBytes, stage, part);
+      const float x_scales[2] = {scales[(first + row) * kScaleSteps], scales[(first + row + 8) * kScaleSteps]};
+      float scale[K::kChunks][2];
 #pragma unroll
-    for (float& value : wave) value = 0;
-  }
-  if constexpr (kFp8) {
-    const int row = first_row + threadIdx.x % 128 / kWarpSize * 16 + threadIdx.x % kWarpSize / 4;
-    for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
-      const int phase = (step - begin) % kScaleSteps;
-      if (phase == 0) BarrierWait(rings.scales.Full(), rings.scales.round);
-      const float* scales =
-          reinterpret_cast<const float*>(memory + L::kStages * L::kStageBytes + rings.scales.at * L::kScaleBytes) +
-          phase;
-      const uint32_t stage = shared + rings.stages.at * L::kStageBytes;
-      BarrierWait(rings.stages.Full(), rings.stages.round);
-#pragma unroll
-      for (int wave = 0; wave < kWaves; ++wave) {
-        if (wave >= num_waves) break;
-        const int wave_row = 2 * kWaveTokens * wave;
-        float part[kRows / 2];
-        Multiply<kRows, true>(stage + L::kWeightBytes + (first_row + wave_row) * kStepBytes, stage, part);
-        const float x_scales[2] = {scales[(row + wave_row) * kScaleSteps], scales[(row + wave_row + 8) * kScaleSteps]};
-        float scale[K::kChunks][2];
-#pragma unroll
-        for (int chunk = 0; chunk < K::kChunks; ++chunk) {
-          const float w_scale = scales[(K::kTokens + chunk) * kScaleSteps];
-          scale[chunk][0] = w_scale * x_scales[0];
-          scale[chunk][1] = w_scale * x_scales[1];
-        }
-        WgmmaWait<0>();
-        WgmmaKeep(part);
-        if (wave == num_waves - 1) Release(rings.stages.Empty());
-#pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) {
-          sum[wave][i] = fmaf(part[i], scale[i / (K::kChunk / 2)][i % 4 / 2], sum[wave][i]);
-        }
+      for (int chunk = 0; chunk < K::kChunks; ++chunk) {
+        const float w_scale = scales[(K::kTokens + chunk) * kScaleSteps];
+        scale[chunk][0] = w_scale * x_scales[0];
+        scale[chunk][1] = w_scale * x_scales[1];
       }
-      if (num_waves == 0) Release(rings.stages.Empty());
-      if (phase == kScaleSteps - 1 || step + 1 == end) {
-        Release(rings.scales.Empty());
-        rings.scales.Next();
+      WgmmaWait<0>();
+      WgmmaKeep(part);
+      if (wave == kActive - 1) Release(rings.stages.Empty());
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) {
+        sum[wave][i] = fmaf(part[i], scale[i / (K::kChunk / 2)][i % 4 / 2], sum[wave][i]);
       }
     }
-    return;
+    if constexpr (kActive == 0) Release(rings.stages.Empty());
+    if (phase == kScaleSteps - 1 || step + 1 == end) {
+      Release(rings.scales.Empty());
+      rings.scales.Next();
+    }
   }
+}
+
+// NOTE: all waves, also those without tokens: they cost less than branches around sums that go on over steps.
+template <typename K, int kWaves, int kRows>
+__device__ __forceinline__ void ConsumeBf16(const uint8_t* memory, int32_t begin, int32_t end,
+                                            Rings<typename K::L>& rings, float (&sum)[kWaves][kRows / 2]) {
+  using L = typename K::L;
+  const uint32_t shared = SharedAddress(memory);
   uint32_t before = 0;  // the barrier of the step before
   for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
     const uint32_t stage = shared + rings.stages.at * L::kStageBytes;
     BarrierWait(rings.stages.Full(), rings.stages.round);
-    // NOTE: all waves, also those without tokens: products that go on over steps must not stand in branches.
 #pragma unroll
     for (int wave = 0; wave < kWaves; ++wave) {
-      Multiply<kRows, false>(stage + L::kWeightBytes + (first_row + 2 * kWaveTokens * wave) * kStepBytes, stage,
-                             sum[wave]);
+      Multiply<kRows, false>(stage + L::kWeightBytes + K::FirstRow(wave) * kStepBytes, stage, sum[wave]);
     }
     WgmmaWait<kWaves>();
     if (step > begin) Release(before);
@@ -156,6 +175,28 @@ __device__ __forceinline__ void Consume(const uint8_t* memory, int num_waves, in
 #pragma unroll
   for (auto& wave : sum) WgmmaKeep(wave);
   if (end > begin) Release(before);
+}
+
+// `num_waves`: of this warpgroup that have tokens.
+template <typename K, int kWaves, int kRows, bool kFp8>
+__device__ __forceinline__ void Consume(const uint8_t* memory, int num_waves, int32_t begin, int32_t end,
+                                        Rings<typename K::L>& rings, float (&sum)[kWaves][kRows / 2]) {
+#pragma unroll
+  for (auto& wave : sum) {
+#pragma unroll
+    for (float& value : wave) value = 0;
+  }
+  if constexpr (!kFp8) {
+    ConsumeBf16<K, kWaves, kRows>(memory, begin, end, rings, sum);
+  } else if (!K::kUneven || num_waves == kWaves) {
+    ConsumeFp8<K, kWaves, kWaves, kRows>(memory, begin, end, rings, sum);
+  } else if constexpr (K::kUneven) {
+    if (num_waves == 1) {
+      ConsumeFp8<K, 1, kWaves, kRows>(memory, begin, end, rings, sum);
+    } else {
+      ConsumeFp8<K, 0, kWaves, kRows>(memory, begin, end, rings, sum);
+    }
+  }
 }
 
 // Four words of four lanes, turned around: lane q gets the others' word q. Words of lane 0 come first.
@@ -173,7 +214,7 @@ __device__ __forceinline__ uint4 TurnWords(uint32_t (&w)[4]) {
 }
 
 // Straight to y: in bf16 four lanes turn their pairs of neighbours into 64 bytes of a token's row.
-template <int kWaves, int kRows>
+template <typename K, int kWaves, int kRows>
 __device__ __forceinline__ void Store(const Work& work, const Item& item, const RowTile& tile,
                                       const float (&sum)[kWaves][kRows / 2]) {
   const MatrixRef& y = work.g.y;
@@ -185,8 +226,7 @@ __device__ __forceinline__ void Store(const Work& work, const Item& item, const 
   for (int wave = 0; wave < kWaves; ++wave) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int token = threadIdx.x / 128 * kWaveTokens + 2 * kWaveTokens * wave + threadIdx.x % 128 / kWarpSize * 16 +
-                        lane / 4 + 8 * i;
+      const int token = K::FirstRow(wave) + threadIdx.x % 128 / kWarpSize * 16 + lane / 4 + 8 * i;
       const int64_t at = first + token * y.row_stride;
       if (is_aligned) {
 #pragma unroll
@@ -217,11 +257,11 @@ __device__ __forceinline__ void Store(const Work& work, const Item& item, const 
   }
 }
 
-template <int kWaves, int kRows, bool kFp8>
+template <int kWaves, int kRows, bool kFp8, bool kIsUneven = false>
 __global__ void __launch_bounds__(kConsumers + kProducers, 1)
-    ManyRowsKernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
+    ManyRowsKernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ TokenMaps x_maps,
                    const __grid_constant__ Work work) {
-  using K = ManyRows<kWaves, kRows, kFp8>;
+  using K = ManyRows<kWaves, kRows, kFp8, kIsUneven>;
   using L = typename K::L;
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ int32_t first_item[kMaxGroups + 1];
@@ -236,11 +276,11 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1)
   // NOTE: the splits of a tile are neighbours in order, so the blocks of a cluster have one item each, of the same
   // tile.
   if (threadIdx.x >= kConsumers) {
-    FewerRegisters<40>();
+    FewerRegisters<56>();
     for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
       const Item item = ItemAt<K::kTokens>(work, first_item, index);
       const RowTile tile = TileAt<kRows>(work.g.w, item.weight_tile);
-      Fill<K>(work, item, tile, &w_map, &x_map, SharedAddress(shared), SplitStep(work, item.split),
+      Fill<K>(work, item, tile, &w_map, &x_maps, SharedAddress(shared), SplitStep(work, item.split),
               SplitStep(work, item.split + 1), rings, is_early);
       is_early = false;
       if (work.num_splits == 1) continue;
@@ -248,29 +288,26 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1)
       cooperative_groups::this_cluster().sync();
     }
   } else {
-    MoreRegisters<232>();
+    MoreRegisters<224>();
     for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
       const Item item = ItemAt<K::kTokens>(work, first_item, index);
       const RowTile tile = TileAt<kRows>(work.g.w, item.weight_tile);
       float sum[kWaves][kRows / 2];
-      // Waves 0, 2, .. are the first warpgroup's.
-      const int num_waves = (item.num_tokens + (threadIdx.x < 128 ? 2 : 1) * kWaveTokens - 1) / (2 * kWaveTokens);
-      Consume<K, kWaves, kRows, kFp8>(shared, num_waves, SplitStep(work, item.split), SplitStep(work, item.split + 1),
-                                      rings, sum);
+      Consume<K, kWaves, kRows, kFp8>(shared, K::NumWaves(item.num_tokens), SplitStep(work, item.split),
+                                      SplitStep(work, item.split + 1), rings, sum);
       if (work.num_splits == 1) {
-        Store<kWaves, kRows>(work, item, tile, sum);
+        Store<K, kWaves, kRows>(work, item, tile, sum);
         continue;
       }
       float* out = reinterpret_cast<float*>(shared);
       SyncThreads(1, kConsumers);  // nobody reads the stages any more
-      const int row =
-          threadIdx.x / 128 * kWaveTokens + threadIdx.x % 128 / kWarpSize * 16 + threadIdx.x % kWarpSize / 4;
+      const int row = threadIdx.x % 128 / kWarpSize * 16 + threadIdx.x % kWarpSize / 4;
       const int column = 2 * (threadIdx.x % 4);
 #pragma unroll
       for (int wave = 0; wave < kWaves; ++wave) {
 #pragma unroll
         for (int i = 0; i < kRows / 2; i += 2) {
-          *reinterpret_cast<float2*>(out + (row + 2 * kWaveTokens * wave + i % 4 / 2 * 8) * K::kOutStride + i / 4 * 8 +
+          *reinterpret_cast<float2*>(out + (K::FirstRow(wave) + row + i % 4 / 2 * 8) * K::kOutStride + i / 4 * 8 +
                                      column) = make_float2(sum[wave][i], sum[wave][i + 1]);
         }
       }
@@ -281,15 +318,16 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1)
   }
 }
 
-template <int kWaves, int kRows, bool kFp8>
+template <int kWaves, int kRows, bool kFp8, bool kIsUneven = false>
 cudaError_t Prepare() {
-  return cudaFuncSetAttribute(ManyRowsKernel<kWaves, kRows, kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              ManyRows<kWaves, kRows, kFp8>::L::kSharedBytes);
+  return cudaFuncSetAttribute(ManyRowsKernel<kWaves, kRows, kFp8, kIsUneven>,
+                              cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              ManyRows<kWaves, kRows, kFp8, kIsUneven>::L::kSharedBytes);
 }
 
-template <int kWaves, int kRows, bool kFp8>
+template <int kWaves, int kRows, bool kFp8, bool kIsUneven = false>
 bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
-  using K = ManyRows<kWaves, kRows, kFp8>;
+  using K = ManyRows<kWaves, kRows, kFp8, kIsUneven>;
   using L = typename K::L;
   if (plan.splits > 1 && g.offsets != nullptr) return false;
   if (kRows != kScaleTileRows && kFp8 && !g.w.has_even_tiles) return false;
@@ -304,7 +342,15 @@ bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
   if (g.offsets != nullptr) items = (g.num_rows / K::kTokens + g.w.num_groups) * work.weight_tiles;
   const int64_t x_width = g.w.cols + (g.offsets == nullptr ? (g.w.num_groups - 1) * g.x_group_stride : 0);
   const CUtensorMapDataType type = kFp8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  CUtensorMap w_map, x_map;
+  const TensorMapShape tokens = {.type = type,
+                                 .cols = x_width,
+                                 .rows = g.num_rows,
+                                 .row_bytes = g.x.values.row_stride * L::kElementBytes,
+                                 .box_rows = K::kTokens};
+  TensorMapShape wave = tokens;
+  wave.box_rows = kWaveTokens;
+  CUtensorMap w_map;
+  TokenMaps x_maps;
   if (!MakeTensorMap(&w_map, g.w.data,
                      {.type = type,
                       .cols = g.w.cols,
@@ -313,12 +359,7 @@ bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
                       .num_groups = g.w.num_groups,
                       .group_bytes = g.w.group_bytes,
                       .box_rows = kRows}) ||
-      !MakeTensorMap(&x_map, g.x.values.data,
-                     {.type = type,
-                      .cols = x_width,
-                      .rows = g.num_rows,
-                      .row_bytes = g.x.values.row_stride * L::kElementBytes,
-                      .box_rows = kWaveTokens})) {
+      !MakeTensorMap(&x_maps.tile, g.x.values.data, tokens) || !MakeTensorMap(&x_maps.wave, g.x.values.data, wave)) {
     return false;
   }
   cudaLaunchConfig_t config = {};
@@ -335,7 +376,7 @@ bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(work.num_splits), 1, 1};
   }
   // NOTE: the caller looks at errors.
-  (void)cudaLaunchKernelEx(&config, ManyRowsKernel<kWaves, kRows, kFp8>, w_map, x_map, work);
+  (void)cudaLaunchKernelEx(&config, ManyRowsKernel<kWaves, kRows, kFp8, kIsUneven>, w_map, x_maps, work);
   return true;
 }
 
@@ -344,7 +385,7 @@ bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
 cudaError_t PrepareManyRows() {
   for (const cudaError_t error :
        {Prepare<1, 96, true>(), Prepare<1, 128, true>(), Prepare<1, 192, true>(), Prepare<2, 96, true>(),
-        Prepare<2, 128, true>(), Prepare<1, 128, false>(), Prepare<2, 128, false>()}) {
+        Prepare<2, 128, true>(), Prepare<2, 128, true, true>(), Prepare<1, 128, false>(), Prepare<2, 128, false>()}) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -359,7 +400,8 @@ bool LaunchManyRows(cudaStream_t stream, const GemmArguments& g, const GemmPlan&
     default: break;
   }
   if (!is_fp8) return is_wide ? Launch<2, 128, false>(stream, g, plan) : Launch<1, 128, false>(stream, g, plan);
-  return is_wide ? Launch<2, 128, true>(stream, g, plan) : Launch<1, 128, true>(stream, g, plan);
+  if (!is_wide) return Launch<1, 128, true>(stream, g, plan);
+  return g.offsets == nullptr ? Launch<2, 128, true>(stream, g, plan) : Launch<2, 128, true, true>(stream, g, plan);
 }
 
 }  // namespace cachalot::gemm
