@@ -157,7 +157,8 @@ void CompletionCall::StreamEvent(int choice_idx, GenerateEvent event) {
 
 void CompletionCall::BeginStream() {
   if (std::exchange(has_begun_, true)) return;
-  responder_->Begin({.content_type = "text/event-stream", .body = "", .headers = {{"Cache-Control", "no-cache"}}});
+  responder_->Begin(
+      {.content_type = "text/event-stream; charset=utf-8", .body = "", .headers = {{"Cache-Control", "no-cache"}}});
 }
 
 void CompletionCall::FinishAnswer() {

@@ -46,7 +46,7 @@ class OpenAiTest : public OpenAiServerTest {
     body["stream"] = true;
     const ClientResponse response = client_->Post("/v1/completions", body.dump());
     EXPECT_EQ(response.status, 200) << response.body;
-    EXPECT_EQ(response.headers.at("content-type"), "text/event-stream");
+    EXPECT_EQ(response.headers.at("content-type"), "text/event-stream; charset=utf-8");
     return Events(response.body);
   }
 };
