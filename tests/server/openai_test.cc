@@ -247,6 +247,19 @@ TEST_F(OpenAiTest, AFullQueueAsksToComeBack) {
   EXPECT_EQ(response.headers.at("retry-after"), "1");
   EXPECT_EQ(Parse(response.body)["error"]["code"], "rate_limit_exceeded");
   EXPECT_TRUE(engine_->AwaitCancels(2));
+  EXPECT_TRUE(engine_->AwaitIdle());
+  // The two that were taken have ended; the third was nothing that a histogram should know of.
+  ClientResponse page;
+  const std::string labels = "{model_name=\"org/model\",engine=\"0\"} ";
+  const auto has = [&page, &labels](const char* name, int value) {
+    return page.body.find(absl::StrCat("vllm:", name, labels, value, "\n")) != std::string::npos;
+  };
+  while (page = client_->Get("/metrics"), page.status == 200 && has("request_generation_tokens_count", 1)) {
+  }
+  for (const char* name : {"request_prompt_tokens_count", "request_params_max_tokens_count",
+                           "request_generation_tokens_count", "e2e_request_latency_seconds_count"}) {
+    EXPECT_TRUE(has(name, 2)) << name << page.body;
+  }
 }
 
 TEST_F(OpenAiTest, AClientThatLeavesCancelsItsRequests) {
