@@ -380,6 +380,11 @@ constexpr WrongRequest kWrongRequests[] = {
     {R"({"prompt": "x", "max_tokens": 0})", 400, "max_tokens", nullptr},
     {R"({"prompt": "x", "max_tokens": 1.5})", 400, "max_tokens", nullptr},
     {R"({"prompt": "x", "max_tokens": "5"})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": true})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": 1e300})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": 5e9})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": 18446744073709551615})", 400, "max_tokens", nullptr},
+    {R"({"prompt": [1e10]})", 400, "prompt", nullptr},
     {R"({"prompt": "x", "max_tokens": 99999999999})", 400, "max_tokens", nullptr},
     {R"({"prompt": "x", "temperature": -1})", 400, "temperature", nullptr},
     {R"({"prompt": "x", "temperature": 1e39})", 400, "temperature", nullptr},
@@ -445,6 +450,69 @@ TEST_F(OpenAiTest, FieldsThatAskForNothingAreAccepted) {
             {"logit_bias", json::object()},
             {"n", 1},
             {"response_format", {{"type", "text"}}}});
+  for (const char* field : {R"("length_penalty": 1)",
+                            R"("length_penalty": 1.0)",
+                            R"("use_beam_search": false)",
+                            R"("guided_json": "")",
+                            R"("guided_choice": [])",
+                            R"("structured_outputs": {})",
+                            R"("structured_outputs": {"json": null, "regex": ""})",
+                            R"("truncate_prompt_tokens": -1)",
+                            R"("response_format": {})",
+                            R"("prompt_logprobs": 0)",
+                            R"("bad_words": [])",
+                            R"("json_schema": null)",
+                            R"("chat_template": "")",
+                            R"("tools": [])",
+                            R"("tools": [{"type": "function"}], "tool_choice": "none")",
+                            R"("functions": [{"name": "f"}], "function_call": "none")",
+                            R"("max_tokens": 16.0)",
+                            R"("n": 1.0)",
+                            R"("top_k": -1.0)",
+                            R"("seed": 5.0)",
+                            R"("stop_token_ids": [5.0])",
+                            R"("priority": -2.0)"}) {
+    const ClientResponse response = client_->Post("/v1/completions", absl::StrCat("{\"prompt\": [3.0], ", field, "}"));
+    EXPECT_EQ(response.status, 200) << field << response.body;
+  }
+  EXPECT_EQ(engine_->requests().at(17).sampling.max_tokens, 16);
+  EXPECT_EQ(engine_->requests().at(20).sampling.seed, 5u);
+  EXPECT_EQ(engine_->requests().back().prompt, std::vector<int32_t>({3}));
+}
+
+TEST_F(OpenAiTest, FieldsThatAskForWhatIsNotDoneAreRefused) {
+  Start();
+  for (const auto& [name, value] : std::vector<std::pair<const char*, json>>{{"length_penalty", 1.5},
+                                                                             {"length_penalty", 0},
+                                                                             {"use_beam_search", true},
+                                                                             {"guided_json", "{}"},
+                                                                             {"guided_json", {{"type", "object"}}},
+                                                                             {"guided_choice", {""}},
+                                                                             {"structured_outputs", {{"regex", "a"}}},
+                                                                             {"truncate_prompt_tokens", 0},
+                                                                             {"truncate_prompt_tokens", 5},
+                                                                             {"prompt_logprobs", 1},
+                                                                             {"prompt_logprobs", -1},
+                                                                             {"tools", {{{"type", "function"}}}},
+                                                                             {"functions", {{{"name", "f"}}}}}) {
+    const ClientResponse response = client_->Post("/v1/completions", json({{"prompt", "x"}, {name, value}}).dump());
+    EXPECT_EQ(response.status, 400) << name << value;
+    EXPECT_EQ(Parse(response.body)["error"]["param"], name);
+  }
+  EXPECT_TRUE(engine_->requests().empty());
+}
+
+// -1, as vLLM and its clients have it, is no seed; every other number is one.
+TEST_F(OpenAiTest, SeedsThatAreRandom) {
+  Start();
+  const auto seed_of = [this](const char* seed) {
+    EXPECT_EQ(client_->Post("/v1/completions", absl::StrCat("{\"prompt\": \"x\", \"seed\": ", seed, "}")).status, 200);
+    return engine_->requests().back().sampling.seed;
+  };
+  for (const char* random : {"-1", "-1.0", "null"}) EXPECT_NE(seed_of(random), seed_of(random)) << random;
+  EXPECT_EQ(seed_of("0"), 0u);
+  EXPECT_EQ(seed_of("-2"), static_cast<uint64_t>(-2));
+  EXPECT_EQ(seed_of("18446744073709551615"), ~uint64_t{0});
 }
 
 TEST_F(OpenAiTest, ErrorsBelowTheApiHaveItsForm) {
