@@ -145,6 +145,8 @@ absl::StatusOr<ChatPrompt> ToChatPrompt(const v1::ChatPrompt& prompt) {
     }
     ChatMessage to{.role = *role, .content = std::nullopt, .prefix = from.prefix()};
     if (from.has_content()) to.content = from.content();
+    const bool is_empty_answer = *role == ChatMessage::Role::kAssistant && from.tool_calls_size() == 0;
+    if (!from.has_content() && is_empty_answer) to.content = "";
     for (const v1::ToolCall& call : from.tool_calls()) {
       to.tool_calls.push_back(
           {.type = call.type().empty() ? "function" : call.type(), .name = call.name(), .arguments = call.arguments()});

@@ -62,6 +62,65 @@ TEST_F(ChatCompletionsTest, AllParametersReachTheEngine) {
             256 - static_cast<int>(engine_->requests().at(1).prompt.size()));
 }
 
+// What clients send back of a conversation, and how it is written.
+TEST_F(ChatCompletionsTest, Histories) {
+  Start({.max_model_len = 1 << 20}, /*with_tokenizer=*/true, "v3_0324");
+  const auto written = [this](const std::string& message) {
+    const ClientResponse response =
+        client_->Post("/v1/chat/completions",
+                      absl::StrCat(R"({"max_tokens":1,"messages":[{"role":"user","content":"Hi"},)", message, "]}"));
+    EXPECT_EQ(response.status, 200) << message << response.body;
+    const std::string all = tokenizer_->Decode(engine_->requests().back().prompt, /*skip_special=*/false);
+    const std::string before = "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>";
+    EXPECT_EQ(all.substr(0, before.size()), before);
+    return all.substr(before.size());
+  };
+  const std::string end = "<｜end▁of▁sentence｜>";
+  // Parts of text are lines, whoever speaks.
+  constexpr char kParts[] = R"("content":[{"type":"text","text":"one"},{"type":"text","text":"two"}]})";
+  EXPECT_EQ(written(absl::StrCat(R"({"role":"user",)", kParts)), "<｜User｜>one\ntwo<｜Assistant｜>");
+  EXPECT_EQ(written(absl::StrCat(R"({"role":"assistant",)", kParts)), "one\ntwo" + end + "<｜Assistant｜>");
+  EXPECT_NE(written(absl::StrCat(R"({"role":"tool",)", kParts)).find("<｜tool▁output▁begin｜>one\ntwo<"),
+            std::string::npos);
+  EXPECT_EQ(written(R"({"role":"user","content":[{"type":"text","text":"one"}]})"), "<｜User｜>one<｜Assistant｜>");
+  // An assistant that said nothing, or refused.
+  for (const char* nothing : {"", R"(,"content":null)", R"(,"content":"")", R"(,"content":[])",
+                              R"(,"content":null,"tool_calls":[])", R"(,"content":null,"tool_calls":null)",
+                              R"(,"content":null,"refusal":null,"function_call":null,"audio":null)"}) {
+    EXPECT_EQ(written(absl::StrCat(R"({"role":"assistant")", nothing, "}")), end + "<｜Assistant｜>") << nothing;
+  }
+  for (const char* refusal :
+       {R"("content":null,"refusal":"No.")", R"("content":[{"type":"refusal","refusal":"No."}])"}) {
+    EXPECT_EQ(written(absl::StrCat(R"({"role":"assistant",)", refusal, "}")), "No." + end + "<｜Assistant｜>");
+  }
+  // The older names of a tool's output and of a tool call.
+  EXPECT_EQ(written(R"({"role":"function","name":"look","content":null})"), written(R"({"role":"tool","content":""})"));
+  const std::string function = R"({"name":"look","arguments":"{}"})";
+  EXPECT_EQ(written(absl::StrCat(R"({"role":"assistant","content":null,"function_call":)", function, "}")),
+            written(absl::StrCat(R"({"role":"assistant","tool_calls":[{"function":)", function, "}]}")));
+  EXPECT_NE(written(absl::StrCat(R"({"role":"assistant","function_call":)", function, "}")).find("<｜tool▁sep｜>look"),
+            std::string::npos);
+}
+
+TEST_F(ChatCompletionsTest, MessagesThatCannotBeRead) {
+  Start();
+  for (const char* message :
+       {R"({"role":"user"})", R"({"role":"user","content":null})", R"({"role":"system","content":null})",
+        R"({"role":"tool","content":null})", R"({"role":"user","content":[{"type":"refusal","refusal":"No."}]})",
+        R"({"role":"user","content":[{"type":"text"}]})", R"({"role":"user","content":[{"type":5,"text":"a"}]})",
+        R"({"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]})",
+        R"({"role":"user","content":["a"]})", R"({"role":"assistant","content":5})",
+        R"({"role":"assistant","tool_calls":5})", R"({"role":"assistant","tool_calls":[{"function":{}}]})",
+        R"({"role":"assistant","function_call":"auto"})", R"({"role":"assistant","function_call":{"arguments":"{}"}})",
+        R"({"role":"assistant","function_call":{"name":"f","arguments":{}}})"}) {
+    const ClientResponse response =
+        client_->Post("/v1/chat/completions", absl::StrCat("{\"messages\":[", message, "]}"));
+    EXPECT_EQ(response.status, 400) << message;
+    const std::string param = json::parse(response.body)["error"]["param"];
+    EXPECT_EQ(param.substr(0, 12), "messages[0].") << message;
+  }
+}
+
 TEST_F(ChatCompletionsTest, ReasoningIsApart) {
   std::vector<int32_t> script = Ids("I think</think>\n\nYes");
   const int num_tokens = static_cast<int>(script.size());
