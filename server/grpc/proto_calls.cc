@@ -162,6 +162,7 @@ absl::StatusOr<int> NumAnswers(const v1::ChatRequest& request) { return ReadNumA
 void Append(GenerateEvent event, v1::CompleteResponse* response) { AppendCommon(std::move(event), response); }
 
 void Append(GenerateEvent event, v1::ChatResponse* response) {
+  if (event.takes_back_reasoning) response->clear_reasoning();
   if (!event.reasoning.empty()) AppendText(std::move(event.reasoning), response->mutable_reasoning());
   AppendCommon(std::move(event), response);
 }

@@ -37,6 +37,7 @@ void GenerationRecord::OnEvent(const GenerateEvent& event, const RequestTimes& t
   const absl::Time now = absl::Now();
   if (first_token_ == absl::InfinitePast() && !event.tokens.empty()) first_token_ = now;
   if (metrics_ != nullptr) metrics_->OnTokens(static_cast<int>(event.tokens.size()), now, &times_);
+  if (event.takes_back_reasoning) answer_.clear();
   if (log_ == RequestLog::kPrompts) absl::StrAppend(&answer_, event.reasoning, event.text);
   if (event.finish_reason == FinishReason::kNone) return;
   if (metrics_ != nullptr) {

@@ -198,5 +198,15 @@ TEST(AnswerWriterTest, EventsJoin) {
   EXPECT_EQ(first.usage.completion_tokens, 4);
 }
 
+TEST(AnswerWriterTest, ReasoningThatWasNoneIsTakenBack) {
+  GenerateEvent first, last;
+  first.reasoning = "a";
+  last.text = "ab";
+  last.takes_back_reasoning = true;
+  AppendEvent(last, &first);
+  EXPECT_EQ(first.text, "ab");
+  EXPECT_EQ(first.reasoning, "");
+}
+
 }  // namespace
 }  // namespace cachalot

@@ -130,6 +130,28 @@ TEST_F(ChatCompletionsTest, ReasoningIsApart) {
   EXPECT_EQ(answer["choices"][0]["message"]["reasoning_content"], "I think");
 }
 
+// Before </think> nobody knows: a stream tells of thought, and in the end of the answer that it was.
+TEST_F(ChatCompletionsTest, AModelMayThinkWithoutAMarker) {
+  for (const auto& [said, reasoning, content, streamed] :
+       {std::tuple("I think</think>\n\nYes", "I think", "Yes", "I think"), std::tuple("Yes", "", "Yes", "Yes")}) {
+    std::vector<int32_t> script = Ids(said);
+    script.push_back(FakeEngine::kEos);
+    Start({.script = script}, /*with_tokenizer=*/true, "r1_0528");
+    const json message = Chat("\"max_tokens\":100")["choices"][0]["message"];
+    EXPECT_EQ(message["content"], content);
+    EXPECT_EQ(message.value("reasoning_content", ""), reasoning);
+    std::string told_reasoning, told_content;
+    for (const json& event :
+         Events(client_->Post("/v1/chat/completions", absl::StrCat("{", kHello, ",\"stream\":true}")).body)) {
+      told_reasoning += event["choices"][0]["delta"].value("reasoning_content", "");
+      told_content += event["choices"][0]["delta"].value("content", "");
+    }
+    EXPECT_EQ(told_reasoning, streamed);
+    EXPECT_EQ(told_content, content);
+    TearDown();
+  }
+}
+
 TEST_F(ChatCompletionsTest, LargeBodiesAreReadToo) {
   Start({.max_model_len = 1 << 20});
   const std::string body = json({{"prompt", std::string(500'000, 'x')}, {"max_tokens", 2}}).dump();

@@ -64,6 +64,20 @@ TEST_F(GrpcChatTest, StreamsReasoningAndText) {
   EXPECT_EQ(response.usage().prompt_tokens(), static_cast<int64_t>(sent.prompt.size()));
 }
 
+TEST_F(GrpcChatTest, AnAnswerWithoutThoughtHasNone) {
+  Start({.script = Script("Hello world")}, "r1_0528");
+  grpc::ClientContext context, stream_context;
+  v1::ChatUnaryResponse whole;
+  ASSERT_TRUE(stub_->ChatUnary(&context, Chat("Hi"), &whole).ok());
+  EXPECT_EQ(whole.answers(0).reasoning(), "");
+  EXPECT_EQ(whole.answers(0).text(), "Hello world");
+  const auto reader = stub_->Chat(&stream_context, Chat("Hi"));
+  std::string text;
+  for (v1::ChatResponse response; reader->Read(&response);) text += response.text();
+  EXPECT_TRUE(reader->Finish().ok());
+  EXPECT_EQ(text, "Hello world");
+}
+
 TEST_F(GrpcChatTest, AConversationIsWrittenAsItWasSent) {
   Start({}, "v3_1");
   v1::ChatRequest request = Chat("Weather?");
