@@ -206,6 +206,23 @@ TEST_F(OpenAiTest, StreamsUsageWhenAsked) {
   EXPECT_EQ(events[5], "[DONE]");
 }
 
+TEST_F(OpenAiTest, ContinuousUsageIsThatOfAChoice) {
+  Start({.script = Ids("Hello world")});
+  const auto events = Stream({{"prompt", {{3, 4}, {5}}},
+                              {"max_tokens", 2},
+                              {"n", 2},
+                              {"stream_options", {{"include_usage", true}, {"continuous_usage_stats", true}}}});
+  ASSERT_EQ(events.size(), 10u);
+  int num_events[4] = {};
+  for (int i = 0; i < 8; ++i) {
+    const json chunk = Parse(events[i]);
+    const int index = chunk["choices"][0]["index"], prompt = index < 2 ? 2 : 1, answer = ++num_events[index];
+    EXPECT_EQ(chunk["usage"],
+              json({{"prompt_tokens", prompt}, {"completion_tokens", answer}, {"total_tokens", prompt + answer}}));
+  }
+  EXPECT_EQ(Parse(events[8])["usage"], json({{"prompt_tokens", 3}, {"completion_tokens", 8}, {"total_tokens", 11}}));
+}
+
 TEST_F(OpenAiTest, AStreamEqualsTheWholeAnswer) {
   Start({.script = Ids("the cat é中 sat on 123 worlds"), .tokens_per_delta = 3});
   const json body = {{"prompt", "Hello"}, {"max_tokens", 40}, {"echo", true},
