@@ -52,7 +52,7 @@ def test_health_and_version(server):
         assert httpx.get(f"{server.url}{path}").status_code == 200
     assert httpx.get(f"{server.url}/version").json()["version"]
     wrong = httpx.get(f"{server.url}/v1/completions")
-    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST, OPTIONS"
 
 
 def test_tokenize_and_back(server):

@@ -25,8 +25,8 @@ class ChatCompletionsTest : public OpenAiServerTest {
 };
 
 std::string RawRequest(const std::string& path, const std::string& body) {
-  return absl::StrCat("POST ", path, " HTTP/1.1\r\nConnection: close\r\nContent-Length: ", body.size(), "\r\n\r\n",
-                      body);
+  return absl::StrCat("POST ", path, " HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: ", body.size(),
+                      "\r\n\r\n", body);
 }
 
 // The data of a stream's events, [DONE] left out.
