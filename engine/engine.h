@@ -2,7 +2,9 @@
 #ifndef CACHALOT_ENGINE_ENGINE_H_
 #define CACHALOT_ENGINE_ENGINE_H_
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "absl/status/statusor.h"
 #include "engine/options.h"
@@ -11,15 +13,20 @@
 
 namespace cachalot {
 
+// What the engine must know of the tokenizer that it never sees.
+struct TokenizerInfo {
+  int valid_tokens = 0;                 // > 0: ids from there on have no text and are never sampled
+  std::optional<int32_t> eos_token_id;  // ends answers, as those of config.json and generation_config.json do
+};
+
 // All methods may be called from any thread.
 class Engine {
  public:
   // Loads the checkpoint, makes the backend, the cache and every workspace, and runs one real step: when this returns,
   // the engine is ready. NotFound, InvalidArgument or Unimplemented for a checkpoint that cannot be served (one line
   // naming file, tensor, found and expected), ResourceExhausted when it does not fit.
-  // `valid_tokens` > 0: ids from there on have no token text and are never sampled (rows of the head beyond the
-  // tokenizer).
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, int valid_tokens = 0);
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
+                                                        const TokenizerInfo& tokenizer = {});
 
   virtual ~Engine() = default;  // stops: what is in flight ends with kError (Unavailable)
 

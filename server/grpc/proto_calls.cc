@@ -13,8 +13,8 @@ namespace {
 
 constexpr int kMaxAnswers = 128;
 
-SamplingParams ToSampling(const v1::SamplingParams& from) {
-  SamplingParams to;
+SamplingParams ToSampling(const v1::SamplingParams& from, const SamplingParams& defaults) {
+  SamplingParams to = defaults;
   if (from.has_temperature()) to.temperature = from.temperature();
   if (from.has_top_p()) to.top_p = from.top_p();
   if (from.has_top_k()) to.top_k = from.top_k();
@@ -33,8 +33,8 @@ SamplingParams ToSampling(const v1::SamplingParams& from) {
 
 // What both kinds of requests have.
 template <typename Request>
-absl::Status ReadCommon(const Request& request, GenerateCall* call) {
-  call->sampling = ToSampling(request.sampling());
+absl::Status ReadCommon(const Request& request, const SamplingParams& defaults, GenerateCall* call) {
+  call->sampling = ToSampling(request.sampling(), defaults);
   if (request.has_logprobs()) {
     // NOTE: to the engine -1 is none, for a client it is a mistake.
     if (request.logprobs() < 0) return FieldError("logprobs", "logprobs must not be negative");
@@ -102,9 +102,9 @@ void AppendCommon(GenerateEvent event, Response* response) {
 
 }  // namespace
 
-absl::StatusOr<GenerateCall> ToCall(const v1::CompleteRequest& request) {
+absl::StatusOr<GenerateCall> ToCall(const v1::CompleteRequest& request, const SamplingParams& defaults) {
   GenerateCall call;
-  if (absl::Status status = ReadCommon(request, &call); !status.ok()) return status;
+  if (absl::Status status = ReadCommon(request, defaults, &call); !status.ok()) return status;
   switch (request.prompt_case()) {
     case v1::CompleteRequest::kText: call.prompt = request.text(); break;
     case v1::CompleteRequest::kTokenIds:
@@ -117,9 +117,9 @@ absl::StatusOr<GenerateCall> ToCall(const v1::CompleteRequest& request) {
   return call;
 }
 
-absl::StatusOr<GenerateCall> ToCall(const v1::ChatRequest& request) {
+absl::StatusOr<GenerateCall> ToCall(const v1::ChatRequest& request, const SamplingParams& defaults) {
   GenerateCall call;
-  if (absl::Status status = ReadCommon(request, &call); !status.ok()) return status;
+  if (absl::Status status = ReadCommon(request, defaults, &call); !status.ok()) return status;
   absl::StatusOr<ChatPrompt> prompt = ToChatPrompt(request.prompt());
   if (!prompt.ok()) return prompt.status();
   call.prompt = *std::move(prompt);

@@ -191,11 +191,12 @@ void ReadCommon(JsonFields* fields, CompletionRequest* request) {
 
 }  // namespace
 
-absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body) {
+absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body, const SamplingParams& defaults) {
   const absl::StatusOr<json> object = ParseJsonObject(body);
   if (!object.ok()) return object.status();
   JsonFields fields(*object);
   CompletionRequest request;
+  request.call.sampling = defaults;
   ReadPrompts(&fields, &request);
   ReadCommon(&fields, &request);
   SamplingParams& sampling = request.call.sampling;
@@ -210,11 +211,12 @@ absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body) 
   return request;
 }
 
-absl::StatusOr<CompletionRequest> ParseChatRequest(std::string_view body) {
+absl::StatusOr<CompletionRequest> ParseChatRequest(std::string_view body, const SamplingParams& defaults) {
   const absl::StatusOr<json> object = ParseJsonObject(body);
   if (!object.ok()) return object.status();
   JsonFields fields(*object);
   CompletionRequest request;
+  request.call.sampling = defaults;
   request.view.kind = AnswerKind::kChat;
   ReadChatPrompt(&fields, &std::get<ChatPrompt>(request.prompts.emplace_back(ChatPrompt())));
   ReadCommon(&fields, &request);

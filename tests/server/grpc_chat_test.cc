@@ -173,6 +173,51 @@ TEST_F(GrpcChatTest, WhatARequestAsksReachesTheEngine) {
   EXPECT_LT(absl::AbsDuration(sent.deadline - deadline), absl::Seconds(5));
 }
 
+// A field that is set counts, whatever its value; one that is not is the checkpoint's to say.
+TEST_F(GrpcChatTest, DefaultsMayBeTheCheckpoints) {
+  Start({}, "v3", UnusualSampling());
+  const auto sampling_of = [this](const v1::SamplingParams& sampling) {
+    v1::ChatRequest request = Chat("Hi");
+    *request.mutable_sampling() = sampling;
+    grpc::ClientContext context;
+    v1::ChatUnaryResponse response;
+    EXPECT_TRUE(stub_->ChatUnary(&context, request, &response).ok());
+    return engine_->requests().back().sampling;
+  };
+  const SamplingParams silent = sampling_of({});
+  EXPECT_EQ(silent.temperature, 0.6f);
+  EXPECT_EQ(silent.top_p, 0.95f);
+  EXPECT_EQ(silent.top_k, 20);
+  EXPECT_EQ(silent.min_p, 0.1f);
+  EXPECT_EQ(silent.repetition_penalty, 1.2f);
+  v1::SamplingParams sampling;
+  sampling.set_temperature(0);
+  sampling.set_top_p(1);
+  sampling.set_top_k(0);
+  sampling.set_min_p(0);
+  sampling.set_repetition_penalty(1);
+  const SamplingParams said = sampling_of(sampling);
+  EXPECT_EQ(said.temperature, 0.0f);
+  EXPECT_EQ(said.top_p, 1.0f);
+  EXPECT_EQ(said.top_k, 0);
+  EXPECT_EQ(said.min_p, 0.0f);
+  EXPECT_EQ(said.repetition_penalty, 1.0f);
+  EXPECT_TRUE(Complete(TextRequest("x", 1)).status.ok());
+  EXPECT_EQ(engine_->requests().back().sampling.temperature, 0.6f);
+}
+
+TEST_F(GrpcChatTest, AnAssistantMayHaveSaidNothing) {
+  Start({}, "v3_0324");
+  v1::ChatRequest request = Chat("Hi");
+  request.mutable_prompt()->add_messages()->set_role("assistant");
+  *request.mutable_prompt()->add_messages() = Chat("Hi").prompt().messages(0);
+  grpc::ClientContext context;
+  v1::ChatUnaryResponse response;
+  ASSERT_TRUE(stub_->ChatUnary(&context, request, &response).ok());
+  EXPECT_EQ(tokenizer_->Decode(engine_->requests().at(0).prompt, /*skip_special=*/false),
+            "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><｜end▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>");
+}
+
 TEST_F(GrpcChatTest, ErrorsNameTheField) {
   Start({.max_model_len = 32}, "v3");
   using Spoil = std::function<void(v1::ChatRequest*)>;

@@ -75,6 +75,31 @@ TEST_F(OpenAiTest, DefaultsAreThoseOfOpenAi) {
   EXPECT_NE(engine_->requests().at(1).sampling.seed, sampling.seed);  // random unless given
 }
 
+TEST_F(OpenAiTest, DefaultsMayBeTheCheckpoints) {
+  Start({}, /*with_tokenizer=*/true, "v3", UnusualSampling());
+  const auto sampling_of = [this](const char* path, const json& body) {
+    EXPECT_EQ(client_->Post(path, body.dump()).status, 200);
+    return engine_->requests().back().sampling;
+  };
+  const json messages = {{{"role", "user"}, {"content", "x"}}};
+  for (const SamplingParams& silent : {sampling_of("/v1/completions", {{"prompt", "x"}, {"top_p", nullptr}}),
+                                       sampling_of("/v1/chat/completions", {{"messages", messages}})}) {
+    EXPECT_EQ(silent.temperature, 0.6f);
+    EXPECT_EQ(silent.top_p, 0.95f);
+    EXPECT_EQ(silent.top_k, 20);
+    EXPECT_EQ(silent.min_p, 0.1f);
+    EXPECT_EQ(silent.repetition_penalty, 1.2f);
+  }
+  const SamplingParams said = sampling_of(
+      "/v1/completions",
+      {{"prompt", "x"}, {"temperature", 1}, {"top_p", 1}, {"top_k", -1}, {"min_p", 0}, {"repetition_penalty", 1}});
+  EXPECT_EQ(said.temperature, 1.0f);
+  EXPECT_EQ(said.top_p, 1.0f);
+  EXPECT_EQ(said.top_k, 0);
+  EXPECT_EQ(said.min_p, 0.0f);
+  EXPECT_EQ(said.repetition_penalty, 1.0f);
+}
+
 TEST_F(OpenAiTest, AllParametersReachTheEngine) {
   Start();
   Complete({{"prompt", "x"},
