@@ -269,7 +269,7 @@ EngineImpl::~EngineImpl() {
 }
 
 absl::StatusOr<RequestId> EngineImpl::Submit(Request request, DeltaSink sink) {
-  const absl::Status status = ValidateRequest(request, model_info_, scheduler_->limits().eos_token_ids);
+  const absl::Status status = ValidateRequest(request, model_info_);
   if (!status.ok()) return status;
   auto sequence = std::make_unique<Sequence>();
   sequence->sampling = std::move(request.sampling);

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/options.h"
 #include "engine/request.h"
@@ -18,6 +19,13 @@ struct TokenizerInfo {
   int valid_tokens = 0;                 // > 0: ids from there on have no text and are never sampled
   std::optional<int32_t> eos_token_id;  // ends answers, as those of config.json and generation_config.json do
 };
+
+// Payload of a status that is about one field of a request: the field's name.
+inline constexpr char kFieldUrl[] = "cachalot/request-field";
+
+// What Submit refuses whatever the prompt is, for those who must know before there is one. InvalidArgument with a
+// message for people, what was found and what was expected, and the field as payload.
+absl::Status ValidateSampling(const SamplingParams& sampling, const ModelInfo& model);
 
 // All methods may be called from any thread.
 class Engine {
