@@ -13,7 +13,6 @@
 #include "absl/time/time.h"
 #include "engine/options.h"
 #include "server/logging.h"
-#include "server/text/generation_record.h"
 
 namespace cachalot {
 

@@ -7,14 +7,12 @@
 #include <string>
 
 #include "absl/time/time.h"
+#include "server/logging.h"
 #include "server/metrics.h"
 #include "server/text/generate.h"
 #include "server/text/tokenizer.h"
 
 namespace cachalot {
-
-// What is logged of a generation when it has ended.
-enum class RequestLog : uint8_t { kNone, kSummary, kPrompts };
 
 // Begins when it is made, and leaves no trace unless it is told of a last event; for one thread at a time.
 class GenerationRecord {

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "server/request_error.h"
 #include "server/text/answer_stream.h"
+#include "server/text/generation_record.h"
 
 namespace cachalot {
 namespace {

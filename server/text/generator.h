@@ -11,10 +11,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
+#include "server/logging.h"
 #include "server/metrics.h"
 #include "server/text/chat_template.h"
 #include "server/text/generate.h"
-#include "server/text/generation_record.h"
 #include "server/text/tokenizer.h"
 
 namespace cachalot {
