@@ -15,6 +15,7 @@
 #include "absl/strings/str_format.h"
 #include "engine/loading_log.h"
 #include "engine/memory_plan.h"
+#include "engine/model/generation_config.h"
 #include "engine/model/random_checkpoint.h"
 #include "engine/model/runner.h"
 #include "engine/schedule/scheduler.h"
@@ -53,7 +54,7 @@ class EngineImpl : public Engine {
   explicit EngineImpl(const EngineOptions& options) : options_(options) {}
   ~EngineImpl() override;
 
-  absl::Status Start(int valid_tokens);
+  absl::Status Start(const TokenizerInfo& tokenizer);
   absl::StatusOr<RequestId> Submit(Request request, DeltaSink sink) override;
   void Cancel(RequestId id) override;
   EngineStats stats() const override;
@@ -64,7 +65,8 @@ class EngineImpl : public Engine {
   absl::Status Open();
   bool WantsFp8() const { return options_.activation == "fp8" || options_.activation == "fp8-f32"; }
   absl::StatusOr<MemoryDemand> ChooseBackend();
-  absl::Status Load(int valid_tokens);
+  absl::Status ReadEndTokens(const TokenizerInfo& tokenizer);
+  absl::Status Load(const TokenizerInfo& tokenizer);
   absl::Status WarmUp();
   void RunSteps();
   bool TakeInbox(bool may_sleep, Scheduler::Deltas* deltas);
@@ -157,8 +159,24 @@ absl::StatusOr<MemoryDemand> EngineImpl::ChooseBackend() {
   return MemoryDemand{options.limits, *kv_dtype, is_quantised ? ActivationFormat::kFP8 : plain};
 }
 
-absl::Status EngineImpl::Load(int valid_tokens) {
-  if (absl::Status status = Open(); !status.ok()) return status;
+// A checkpoint may name them in any of three files; what ends an answer in one ends it in all.
+absl::Status EngineImpl::ReadEndTokens(const TokenizerInfo& tokenizer) {
+  const absl::StatusOr<GenerationConfig> generation = GenerationConfig::Load(options_.model_dir, config_.vocab_size);
+  if (!generation.ok()) return generation.status();
+  model_info_.sampling = generation->sampling;
+  std::vector<int>& ids = model_info_.eos_token_ids = config_.eos_token_ids;
+  ids.insert(ids.end(), generation->eos_token_ids.begin(), generation->eos_token_ids.end());
+  const int none = config_.vocab_size, from_tokenizer = tokenizer.eos_token_id.value_or(none);
+  if (from_tokenizer < none) ids.push_back(from_tokenizer);
+  std::sort(ids.begin(), ids.end());
+  ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+  return absl::OkStatus();
+}
+
+absl::Status EngineImpl::Load(const TokenizerInfo& tokenizer) {
+  absl::Status status = Open();
+  if (status.ok()) status = ReadEndTokens(tokenizer);
+  if (!status.ok()) return status;
   auto demand = ChooseBackend();
   if (!demand.ok()) return demand.status();
   auto plan = PlanMemory(config_, *checkpoint_, options_, *demand, *backend_);
@@ -171,7 +189,8 @@ absl::Status EngineImpl::Load(int valid_tokens) {
   runner_options.kv_dtype = demand->kv_dtype;
   runner_options.format = demand->format;
   runner_options.num_blocks = plan->num_blocks;
-  runner_options.num_valid_tokens = valid_tokens > 0 ? std::min(valid_tokens, config_.vocab_size) : config_.vocab_size;
+  runner_options.num_valid_tokens =
+      tokenizer.valid_tokens > 0 ? std::min(tokenizer.valid_tokens, config_.vocab_size) : config_.vocab_size;
   const absl::Time begin = absl::Now();
   std::optional<LoadingLog> log;
   if (plan->weights > 0) log.emplace(backend_->ops(), plan->weights);
@@ -186,7 +205,7 @@ absl::Status EngineImpl::Load(int valid_tokens) {
 
   pool_ = std::make_unique<BlockPool>(plan->num_blocks);
   const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, runner_options.limits.max_rows,
-                                  plan->max_model_len, config_.eos_token_ids};
+                                  plan->max_model_len, model_info_.eos_token_ids};
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
   model_info_.model_type = config_.model_type;
   model_info_.backend = backend_->name();
@@ -223,9 +242,9 @@ absl::Status EngineImpl::WarmUp() {
   }
 }
 
-absl::Status EngineImpl::Start(int valid_tokens) {
+absl::Status EngineImpl::Start(const TokenizerInfo& tokenizer) {
   absl::Status status = ValidateOptions(options_);
-  if (status.ok()) status = Load(valid_tokens);
+  if (status.ok()) status = Load(tokenizer);
   if (status.ok()) status = WarmUp();
   if (!status.ok()) return status;
   stats_ = scheduler_->stats();
@@ -250,7 +269,7 @@ EngineImpl::~EngineImpl() {
 }
 
 absl::StatusOr<RequestId> EngineImpl::Submit(Request request, DeltaSink sink) {
-  const absl::Status status = ValidateRequest(request, model_info_, scheduler_->limits().eos_token_ids);
+  const absl::Status status = ValidateRequest(request, model_info_);
   if (!status.ok()) return status;
   auto sequence = std::make_unique<Sequence>();
   sequence->sampling = std::move(request.sampling);
@@ -415,9 +434,9 @@ void EngineImpl::RunOutput() {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, int valid_tokens) {
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, const TokenizerInfo& tokenizer) {
   auto engine = std::make_unique<EngineImpl>(options);
-  const absl::Status status = engine->Start(valid_tokens);
+  const absl::Status status = engine->Start(tokenizer);
   if (!status.ok()) return status;
   return engine;
 }

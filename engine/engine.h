@@ -2,8 +2,11 @@
 #ifndef CACHALOT_ENGINE_ENGINE_H_
 #define CACHALOT_ENGINE_ENGINE_H_
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/options.h"
 #include "engine/request.h"
@@ -11,15 +14,27 @@
 
 namespace cachalot {
 
+// What the engine must know of the tokenizer that it never sees.
+struct TokenizerInfo {
+  int valid_tokens = 0;                 // > 0: ids from there on have no text and are never sampled
+  std::optional<int32_t> eos_token_id;  // ends answers, as those of config.json and generation_config.json do
+};
+
+// Payload of a status that is about one field of a request: the field's name.
+inline constexpr char kFieldUrl[] = "cachalot/request-field";
+
+// What Submit refuses whatever the prompt is, for those who must know before there is one. InvalidArgument with a
+// message for people, what was found and what was expected, and the field as payload.
+absl::Status ValidateSampling(const SamplingParams& sampling, const ModelInfo& model);
+
 // All methods may be called from any thread.
 class Engine {
  public:
   // Loads the checkpoint, makes the backend, the cache and every workspace, and runs one real step: when this returns,
   // the engine is ready. NotFound, InvalidArgument or Unimplemented for a checkpoint that cannot be served (one line
   // naming file, tensor, found and expected), ResourceExhausted when it does not fit.
-  // `valid_tokens` > 0: ids from there on have no token text and are never sampled (rows of the head beyond the
-  // tokenizer).
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, int valid_tokens = 0);
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options,
+                                                        const TokenizerInfo& tokenizer = {});
 
   virtual ~Engine() = default;  // stops: what is in flight ends with kError (Unavailable)
 

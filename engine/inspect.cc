@@ -17,6 +17,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
 #include "engine/model/config.h"
+#include "engine/model/generation_config.h"
 #include "engine/model/json_file.h"
 #include "engine/model/safetensors.h"
 #include "engine/model/tensor_table.h"
@@ -47,13 +48,15 @@ std::string Bytes(uint64_t bytes) {
 
 class Report {
  public:
-  Report(const ModelConfig& config, const Checkpoint& checkpoint) : config_(config), checkpoint_(checkpoint) {}
+  Report(const ModelConfig& config, const GenerationConfig& generation, const Checkpoint& checkpoint)
+      : config_(config), generation_(generation), checkpoint_(checkpoint) {}
 
   std::string Write() {
     Line("{}", checkpoint_.model_dir());
     WriteModel();
     WriteRope();
     WriteCache();
+    WriteGeneration();
     WriteFiles();
     WriteTensors();
     WriteParameters();
@@ -117,6 +120,14 @@ class Report {
       parts.push_back(std::move(part));
     }
     Line("  KV a token  {}", absl::StrJoin(parts, ", "));
+  }
+
+  void WriteGeneration() {
+    std::set<int> ends(config_.eos_token_ids.begin(), config_.eos_token_ids.end());
+    ends.insert(generation_.eos_token_ids.begin(), generation_.eos_token_ids.end());
+    const std::string sampling = DescribeSampling(generation_.sampling);
+    Line("  answers     end at {}; {} by default", ends.empty() ? "no token" : "token " + absl::StrJoin(ends, ", "),
+         sampling.empty() ? "temperature 1" : sampling);
   }
 
   void WriteFiles() {
@@ -189,19 +200,36 @@ class Report {
   }
 
   const ModelConfig& config_;
+  const GenerationConfig& generation_;
   const Checkpoint& checkpoint_;
   std::string text_;
 };
 
 }  // namespace
 
+std::string DescribeSampling(const SamplingParams& sampling) {
+  const SamplingParams plain;
+  std::vector<std::string> parts;
+  const auto add = [&parts](const char* name, auto value, auto usual) {
+    if (value != usual) parts.push_back(fmt::format("{} {}", name, value));
+  };
+  add("temperature", sampling.temperature, plain.temperature);
+  add("top_p", sampling.top_p, plain.top_p);
+  add("top_k", sampling.top_k, plain.top_k);
+  add("min_p", sampling.min_p, plain.min_p);
+  add("repetition_penalty", sampling.repetition_penalty, plain.repetition_penalty);
+  return absl::StrJoin(parts, ", ");
+}
+
 absl::StatusOr<InspectReport> Inspect(const std::string& model_dir, bool deep) {
   absl::StatusOr<ModelConfig> config = ModelConfig::Load(model_dir);
   if (!config.ok()) return config.status();
+  const absl::StatusOr<GenerationConfig> generation = GenerationConfig::Load(model_dir, config->vocab_size);
+  if (!generation.ok()) return generation.status();
   absl::StatusOr<std::unique_ptr<Checkpoint>> checkpoint = Checkpoint::Open(model_dir);
   if (!checkpoint.ok()) return checkpoint.status();
   InspectReport report;
-  report.text = Report(*config, **checkpoint).Write();
+  report.text = Report(*config, *generation, **checkpoint).Write();
   report.problems = ModelWeights::Problems(*config, **checkpoint, deep);
   return report;
 }

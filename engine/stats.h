@@ -6,6 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
+
+#include "engine/request.h"
 
 namespace cachalot {
 
@@ -52,6 +55,8 @@ struct ModelInfo {
   int kv_cache_tokens = 0;
   int64_t kv_bytes_per_token = 0;  // over all layers
   int bos_token_id = -1;
+  std::vector<int> eos_token_ids;  // end answers: the checkpoint's and its tokenizer's, rising
+  SamplingParams sampling;         // of requests that say nothing, as the checkpoint's generation_config.json has it
 };
 
 }  // namespace cachalot

@@ -2,8 +2,6 @@
 #ifndef CACHALOT_ENGINE_VALIDATION_H_
 #define CACHALOT_ENGINE_VALIDATION_H_
 
-#include <vector>
-
 #include "absl/status/status.h"
 #include "engine/options.h"
 #include "engine/request.h"
@@ -13,7 +11,8 @@ namespace cachalot {
 
 // Both: InvalidArgument with a message for people that names the field, what was found and what was expected.
 absl::Status ValidateOptions(const EngineOptions& options);
-absl::Status ValidateRequest(const Request& request, const ModelInfo& model, const std::vector<int>& eos_token_ids);
+// ValidateSampling (engine.h), and the prompt. The field is the status's payload.
+absl::Status ValidateRequest(const Request& request, const ModelInfo& model);
 
 }  // namespace cachalot
 

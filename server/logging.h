@@ -11,6 +11,8 @@
 namespace cachalot {
 
 enum class LogFormat { kText, kJson };
+// What is logged of a generation when it has ended.
+enum class RequestLog { kNone, kSummary, kPrompts };
 
 // Sets up the process's log; `level` is one of spdlog's names (debug, info, warning, error). Call it once, before
 // threads.

@@ -3,6 +3,8 @@
 #include "server/metrics.h"
 
 #include <algorithm>
+#include <charconv>
+#include <type_traits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -21,6 +23,15 @@ constexpr double kTokens[] = {1,    2,    5,    10,    20,    50,    100,    200
                               1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000};
 constexpr double kPreemptions[] = {0, 1, 2, 5, 10, 20};
 
+// NOTE: absl::StrCat keeps six digits of a floating-point number; a sum of more would stand still, then jump.
+std::string Digits(double value) {
+  char text[400];  // the largest has 309 digits before the point
+  const auto end = std::to_chars(text, text + sizeof(text), value, std::chars_format::fixed).ptr;
+  return std::string(text, end);
+}
+template <typename Integer>
+requires std::is_integral_v<Integer> std::string Digits(Integer value) { return absl::StrCat(value); }
+
 class Page {
  public:
   explicit Page(std::string labels) : labels_(std::move(labels)) {}
@@ -30,7 +41,7 @@ class Page {
   }
   template <typename Number>
   void Sample(const char* name, Number value, const std::string& more_labels = "") {
-    absl::StrAppend(&text_, name, "{", labels_, more_labels, "} ", value, "\n");
+    absl::StrAppend(&text_, name, "{", labels_, more_labels, "} ", Digits(value), "\n");
   }
   template <typename Number>
   void Gauge(const char* name, Number value, const char* help) {
@@ -102,13 +113,13 @@ void Histogram::Render(const std::string& name, const std::string& labels, std::
     total += counts_[i].load(std::memory_order_relaxed);
     absl::StrAppend(out, name, "_bucket{", labels, ",le=\"");
     if (i < bounds_.size()) {
-      absl::StrAppend(out, bounds_[i]);
+      absl::StrAppend(out, Digits(bounds_[i]));
     } else {
       absl::StrAppend(out, "+Inf");
     }
     absl::StrAppend(out, "\"} ", total, "\n");
   }
-  absl::StrAppend(out, name, "_sum{", labels, "} ", sum_.load(std::memory_order_relaxed), "\n");
+  absl::StrAppend(out, name, "_sum{", labels, "} ", Digits(sum_.load(std::memory_order_relaxed)), "\n");
   absl::StrAppend(out, name, "_count{", labels, "} ", total, "\n");
 }
 
@@ -126,11 +137,6 @@ Metrics::Metrics()
       params_max_tokens_(kTokens),
       num_preemptions_(kPreemptions) {}
 
-void Metrics::OnStart(int num_prompt_tokens, int max_tokens) {
-  prompt_tokens_.Observe(num_prompt_tokens);
-  params_max_tokens_.Observe(max_tokens);
-}
-
 // A step that brings several tokens (accepted drafts) spreads its time over them.
 void Metrics::OnTokens(int num_tokens, absl::Time now, GenerationTimes* times) {
   if (num_tokens == 0) return;
@@ -144,18 +150,21 @@ void Metrics::OnTokens(int num_tokens, absl::Time now, GenerationTimes* times) {
   times->last_token = now;
 }
 
-void Metrics::OnEnd(FinishReason reason, int64_t num_generated, const RequestTimes& engine_times, absl::Time now,
+void Metrics::OnEnd(FinishReason reason, const GenerationSize& size, const RequestTimes& engine_times, absl::Time now,
                     const GenerationTimes& times) {
   num_ended_[static_cast<size_t>(reason)].fetch_add(1, std::memory_order_relaxed);
+  prompt_tokens_.Observe(static_cast<double>(size.prompt_tokens));
+  params_max_tokens_.Observe(static_cast<double>(size.max_tokens));
   e2e_latency_.Observe(absl::ToDoubleSeconds(now - times.start));
   queue_time_.Observe(absl::ToDoubleSeconds(engine_times.queued));
   prefill_time_.Observe(absl::ToDoubleSeconds(engine_times.prefill));
   decode_time_.Observe(absl::ToDoubleSeconds(engine_times.decode));
   inference_time_.Observe(absl::ToDoubleSeconds(engine_times.prefill + engine_times.decode));
   num_preemptions_.Observe(engine_times.num_preemptions);
-  generation_tokens_.Observe(static_cast<double>(num_generated));
-  if (num_generated > 1) {
-    time_per_output_token_.Observe(absl::ToDoubleSeconds(engine_times.decode) / static_cast<double>(num_generated - 1));
+  generation_tokens_.Observe(static_cast<double>(size.generated_tokens));
+  if (size.generated_tokens > 1) {
+    time_per_output_token_.Observe(absl::ToDoubleSeconds(engine_times.decode) /
+                                   static_cast<double>(size.generated_tokens - 1));
   }
 }
 

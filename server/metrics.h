@@ -38,16 +38,19 @@ struct GenerationTimes {
   absl::Time start;                              // when it was submitted
   absl::Time last_token = absl::InfinitePast();  // InfinitePast before the first
 };
+struct GenerationSize {
+  int64_t prompt_tokens = 0, max_tokens = 0, generated_tokens = 0;
+};
 
 // All methods may be called from any thread.
 class Metrics {
  public:
   Metrics();
 
-  void OnStart(int num_prompt_tokens, int max_tokens);
   // Tokens of one step; tells `times`.
   void OnTokens(int num_tokens, absl::Time now, GenerationTimes* times);
-  void OnEnd(FinishReason reason, int64_t num_generated, const RequestTimes& engine_times, absl::Time now,
+  // Sizes too are told at the end: a request that was refused had none.
+  void OnEnd(FinishReason reason, const GenerationSize& size, const RequestTimes& engine_times, absl::Time now,
              const GenerationTimes& times);
 
   // The page, text format 0.0.4.

@@ -125,6 +125,14 @@ void AddChatTemplateOption(std::string* chat_template, CLI::App* app) {
               ChatTemplateNames());
 }
 
+void AddGenerationConfigOption(std::string* generation_config, CLI::App* app) {
+  MustBeOneOf(
+      app->add_option("--generation-config", *generation_config,
+                      "how requests that say nothing are drawn: auto as the checkpoint's generation_config.json "
+                      "says, none at temperature 1"),
+      {"auto", "none"});
+}
+
 // The texts become enums in FinishLogs.
 struct LogTexts {
   std::string format = "text", requests = "none";
@@ -191,6 +199,7 @@ Command ParseServe(std::vector<std::string> arguments) {
   app.add_option("--served-model-name", options.served_model_name, "name clients use [the directory's name]")
       ->type_name("NAME");
   AddChatTemplateOption(&options.chat_template, &app);
+  AddGenerationConfigOption(&options.generation_config, &app);
   app.add_flag("--allow-special-tokens", options.allow_special_tokens,
                "texts of messages may hold special tokens, and so forge turns");
   app.option_defaults()->group("Network");
@@ -243,6 +252,7 @@ Command ParseChat(std::vector<std::string> arguments) {
   app.add_flag("--thinking", options.thinking, "let the model think first, where its template knows both ways");
   app.option_defaults()->group("With --model")->always_capture_default();
   AddChatTemplateOption(&options.serve.chat_template, &app);
+  AddGenerationConfigOption(&options.serve.generation_config, &app);
   options.serve.engine.max_sequences = 1;
   AddEngineOptions(&options.serve.engine, &kv_cache_memory, &app);
 

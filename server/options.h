@@ -13,7 +13,6 @@
 #include "absl/time/time.h"
 #include "engine/options.h"
 #include "server/logging.h"
-#include "server/text/generation_record.h"
 
 namespace cachalot {
 
@@ -25,6 +24,7 @@ struct ServeOptions {
   int grpc_port = 50051;          // 0: any free one; -1: no gRPC
   std::string served_model_name;  // by default the model directory's name
   std::string chat_template;      // a renderer's name; empty: the one that the checkpoint's template is recognised as
+  std::string generation_config = "auto";            // or "none": the checkpoint's defaults of sampling do not count
   bool allow_special_tokens = false;                 // texts of messages may hold special tokens
   absl::Duration drain_timeout = absl::Seconds(30);  // after SIGTERM, for requests in flight
   RequestLog log_requests = RequestLog::kNone;

@@ -5,11 +5,11 @@
 
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
+#include "engine/engine.h"
 
 namespace cachalot {
 namespace {
 
-constexpr char kFieldUrl[] = "cachalot/request-field";
 constexpr char kCodeUrl[] = "cachalot/request-code";
 
 std::string Payload(const absl::Status& status, const char* url) {

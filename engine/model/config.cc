@@ -11,127 +11,20 @@
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "engine/model/config_fields.h"
 #include "engine/model/json_file.h"
 
 namespace cachalot {
 namespace {
 
 using Json = nlohmann::json;
+using Fields = ConfigFields;
 
-constexpr int64_t kMaxConfigBytes = 4 << 20;
-constexpr JsonLimits kConfigLimits = {.max_depth = 16, .max_values = 100'000};
 constexpr int kMaxDim = 1 << 24;
 constexpr int kMaxLayers = 1024;
 constexpr int kMaxExperts = 1 << 14;
 constexpr int64_t kMaxExpertsOfAllLayers = 1 << 18;  // bounds the tensor table: V3 has 14,848
 constexpr int kMaxExpertsPerToken = 32;
-
-// The fields of one JSON object. Keeps the first problem; after it, every getter returns a harmless value.
-class Fields {
- public:
-  // `object` may be null: an object without fields.
-  Fields(const Json* object, std::string where, absl::Status* status)
-      : object_(object), where_(std::move(where)), status_(status) {}
-
-  const Json* Get(const char* name) const {
-    if (object_ == nullptr) return nullptr;
-    auto it = object_->find(name);
-    return it == object_->end() ? nullptr : &*it;
-  }
-  bool Has(const char* name) const { return Get(name) != nullptr && !Get(name)->is_null(); }
-  bool IsNull(const char* name) const { return Get(name) != nullptr && Get(name)->is_null(); }
-
-  int Int(const char* name, int min, int max) const {
-    const double value = Number(name);
-    if (value != std::floor(value) || value < min || value > max) {
-      Refuse(name, absl::StrCat("an integer from ", min, " to ", max));
-      return min;
-    }
-    return static_cast<int>(value);
-  }
-  int IntOr(const char* name, int absent, int min, int max) const { return Has(name) ? Int(name, min, max) : absent; }
-
-  double Double(const char* name, double min, double max) const {
-    const double value = Number(name);
-    if (!(value >= min && value <= max)) {
-      Refuse(name, absl::StrCat("a number from ", min, " to ", max));
-      return min;
-    }
-    return value;
-  }
-  double DoubleOr(const char* name, double absent, double min, double max) const {
-    return Has(name) ? Double(name, min, max) : absent;
-  }
-
-  bool Bool(const char* name) const {
-    const Json* value = Get(name);
-    if (value == nullptr || !value->is_boolean()) {
-      Refuse(name, "true or false");
-      return false;
-    }
-    return *value->get_ptr<const Json::boolean_t*>();
-  }
-  bool BoolOr(const char* name, bool absent) const { return Has(name) ? Bool(name) : absent; }
-
-  std::string String(const char* name) const {
-    const Json* value = Get(name);
-    if (value == nullptr || !value->is_string()) {
-      Refuse(name, "a string");
-      return "";
-    }
-    return *value->get_ptr<const Json::string_t*>();
-  }
-  std::string StringOr(const char* name, const char* absent) const { return Has(name) ? String(name) : absent; }
-
-  // The array of integers, or the one integer, or nothing.
-  std::vector<int> Ints(const char* name, int min, int max) const {
-    std::vector<int> values;
-    if (!Has(name)) return values;
-    if (!Get(name)->is_array()) return {Int(name, min, max)};
-    for (const Json& element : *Get(name)) {
-      const Json wrapped = {{name, element}};
-      values.push_back(Fields(&wrapped, where_, status_).Int(name, min, max));
-    }
-    return values;
-  }
-
-  // `field` as an object of its own.
-  Fields Object(const char* name) const {
-    const Json* value = Get(name);
-    const bool is_object = value != nullptr && value->is_object();
-    if (!is_object) Refuse(name, "an object");
-    return Fields(is_object ? value : nullptr, absl::StrCat(where_, name, "."), status_);
-  }
-
-  // Records that the field is not what it should be, or what it may be but nothing here computes.
-  void Refuse(const char* name, const std::string& expected) const {
-    Record(absl::InvalidArgumentError(Message(name, expected)));
-  }
-  void RefuseUnimplemented(const char* name, const std::string& expected) const {
-    Record(absl::UnimplementedError(Message(name, expected)));
-  }
-
- private:
-  double Number(const char* name) const {
-    const Json* value = Get(name);
-    if (value == nullptr || !value->is_number()) return std::numeric_limits<double>::quiet_NaN();
-    if (value->is_number_float()) return *value->get_ptr<const double*>();
-    if (value->is_number_unsigned()) return static_cast<double>(*value->get_ptr<const uint64_t*>());
-    return static_cast<double>(*value->get_ptr<const int64_t*>());
-  }
-  std::string Message(const char* name, const std::string& expected) const {
-    const Json* value = Get(name);
-    const std::string found = value == nullptr ? "nothing" : value->dump(-1, ' ', true, Json::error_handler_t::replace);
-    return absl::StrCat(where_, name, ": found ", found.substr(0, 200), ", expected ", expected);
-  }
-  void Record(absl::Status status) const {
-    if (status_->ok()) *status_ = std::move(status);
-  }
-
-  const Json* object_;
-  std::string where_;  // "config.json: " or "config.json: rope_scaling."
-  absl::Status* status_;
-};
 
 double YarnMscale(double factor, double mscale) { return factor <= 1.0 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0; }
 
@@ -360,18 +253,15 @@ float ModelConfig::softmax_scale() const {
 }
 
 absl::StatusOr<ModelConfig> ModelConfig::Load(const std::string& model_dir) {
-  const std::string path = absl::StrCat(model_dir, absl::EndsWith(model_dir, "/") ? "" : "/", "config.json");
-  absl::StatusOr<std::string> json = ReadFile(path, kMaxConfigBytes);
+  const std::string path = PathIn(model_dir, "config.json");
+  absl::StatusOr<std::string> json = ReadConfigText(path);
   if (!json.ok()) return json.status();
   return Parse(*json, path);
 }
 
 absl::StatusOr<ModelConfig> ModelConfig::Parse(const std::string& json, const std::string& file_name) {
-  absl::StatusOr<Json> root = ParseJson(json, file_name, kConfigLimits);
+  absl::StatusOr<Json> root = ParseConfigObject(json, file_name);
   if (!root.ok()) return root.status();
-  if (!root->is_object()) {
-    return absl::InvalidArgumentError(absl::StrCat(file_name, ": found ", root->type_name(), ", expected an object"));
-  }
   absl::Status status;
   const Fields fields(&*root, file_name + ": ", &status);
   ModelConfig config;

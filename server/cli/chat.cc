@@ -193,10 +193,17 @@ int Fail(const absl::Status& status) {
   return 1;
 }
 
+// OpenAI's clients are given an address that ends in /v1, or /v1/; ours are the paths below what is before that.
+std::string WithoutVersion(std::string_view url) {
+  const auto strip_slashes = [&url] { url = url.substr(0, url.find_last_not_of('/') + 1); };
+  strip_slashes();
+  if (url.ends_with("/v1")) url.remove_suffix(3);
+  strip_slashes();
+  return std::string(url);
+}
+
 int Talk(const ChatOptions& options, const std::string& url) {
-  // NOTE: OpenAI's clients are given an address that ends in /v1; ours are the paths below it.
-  const bool has_version = url.size() > 3 && url.compare(url.size() - 3, 3, "/v1") == 0;
-  absl::StatusOr<HttpClient> client = HttpClient::Create(has_version ? url.substr(0, url.size() - 3) : url);
+  absl::StatusOr<HttpClient> client = HttpClient::Create(WithoutVersion(url));
   if (!client.ok()) return Fail(client.status());
   absl::StatusOr<std::string> model = FindModel(*client, options.model);
   if (!model.ok()) return Fail(model.status());

@@ -1,10 +1,13 @@
 // The engine inspects the model, the tokenizer itself.
 #include "server/cli/inspect.h"
 
+#include <cstdint>
 #include <cstdio>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "engine/inspect.h"
 #include "server/text/tokenizer.h"
@@ -20,7 +23,9 @@ int InspectModel(const InspectOptions& options) {
     problems = std::move(report->problems);
     const auto tokenizer = Tokenizer::Load(options.model_dir);
     if (tokenizer.ok()) {
-      std::printf("tokenizer: %d ids\n", (*tokenizer)->vocab_size());
+      const std::optional<int32_t> end = (*tokenizer)->eos_id();
+      std::printf("tokenizer: %d ids%s\n", (*tokenizer)->vocab_size(),
+                  end.has_value() ? absl::StrCat(", answers end at token ", *end).c_str() : "");
     } else {
       problems.emplace_back(tokenizer.status().message());
     }

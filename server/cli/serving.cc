@@ -10,6 +10,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "engine/inspect.h"
 #include "server/http/openai_error.h"
 #include "server/text/chat_template.h"
 
@@ -46,10 +47,12 @@ absl::Status Serving::Load() {
   absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(options_.engine.model_dir);
   const bool can_do_without = absl::IsNotFound(tokenizer.status()) || absl::IsUnimplemented(tokenizer.status());
   if (!tokenizer.ok() && !can_do_without) return tokenizer.status();
-  absl::StatusOr<std::unique_ptr<Engine>> engine =
-      Engine::Create(options_.engine, tokenizer.ok() ? (*tokenizer)->vocab_size() : 0);
+  TokenizerInfo info;
+  if (tokenizer.ok()) info = {.valid_tokens = (*tokenizer)->vocab_size(), .eos_token_id = (*tokenizer)->eos_id()};
+  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(options_.engine, info);
   if (!engine.ok()) return engine.status();
   engine_ = *std::move(engine);
+  TakeGenerationConfig();
   if (tokenizer.ok()) {
     tokenizer_ = *std::move(tokenizer);
     LoadChatTemplate();
@@ -57,6 +60,20 @@ absl::Status Serving::Load() {
     spdlog::warn("no text, only token ids: {}", std::string(tokenizer.status().message()));
   }
   return absl::OkStatus();
+}
+
+void Serving::TakeGenerationConfig() {
+  const ModelInfo& model = engine_->model();
+  if (model.eos_token_ids.empty()) {
+    spdlog::warn(
+        "neither generation_config.json nor config.json nor the tokenizer names a token that ends answers: they go on "
+        "until max_tokens, a stop string or the end of the context");
+  }
+  if (options_.generation_config == "none") return;
+  generator_options_.sampling = model.sampling;
+  const std::string sampling = DescribeSampling(model.sampling);
+  if (sampling.empty()) return;
+  spdlog::info("requests that say nothing are drawn with {} (generation_config.json)", sampling);
 }
 
 void Serving::LoadChatTemplate() {

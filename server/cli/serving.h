@@ -47,6 +47,7 @@ class Serving {
   void Abandon(absl::Duration grace);
 
  private:
+  void TakeGenerationConfig();
   void LoadChatTemplate();
 
   const ServeOptions options_;

@@ -38,7 +38,7 @@ Reactor* CachalotService::Run(Reactor* reactor, Context* context, const Bytes& b
     const absl::StatusOr<int> num_answers = NumAnswers(request);
     if (!num_answers.ok()) return num_answers.status();
     *n = *num_answers;
-    absl::StatusOr<GenerateCall> call = ToCall(request);
+    absl::StatusOr<GenerateCall> call = ToCall(request, generator_->options().sampling);
     if (!call.ok()) return call.status();
     call->deadline = DeadlineOf(*context);
     return generator_->Prepare(*std::move(call));

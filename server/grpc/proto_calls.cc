@@ -13,8 +13,8 @@ namespace {
 
 constexpr int kMaxAnswers = 128;
 
-SamplingParams ToSampling(const v1::SamplingParams& from) {
-  SamplingParams to;
+SamplingParams ToSampling(const v1::SamplingParams& from, const SamplingParams& defaults) {
+  SamplingParams to = defaults;
   if (from.has_temperature()) to.temperature = from.temperature();
   if (from.has_top_p()) to.top_p = from.top_p();
   if (from.has_top_k()) to.top_k = from.top_k();
@@ -33,8 +33,8 @@ SamplingParams ToSampling(const v1::SamplingParams& from) {
 
 // What both kinds of requests have.
 template <typename Request>
-absl::Status ReadCommon(const Request& request, GenerateCall* call) {
-  call->sampling = ToSampling(request.sampling());
+absl::Status ReadCommon(const Request& request, const SamplingParams& defaults, GenerateCall* call) {
+  call->sampling = ToSampling(request.sampling(), defaults);
   if (request.has_logprobs()) {
     // NOTE: to the engine -1 is none, for a client it is a mistake.
     if (request.logprobs() < 0) return FieldError("logprobs", "logprobs must not be negative");
@@ -102,9 +102,9 @@ void AppendCommon(GenerateEvent event, Response* response) {
 
 }  // namespace
 
-absl::StatusOr<GenerateCall> ToCall(const v1::CompleteRequest& request) {
+absl::StatusOr<GenerateCall> ToCall(const v1::CompleteRequest& request, const SamplingParams& defaults) {
   GenerateCall call;
-  if (absl::Status status = ReadCommon(request, &call); !status.ok()) return status;
+  if (absl::Status status = ReadCommon(request, defaults, &call); !status.ok()) return status;
   switch (request.prompt_case()) {
     case v1::CompleteRequest::kText: call.prompt = request.text(); break;
     case v1::CompleteRequest::kTokenIds:
@@ -117,9 +117,9 @@ absl::StatusOr<GenerateCall> ToCall(const v1::CompleteRequest& request) {
   return call;
 }
 
-absl::StatusOr<GenerateCall> ToCall(const v1::ChatRequest& request) {
+absl::StatusOr<GenerateCall> ToCall(const v1::ChatRequest& request, const SamplingParams& defaults) {
   GenerateCall call;
-  if (absl::Status status = ReadCommon(request, &call); !status.ok()) return status;
+  if (absl::Status status = ReadCommon(request, defaults, &call); !status.ok()) return status;
   absl::StatusOr<ChatPrompt> prompt = ToChatPrompt(request.prompt());
   if (!prompt.ok()) return prompt.status();
   call.prompt = *std::move(prompt);
@@ -145,6 +145,8 @@ absl::StatusOr<ChatPrompt> ToChatPrompt(const v1::ChatPrompt& prompt) {
     }
     ChatMessage to{.role = *role, .content = std::nullopt, .prefix = from.prefix()};
     if (from.has_content()) to.content = from.content();
+    const bool is_empty_answer = *role == ChatMessage::Role::kAssistant && from.tool_calls_size() == 0;
+    if (!from.has_content() && is_empty_answer) to.content = "";
     for (const v1::ToolCall& call : from.tool_calls()) {
       to.tool_calls.push_back(
           {.type = call.type().empty() ? "function" : call.type(), .name = call.name(), .arguments = call.arguments()});
@@ -160,6 +162,7 @@ absl::StatusOr<int> NumAnswers(const v1::ChatRequest& request) { return ReadNumA
 void Append(GenerateEvent event, v1::CompleteResponse* response) { AppendCommon(std::move(event), response); }
 
 void Append(GenerateEvent event, v1::ChatResponse* response) {
+  if (event.takes_back_reasoning) response->clear_reasoning();
   if (!event.reasoning.empty()) AppendText(std::move(event.reasoning), response->mutable_reasoning());
   AppendCommon(std::move(event), response);
 }

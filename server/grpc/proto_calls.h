@@ -11,8 +11,8 @@ namespace cachalot {
 // The calls that requests ask for. InvalidArgument naming the field (see request_error.h) for what the generator could
 // not tell is wrong: a prompt that is missing, a role that does not exist, a negative number that means something to
 // it.
-absl::StatusOr<GenerateCall> ToCall(const v1::CompleteRequest& request);
-absl::StatusOr<GenerateCall> ToCall(const v1::ChatRequest& request);
+absl::StatusOr<GenerateCall> ToCall(const v1::CompleteRequest& request, const SamplingParams& defaults);
+absl::StatusOr<GenerateCall> ToCall(const v1::ChatRequest& request, const SamplingParams& defaults);
 absl::StatusOr<ChatPrompt> ToChatPrompt(const v1::ChatPrompt& prompt);
 
 // How many answers a request asks for: InvalidArgument ("n") unless 1 to 128.

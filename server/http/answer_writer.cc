@@ -249,6 +249,7 @@ std::string AnswerWriter::Whole(const std::vector<AnswerChoice>& choices, const 
 }
 
 void AppendEvent(GenerateEvent from, GenerateEvent* to) {
+  if (from.takes_back_reasoning) to->reasoning.clear();
   to->text += from.text;
   to->reasoning += from.reasoning;
   to->tokens.insert(to->tokens.end(), from.tokens.begin(), from.tokens.end());

@@ -20,7 +20,7 @@ struct AnswerView {
   bool logprobs = false;
   bool token_ids = false;         // generated ones, and the prompt's
   bool include_usage = false;     // stream: usage in an event of its own at the end
-  bool continuous_usage = false;  // stream: and in every event, as far as it got
+  bool continuous_usage = false;  // stream: and in every event, its choice's as far as it got
 };
 
 // One choice of a whole answer: what its events said, one after the other (see AppendEvent).
@@ -39,11 +39,11 @@ class AnswerWriter {
   bool IsVisible(const GenerateEvent& event) const;
 
   // Appends the server-sent events, usually one, that tell `event` of choice `index`. `prompt` is set in the first
-  // event of a choice, which in a chat begins with the role; `usage` is what the request has used so far.
+  // event of a choice, which in a chat begins with the role; `usage` is what the choice has used so far.
   void AppendEvents(int index, const GenerateEvent& event, const std::vector<int32_t>* prompt, const Usage& usage,
                     std::string* out) const;
 
-  // Appends a stream's end: usage where it was asked for, then [DONE].
+  // Appends a stream's end: usage of all choices where it was asked for, then [DONE].
   void AppendDone(const Usage& usage, std::string* out) const;
 
   std::string Whole(const std::vector<AnswerChoice>& choices, const Usage& usage) const;

@@ -1,10 +1,12 @@
-// Message by message: role, content as a string or as parts of text, tool calls.
+// Message by message: role, content as a string or as parts of text (a line each), tool calls.
 #include "server/http/chat_messages.h"
 
 #include <nlohmann/json.hpp>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 
 namespace cachalot {
 namespace {
@@ -21,13 +23,12 @@ class MessageReader {
     if (!from.is_object()) return Fail("", "must be an object");
     ReadRole(from, to);
     ReadContent(from, to);
-    if (to->role == Role::kAssistant) ReadToolCalls(from, to);
+    if (to->role == Role::kAssistant) ReadAnswer(from, to);
     if (const auto prefix = from.find("prefix"); prefix != from.end() && !prefix->is_null()) {
       if (!prefix->is_boolean()) return Fail(".prefix", "must be a boolean");
       to->prefix = prefix->get<bool>();
     }
-    if (to->content.has_value() || (to->role == Role::kAssistant && !to->tool_calls.empty())) return;
-    Fail(".content", "is missing");
+    if (!to->content.has_value() && to->tool_calls.empty()) Fail(".content", "is missing");
   }
 
  private:
@@ -51,19 +52,43 @@ class MessageReader {
 
   void ReadContent(const json& from, ChatMessage* to) {
     const auto content = from.find("content");
-    if (content == from.end() || content->is_null()) return;
+    if (content == from.end() || content->is_null()) {
+      const std::string* role = FindString(from, "role");
+      if (role != nullptr && *role == "function") to->content = "";  // where null is legal, as it is an assistant's
+      return;
+    }
     if (content->is_string()) {
       to->content = *content->get_ptr<const std::string*>();
       return;
     }
     if (!content->is_array()) return Fail(".content", "must be a string or an array of text parts");
-    to->content = "";
+    std::vector<std::string_view> texts;
     for (const json& part : *content) {
-      const bool is_text =
-          part.is_object() && part.value("type", json()) == "text" && part.contains("text") && part["text"].is_string();
-      if (!is_text) return Fail(".content", "may only hold parts of type text: this model takes nothing else");
-      *to->content += *part["text"].get_ptr<const std::string*>();
+      const std::string* text = PartText(part, to->role);
+      if (text == nullptr) return Fail(".content", "may only hold parts of type text: this model takes nothing else");
+      texts.push_back(*text);
     }
+    to->content = absl::StrJoin(texts, "\n", [](std::string* out, std::string_view text) { out->append(text); });
+  }
+
+  // The text of a part of a message; of an answer's, what it refused with. nullptr if it is anything else.
+  static const std::string* PartText(const json& part, Role role) {
+    const std::string* type = FindString(part, "type");
+    if (type == nullptr) return nullptr;
+    if (*type == "text") return FindString(part, "text");
+    return *type == "refusal" && role == Role::kAssistant ? FindString(part, "refusal") : nullptr;
+  }
+
+  // What only an assistant says. One that said nothing, not even by a tool call, is an empty answer: clients send back
+  // what they got, in which content may be null beside "tool_calls": [] or a refusal.
+  void ReadAnswer(const json& from, ChatMessage* to) {
+    ReadToolCalls(from, to);
+    if (const auto call = from.find("function_call"); call != from.end() && !call->is_null()) {
+      ReadFunction(*call, ".function_call", &to->tool_calls.emplace_back());
+    }
+    if (to->content.has_value() || !to->tool_calls.empty()) return;
+    const std::string* refusal = FindString(from, "refusal");
+    to->content = refusal == nullptr ? "" : *refusal;
   }
 
   void ReadToolCalls(const json& from, ChatMessage* to) {
@@ -72,21 +97,27 @@ class MessageReader {
     if (!calls->is_array()) return Fail(".tool_calls", "must be an array");
     for (const json& call : *calls) {
       const auto function = call.is_object() ? call.find("function") : call.end();
-      if (!call.is_object() || function == call.end() || !function->is_object()) {
-        return Fail(".tool_calls", "must hold objects with a function");
-      }
-      const auto name = function->find("name"), arguments = function->find("arguments");
-      if (name == function->end() || !name->is_string()) return Fail(".tool_calls", "has a function without a name");
-      ToolCall tool_call{.name = *name->get_ptr<const std::string*>(), .arguments = ""};
-      if (const auto type = call.find("type"); type != call.end() && type->is_string()) {
-        tool_call.type = *type->get_ptr<const std::string*>();
-      }
-      if (arguments != function->end() && !arguments->is_null()) {
-        if (!arguments->is_string()) return Fail(".tool_calls", "has arguments that are not a string of JSON");
-        tool_call.arguments = *arguments->get_ptr<const std::string*>();
-      }
-      to->tool_calls.push_back(std::move(tool_call));
+      if (!call.is_object() || function == call.end()) return Fail(".tool_calls", "must hold objects with a function");
+      ToolCall* tool_call = &to->tool_calls.emplace_back();
+      if (const std::string* type = FindString(call, "type"); type != nullptr) tool_call->type = *type;
+      ReadFunction(*function, ".tool_calls", tool_call);
     }
+  }
+
+  void ReadFunction(const json& from, std::string_view where, ToolCall* to) {
+    const std::string* name = FindString(from, "name");
+    if (name == nullptr) return Fail(where, "has a function without a name");
+    to->name = *name;
+    const auto arguments = from.find("arguments");
+    if (arguments == from.end() || arguments->is_null()) return;
+    if (!arguments->is_string()) return Fail(where, "has arguments that are not a string of JSON");
+    to->arguments = *arguments->get_ptr<const std::string*>();
+  }
+
+  // A member that is a string; nullptr if it is not, or `object` is none.
+  static const std::string* FindString(const json& object, const char* name) {
+    const auto found = object.is_object() ? object.find(name) : object.end();
+    return found == object.end() ? nullptr : found->get_ptr<const std::string*>();
   }
 
   JsonFields* const fields_;

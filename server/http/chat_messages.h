@@ -9,7 +9,7 @@ namespace cachalot {
 
 // Reads `messages`, `add_generation_prompt`, `continue_final_message` and `chat_template_kwargs` ({"thinking": true}).
 // What is wrong goes to the fields' status, naming the place ("messages[2].content"): a role that is none of system,
-// developer, user, assistant and tool, contents that are not text, an answer without content or tool calls.
+// developer, user, assistant and tool, contents that are not text, a message without content that is no assistant's.
 void ReadChatPrompt(JsonFields* fields, ChatPrompt* prompt);
 
 }  // namespace cachalot

@@ -66,7 +66,11 @@ absl::Status CompletionCall::Prepare(CompletionRequest request) {
     return FieldError("n", absl::StrCat("prompts times n may be at most ", max_requests, ", the length of the queue"));
   }
   choices_.resize(num_running_);
-  for (int i = 0; i < num_running_; ++i) choices_[i].prompt = &plans_[i / num_answers_]->prompt;
+  choice_usages_.resize(num_running_);
+  for (int i = 0; i < num_running_; ++i) {
+    choices_[i].prompt = &plans_[i / num_answers_]->prompt;
+    choice_usages_[i].prompt_tokens = static_cast<int64_t>(choices_[i].prompt->size());
+  }
   return absl::OkStatus();
 }
 
@@ -117,6 +121,7 @@ void CompletionCall::OnEvent(int choice_idx, GenerateEvent event) {
     if (is_over_) return;
     const FinishReason reason = event.finish_reason;
     usage_.completion_tokens += static_cast<int64_t>(event.tokens.size());
+    choice_usages_[choice_idx].completion_tokens += static_cast<int64_t>(event.tokens.size());
     if (reason == FinishReason::kError) {
       FailAnswer(event.error);
     } else {
@@ -151,13 +156,14 @@ void CompletionCall::StreamEvent(int choice_idx, GenerateEvent event) {
   if (!writer_.IsVisible(event)) return;
   BeginStream();
   bytes_.clear();
-  writer_.AppendEvents(choice_idx, event, std::exchange(choice.prompt, nullptr), usage_, &bytes_);
+  writer_.AppendEvents(choice_idx, event, std::exchange(choice.prompt, nullptr), choice_usages_[choice_idx], &bytes_);
   responder_->Write(bytes_);
 }
 
 void CompletionCall::BeginStream() {
   if (std::exchange(has_begun_, true)) return;
-  responder_->Begin({.content_type = "text/event-stream", .body = "", .headers = {{"Cache-Control", "no-cache"}}});
+  responder_->Begin(
+      {.content_type = "text/event-stream; charset=utf-8", .body = "", .headers = {{"Cache-Control", "no-cache"}}});
 }
 
 void CompletionCall::FinishAnswer() {

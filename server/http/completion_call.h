@@ -58,9 +58,10 @@ class CompletionCall : public std::enable_shared_from_this<CompletionCall> {
   std::mutex mutex_;  // guards all below
   std::vector<std::shared_ptr<Generation>> generations_;
   std::vector<AnswerChoice> choices_;  // gathered so far; of a stream what waits for the client; prompt: to be shown
+  std::vector<Usage> choice_usages_;   // of each alone, as continuous usage tells them
   size_t num_held_scores_ = 0;
   int num_running_ = 0;
-  Usage usage_;
+  Usage usage_;        // of all
   std::string bytes_;  // of a stream's next write
   bool has_begun_ = false, is_over_ = false, is_cancelled_ = false;
 };

@@ -75,8 +75,9 @@ absl::StatusOr<HttpClient::Response> HttpClient::Send(const char* method, const 
   if (!error) asio::connect(socket, addresses, error);
   if (error) return failed("cannot reach");
 
+  const std::string host = host_.find(':') == std::string::npos ? host_ : absl::StrCat("[", host_, "]");
   std::string request =
-      absl::StrCat(method, " ", prefix_, path, " HTTP/1.1\r\nHost: ", host_, ":", port_, "\r\nConnection: close\r\n");
+      absl::StrCat(method, " ", prefix_, path, " HTTP/1.1\r\nHost: ", host, ":", port_, "\r\nConnection: close\r\n");
   if (!body.empty())
     absl::StrAppend(&request, "Content-Type: application/json\r\nContent-Length: ", body.size(), "\r\n");
   absl::StrAppend(&request, "\r\n", body);

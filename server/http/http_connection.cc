@@ -52,8 +52,28 @@ std::string PercentDecode(std::string_view text) {
   return out;
 }
 
+using Failure = std::pair<int, std::string_view>;  // status, message
+
+// The answer to a header that says what we do not take; none if all is well.
+std::optional<Failure> HeaderFailure(const http::fields& header, unsigned version) {
+  const size_t num_hosts = header.count(http::field::host), num_codings = header.count(http::field::transfer_encoding);
+  if (num_hosts > 1 || (num_hosts == 0 && version >= 11)) return Failure(400, "a request has one Host header");
+  // NOTE: what is said to have another coding has a length that we do not know, or is not what was sent.
+  if (num_codings > 0 && version < 11) return Failure(400, "HTTP/1.0 has no Transfer-Encoding");
+  const bool is_chunked = boost::beast::iequals(header[http::field::transfer_encoding], "chunked");
+  if (num_codings > 1 || (num_codings == 1 && !is_chunked)) {
+    return Failure(501, "the only transfer coding known here is chunked");
+  }
+  const auto [begin, end] = header.equal_range(http::field::content_encoding);
+  const bool is_plain = std::all_of(begin, end, [](const auto& field) {
+    return field.value().empty() || boost::beast::iequals(field.value(), "identity");
+  });
+  if (!is_plain) return Failure(415, "bodies are taken without a Content-Encoding");
+  return std::nullopt;
+}
+
 // The answer to bytes that are no request, or none that we take.
-std::pair<int, std::string_view> ParseFailure(const error_code& error) {
+Failure ParseFailure(const error_code& error) {
   if (error == http::error::header_limit) return {431, "the request's header is too large"};
   if (error == http::error::body_limit) return {413, "the request's body is too large"};
   if (error == http::error::buffer_overflow) return {413, "the request's body is too large"};
@@ -223,6 +243,13 @@ bool HttpConnection::FeedParser() {
   const size_t used = parser_->put(in_.data(), error);
   in_.consume(used);
   const bool needs_more = error == http::error::need_more;
+  if (!header_seen_ && parser_->is_header_done()) {  // goes before what may be wrong with the body
+    const std::optional<Failure> failure = HeaderFailure(parser_->get(), parser_->get().version());
+    if (failure.has_value()) {
+      Fail(failure->first, failure->second);
+      return false;
+    }
+  }
   if (error && !needs_more) {
     const auto [status, message] = ParseFailure(error);
     Fail(status, message);
@@ -252,12 +279,6 @@ void HttpConnection::BeginRequest() {
 // False if the request is not to be read on.
 bool HttpConnection::OnHeader() {
   header_seen_ = true;
-  // NOTE: what is said to have another coding has a length that we do not know: reading on could take a body for the
-  // next request.
-  if (parser_->get().count(http::field::transfer_encoding) > 0 && !parser_->chunked()) {
-    Fail(501, "the only transfer coding known here is chunked");
-    return false;
-  }
   SetDeadline(options_.body_timeout, &HttpConnection::OnRequestTimeout);
   const bool wants_continue = boost::beast::iequals(parser_->get()[http::field::expect], "100-continue");
   if (!wants_continue || parser_->is_done() || parser_->get().version() < 11) return true;

@@ -39,6 +39,14 @@ struct Route {
     return is_prefix ? request_path.size() > path.size() && request_path.substr(0, path.size()) == path
                      : request_path == path;
   }
+  // The methods that have a handler, and those that need none of their own.
+  std::string Allow() const {
+    std::vector<std::string> methods;
+    for (const auto& [method, unused] : handlers) methods.push_back(method);
+    if (handlers.count("GET") > 0) methods.emplace_back("HEAD");
+    methods.emplace_back("OPTIONS");
+    return absl::StrJoin(methods, ", ");
+  }
 };
 
 }  // namespace
@@ -88,12 +96,15 @@ void HttpServer::Impl::Dispatch(HttpRequest request, std::shared_ptr<HttpRespond
       });
       return;
     }
-    HttpResponse response = error_format(405, absl::StrCat(request.method, " is not allowed for ", request.path));
-    std::vector<std::string> methods;
-    for (const auto& [method, unused] : route.handlers) methods.push_back(method);
-    if (route.handlers.count("GET") > 0) methods.emplace_back("HEAD");
-    response.headers.emplace_back("Allow", absl::StrJoin(methods, ", "));
+    HttpResponse response = {.content_type = "", .body = "", .headers = {}};
+    if (request.method != "OPTIONS") {
+      response = error_format(405, absl::StrCat(request.method, " is not allowed for ", request.path));
+    }
+    response.headers.emplace_back("Allow", route.Allow());
     return responder->Respond(std::move(response));
+  }
+  if (request.method == "OPTIONS" && request.path == "*") {  // of the server: RFC 9110, 9.3.7
+    return responder->Respond({.content_type = "", .body = "", .headers = {}});
   }
   responder->Respond(error_format(404, absl::StrCat("there is no ", request.path, " here")));
 }

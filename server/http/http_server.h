@@ -86,7 +86,7 @@ class HttpServer {
   int port() const;
 
   // `path` matches exactly, or as a prefix when it ends in "/*". A path with handlers for other methods only answers
-  // 405; HEAD is answered by GET's handler, without the body.
+  // 405; HEAD is answered by GET's handler, without the body, OPTIONS by the list of methods.
   void Handle(std::string method, std::string path, HttpHandler handler);
 
   // Accepts connections from now on, on threads of its own. Unavailable when another process was faster.

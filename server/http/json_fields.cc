@@ -1,8 +1,10 @@
 // NOTE: nlohmann::json is asked for types before values and parses without exceptions, so that nothing throws.
 #include "server/http/json_fields.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -73,10 +75,17 @@ absl::Status CheckShape(std::string_view body) {
 
 absl::string_view View(std::string_view text) { return {text.data(), text.size()}; }
 
-bool IsInteger32(const json& value) {
-  if (value.is_number_unsigned()) return value.get<uint64_t>() <= std::numeric_limits<int32_t>::max();
-  return value.is_number_integer() && value.get<int64_t>() >= std::numeric_limits<int32_t>::min() &&
-         value.get<int64_t>() <= std::numeric_limits<int32_t>::max();
+// An integer; one written as a number without a fraction too, as far as doubles count by one. What is beyond 64 bits
+// with a sign becomes the largest.
+std::optional<int64_t> AsInteger(const json& value) {
+  constexpr double kMostExact = 9007199254740992;  // 2^53
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  if (value.is_number_unsigned()) return static_cast<int64_t>(std::min<uint64_t>(value.get<uint64_t>(), kMost));
+  if (value.is_number_integer()) return value.get<int64_t>();
+  if (!value.is_number_float()) return std::nullopt;
+  const double number = value.get<double>();
+  if (number != std::floor(number) || std::abs(number) > kMostExact) return std::nullopt;
+  return static_cast<int64_t>(number);
 }
 
 }  // namespace
@@ -130,21 +139,22 @@ bool JsonFields::Read(const char* name, std::string* value) {
   return true;
 }
 
-bool JsonFields::Read(const char* name, int64_t low, int64_t high, int* value) {
+bool JsonFields::Read(const char* name, int low, int high, int* value) {
   const json* field = Find(name);
   if (field == nullptr) return false;
-  if (!field->is_number_integer()) return Fail(name, "must be an integer");
-  const bool is_in_range = IsInteger32(*field) && field->get<int64_t>() >= low && field->get<int64_t>() <= high;
-  if (!is_in_range) return Fail(name, absl::StrCat("must be between ", low, " and ", high));
-  *value = static_cast<int>(field->get<int64_t>());
+  const std::optional<int64_t> integer = AsInteger(*field);
+  if (!integer.has_value()) return Fail(name, "must be an integer");
+  if (*integer < low || *integer > high) return Fail(name, absl::StrCat("must be between ", low, " and ", high));
+  *value = static_cast<int>(*integer);
   return true;
 }
 
 bool JsonFields::Read(const char* name, uint64_t* value) {
   const json* field = Find(name);
   if (field == nullptr) return false;
-  if (!field->is_number_integer()) return Fail(name, "must be an integer");
-  *value = field->is_number_unsigned() ? field->get<uint64_t>() : static_cast<uint64_t>(field->get<int64_t>());
+  const std::optional<int64_t> integer = AsInteger(*field);
+  if (!integer.has_value()) return Fail(name, "must be an integer");
+  *value = field->is_number_unsigned() ? field->get<uint64_t>() : static_cast<uint64_t>(*integer);
   return true;
 }
 
@@ -175,8 +185,9 @@ bool AppendTokenIds(const json& array, std::vector<int32_t>* ids) {
   if (!array.is_array()) return false;
   ids->reserve(ids->size() + array.size());
   for (const json& item : array) {
-    if (!IsInteger32(item)) return false;
-    ids->push_back(static_cast<int32_t>(item.get<int64_t>()));
+    const std::optional<int64_t> integer = AsInteger(item);
+    if (!integer.has_value() || *integer != static_cast<int32_t>(*integer)) return false;
+    ids->push_back(static_cast<int32_t>(*integer));
   }
   return true;
 }

@@ -28,8 +28,8 @@ class JsonFields {
   bool Read(const char* name, bool* value);
   bool Read(const char* name, float* value);
   bool Read(const char* name, std::string* value);
-  // An integer within [low, high].
-  bool Read(const char* name, int64_t low, int64_t high, int* value);
+  // An integer within [low, high]. Here and below 16.0 is an integer too.
+  bool Read(const char* name, int low, int high, int* value);
   // Any integer of 64 bits, signed or not; a negative one wraps.
   bool Read(const char* name, uint64_t* value);
   // Token ids: integers that fit.

@@ -58,11 +58,11 @@ void OpenAiApi::Register(HttpServer* server) {
 }
 
 void OpenAiApi::Completions(HttpRequest request, Responder responder) const {
-  Answer(ParseCompletionRequest(request.body), std::move(responder));
+  Answer(ParseCompletionRequest(request.body, generator_->options().sampling), std::move(responder));
 }
 
 void OpenAiApi::ChatCompletions(HttpRequest request, Responder responder) const {
-  Answer(ParseChatRequest(request.body), std::move(responder));
+  Answer(ParseChatRequest(request.body, generator_->options().sampling), std::move(responder));
 }
 
 void OpenAiApi::Answer(absl::StatusOr<CompletionRequest> completion, Responder responder) const {

@@ -2,6 +2,7 @@
 #include "server/http/openai_error.h"
 
 #include "server/request_error.h"
+#include "server/text/json_text.h"
 
 namespace cachalot {
 namespace {
@@ -82,7 +83,7 @@ HttpResponse HttpErrorResponse(int status, std::string_view message) {
 }
 
 std::string Dump(const ordered_json& json) {
-  return json.dump(-1, ' ', /*ensure_ascii=*/false, ordered_json::error_handler_t::replace);
+  return EscapeLineEnds(json.dump(-1, ' ', /*ensure_ascii=*/false, ordered_json::error_handler_t::replace));
 }
 
 }  // namespace cachalot

@@ -109,11 +109,28 @@ void ReadSampling(JsonFields* fields, SamplingParams* sampling) {
   fields->Read("presence_penalty", &sampling->presence_penalty);
   fields->Read("frequency_penalty", &sampling->frequency_penalty);
   fields->Read("repetition_penalty", &sampling->repetition_penalty);
-  if (!fields->Read("seed", &sampling->seed)) sampling->seed = RandomSeed();
+  // -1 as vLLM has it. NOTE: to nlohmann 2^64 - 1 is equal to it.
+  const json* seed = fields->Find("seed");
+  const bool is_none = seed == nullptr || (*seed == -1 && !seed->is_number_unsigned());
+  if (!fields->Read("seed", &sampling->seed) || is_none) sampling->seed = RandomSeed();
   fields->Read("min_tokens", 0, kMaxInt, &sampling->min_tokens);
   fields->Read("ignore_eos", &sampling->ignore_eos);
   fields->Read("stop_token_ids", &sampling->stop_token_ids);
   ReadLogitBias(fields, sampling);
+}
+
+// Null, false, nothing, or an object of such.
+bool AsksNothing(const json& value) {
+  if (value.is_object()) return std::all_of(value.begin(), value.end(), AsksNothing);
+  return value.is_null() || value == json(false) || value == json("") || (value.is_array() && value.empty());
+}
+
+// Besides that, what leaves the answer as it is: clients that know a field send it with its default.
+bool IsNeutral(std::string_view name, const json& value) {
+  if (name == "length_penalty") return value == 1;  // and so is 1.0
+  if (name == "truncate_prompt_tokens") return value == -1;
+  if (name == "prompt_logprobs") return value == 0;
+  return false;
 }
 
 // Fields that change the answer and that we do not have: refused unless they ask for nothing.
@@ -126,17 +143,16 @@ void RefuseUnsupported(JsonFields* fields, int n) {
   if (fields->Read("suffix", &suffix) && !suffix.empty()) fields->Fail("suffix", "is not supported");
   const json* format = fields->Find("response_format");
   const bool is_text = format != nullptr && format->is_object() && format->value("type", json()) == "text";
-  if (format != nullptr && !is_text) fields->Fail("response_format", "is not supported");
+  if (format != nullptr && !is_text && !AsksNothing(*format)) fields->Fail("response_format", "is not supported");
   for (const char* name : kUnsupported) {
     const json* field = fields->Find(name);
-    const bool asks = field != nullptr && *field != json(false) && !(field->is_structured() && field->empty());
+    const bool asks = field != nullptr && !AsksNothing(*field) && !IsNeutral(name, *field);
     if (asks) fields->Fail(name, "is not supported");
   }
-  const json* choice = fields->Find("tool_choice");
-  for (const char* name : {"tools", "functions"}) {
-    const json* tools = fields->Find(name);
-    const bool asks = tools != nullptr && !(tools->is_array() && tools->empty());
-    if (asks && (choice == nullptr || *choice != "none")) fields->Fail(name, "are not supported");
+  for (const auto& [name, choice_name] : {std::pair("tools", "tool_choice"), std::pair("functions", "function_call")}) {
+    const json *tools = fields->Find(name), *choice = fields->Find(choice_name);
+    const bool is_unused = choice != nullptr && *choice == "none";
+    if (tools != nullptr && !AsksNothing(*tools) && !is_unused) fields->Fail(name, "are not supported");
   }
 }
 
@@ -175,11 +191,12 @@ void ReadCommon(JsonFields* fields, CompletionRequest* request) {
 
 }  // namespace
 
-absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body) {
+absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body, const SamplingParams& defaults) {
   const absl::StatusOr<json> object = ParseJsonObject(body);
   if (!object.ok()) return object.status();
   JsonFields fields(*object);
   CompletionRequest request;
+  request.call.sampling = defaults;
   ReadPrompts(&fields, &request);
   ReadCommon(&fields, &request);
   SamplingParams& sampling = request.call.sampling;
@@ -194,11 +211,12 @@ absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body) 
   return request;
 }
 
-absl::StatusOr<CompletionRequest> ParseChatRequest(std::string_view body) {
+absl::StatusOr<CompletionRequest> ParseChatRequest(std::string_view body, const SamplingParams& defaults) {
   const absl::StatusOr<json> object = ParseJsonObject(body);
   if (!object.ok()) return object.status();
   JsonFields fields(*object);
   CompletionRequest request;
+  request.call.sampling = defaults;
   request.view.kind = AnswerKind::kChat;
   ReadChatPrompt(&fields, &std::get<ChatPrompt>(request.prompts.emplace_back(ChatPrompt())));
   ReadCommon(&fields, &request);

@@ -38,9 +38,9 @@ struct DetokenizeRequest {
 
 // InvalidArgument naming the field for a body that is not JSON, lacks a field, has one of the wrong type, or asks for
 // something that we would otherwise silently not do. Ranges of sampling parameters are the generator's to check.
-// Unknown fields are accepted.
-absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body);
-absl::StatusOr<CompletionRequest> ParseChatRequest(std::string_view body);
+// Unknown fields are accepted. `defaults`: how a request is sampled as far as it says nothing itself.
+absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body, const SamplingParams& defaults = {});
+absl::StatusOr<CompletionRequest> ParseChatRequest(std::string_view body, const SamplingParams& defaults = {});
 absl::StatusOr<TokenizeRequest> ParseTokenizeRequest(std::string_view body);
 absl::StatusOr<DetokenizeRequest> ParseDetokenizeRequest(std::string_view body);
 

@@ -106,6 +106,8 @@ void AnswerStream::AppendAnswer(std::string_view text, bool is_last, GenerateEve
   ReasoningText out{.reasoning = std::move(event->reasoning), .content = std::move(event->text)};
   reasoning_.Push(text, &out);
   if (is_last) reasoning_.Flush(&out);
+  if (out.takes_back) out.reasoning.clear();
+  event->takes_back_reasoning = out.takes_back;
   event->reasoning = std::move(out.reasoning);
   event->text = std::move(out.content);
 }

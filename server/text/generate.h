@@ -83,12 +83,14 @@ struct Usage {
 };
 
 // A step of one answer. The text of all events together is the answer; a token's text may come in a later event than
-// the token, because what could begin a stop string or end the reasoning is held back.
+// the token, because what could begin a stop string or end the reasoning is held back. Where a model may think or not,
+// its answer comes as reasoning until that is known (see ReasoningSplitter).
 struct GenerateEvent {
-  std::string text;                // well-formed UTF-8
-  std::string reasoning;           // what the model thought before its answer; of chats only, well-formed UTF-8
-  std::vector<int32_t> tokens;     // generated; a stop token and the tokens of a stop string included
-  std::vector<TokenScore> scores;  // when log-probabilities were asked for: prompt tokens first if echoed
+  std::string text;                   // well-formed UTF-8
+  std::string reasoning;              // what the model thought before its answer; of chats only, well-formed UTF-8
+  bool takes_back_reasoning = false;  // the last event: all reasoning before was the answer, and is in `text` now
+  std::vector<int32_t> tokens;        // generated; a stop token and the tokens of a stop string included
+  std::vector<TokenScore> scores;     // when log-probabilities were asked for: prompt tokens first if echoed
   FinishReason finish_reason = FinishReason::kNone;  // set in the last event, exactly once
   std::string stop_string;                           // the one that ended the answer, if one did
   absl::Status error;                                // when kError; with the engine's code

@@ -23,9 +23,11 @@ const char* Name(FinishReason reason) {
 
 GenerationRecord::GenerationRecord(Metrics* metrics, RequestLog log, const GeneratePlan& plan,
                                    const Tokenizer* tokenizer)
-    : metrics_(metrics), log_(log), num_prompt_tokens_(static_cast<int64_t>(plan.prompt.size())) {
+    : metrics_(metrics),
+      log_(log),
+      num_prompt_tokens_(static_cast<int64_t>(plan.prompt.size())),
+      max_tokens_(plan.sampling.max_tokens) {
   times_.start = absl::Now();
-  if (metrics_ != nullptr) metrics_->OnStart(static_cast<int>(num_prompt_tokens_), plan.sampling.max_tokens);
   if (log_ != RequestLog::kPrompts || tokenizer == nullptr) return;
   AppendJsonString(tokenizer->Decode(plan.prompt, /*skip_special=*/false), &prompt_);
 }
@@ -35,10 +37,12 @@ void GenerationRecord::OnEvent(const GenerateEvent& event, const RequestTimes& t
   const absl::Time now = absl::Now();
   if (first_token_ == absl::InfinitePast() && !event.tokens.empty()) first_token_ = now;
   if (metrics_ != nullptr) metrics_->OnTokens(static_cast<int>(event.tokens.size()), now, &times_);
+  if (event.takes_back_reasoning) answer_.clear();
   if (log_ == RequestLog::kPrompts) absl::StrAppend(&answer_, event.reasoning, event.text);
   if (event.finish_reason == FinishReason::kNone) return;
   if (metrics_ != nullptr) {
-    metrics_->OnEnd(event.finish_reason, event.usage.completion_tokens, times, now, times_);
+    const GenerationSize size = {num_prompt_tokens_, max_tokens_, event.usage.completion_tokens};
+    metrics_->OnEnd(event.finish_reason, size, times, now, times_);
   }
   if (log_ != RequestLog::kNone) LogEnd(event, times, now);
 }

@@ -7,16 +7,14 @@
 #include <string>
 
 #include "absl/time/time.h"
+#include "server/logging.h"
 #include "server/metrics.h"
 #include "server/text/generate.h"
 #include "server/text/tokenizer.h"
 
 namespace cachalot {
 
-// What is logged of a generation when it has ended.
-enum class RequestLog : uint8_t { kNone, kSummary, kPrompts };
-
-// Begins when it is made; for one thread at a time.
+// Begins when it is made, and leaves no trace unless it is told of a last event; for one thread at a time.
 class GenerationRecord {
  public:
   // `metrics` may be null; it and `tokenizer` (which may be null too) must outlive this.
@@ -30,7 +28,7 @@ class GenerationRecord {
 
   Metrics* const metrics_;
   const RequestLog log_;
-  const int64_t num_prompt_tokens_;
+  const int64_t num_prompt_tokens_, max_tokens_;
   GenerationTimes times_;
   absl::Time first_token_ = absl::InfinitePast();
   std::string prompt_, answer_;  // for the log, when it asks

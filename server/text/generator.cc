@@ -2,81 +2,22 @@
 #include "server/text/generator.h"
 
 #include <atomic>
-#include <cmath>
 #include <mutex>
 #include <optional>
 #include <random>
 #include <shared_mutex>
 #include <utility>
 
-#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "server/request_error.h"
 #include "server/text/answer_stream.h"
+#include "server/text/generation_record.h"
 
 namespace cachalot {
 namespace {
 
-constexpr int kMaxLogprobs = 20;
-constexpr size_t kMaxLogitBias = 1024;
-constexpr float kMaxBias = 100;
 constexpr size_t kMaxStopStrings = 16;
 constexpr size_t kMaxStopBytes = 1024;  // of one string: bounds the search per token
-
-absl::Status CheckRange(std::string_view field, float value, float low, float high) {
-  if (value >= low && value <= high) return absl::OkStatus();  // false for NaN
-  return FieldError(
-      field, absl::StrCat(absl::string_view(field.data(), field.size()), " must be between ", low, " and ", high));
-}
-
-absl::Status CheckBias(const std::vector<std::pair<int32_t, float>>& logit_bias, int vocab_size) {
-  if (logit_bias.size() > kMaxLogitBias) {
-    return FieldError("logit_bias", absl::StrCat("logit_bias may hold at most ", kMaxLogitBias, " tokens"));
-  }
-  absl::flat_hash_set<int32_t> tokens;
-  for (const auto& [token, bias] : logit_bias) {
-    if (token < 0 || token >= vocab_size) {
-      return FieldError("logit_bias",
-                        absl::StrCat("logit_bias holds token id ", token, "; token ids are 0 to ", vocab_size - 1));
-    }
-    if (!tokens.insert(token).second) {
-      return FieldError("logit_bias", absl::StrCat("logit_bias holds token id ", token, " twice"));
-    }
-    if (!(bias >= -kMaxBias && bias <= kMaxBias)) {  // NaN is refused, too
-      return FieldError("logit_bias",
-                        absl::StrCat("the values of logit_bias must be between ", -kMaxBias, " and ", kMaxBias));
-    }
-  }
-  return absl::OkStatus();
-}
-
-// What does not depend on the prompt.
-absl::Status CheckSampling(const SamplingParams& sampling, int vocab_size) {
-  for (const absl::Status& status : {
-           CheckRange("temperature", sampling.temperature, 0, 2),
-           CheckRange("min_p", sampling.min_p, 0, 1),
-           CheckRange("presence_penalty", sampling.presence_penalty, -2, 2),
-           CheckRange("frequency_penalty", sampling.frequency_penalty, -2, 2),
-       }) {
-    if (!status.ok()) return status;
-  }
-  if (!(sampling.top_p > 0 && sampling.top_p <= 1)) {
-    return FieldError("top_p", "top_p must be greater than 0 and at most 1");
-  }
-  if (sampling.top_k < 0) return FieldError("top_k", "top_k must be at least 1, or 0 or -1 for all tokens");
-  if (!(sampling.repetition_penalty > 0) || !std::isfinite(sampling.repetition_penalty)) {
-    return FieldError("repetition_penalty", "repetition_penalty must be greater than 0");
-  }
-  if (sampling.logprobs < -1 || sampling.logprobs > kMaxLogprobs) {
-    return FieldError("logprobs", absl::StrCat("logprobs must be between 0 and ", kMaxLogprobs));
-  }
-  for (const int32_t token : sampling.stop_token_ids) {
-    if (token >= 0 && token < vocab_size) continue;
-    return FieldError("stop_token_ids",
-                      absl::StrCat("stop_token_ids holds ", token, "; token ids are 0 to ", vocab_size - 1));
-  }
-  return CheckBias(sampling.logit_bias, vocab_size);
-}
 
 absl::Status CheckStop(const std::vector<std::string>& stop) {
   if (stop.size() > kMaxStopStrings) {
@@ -251,21 +192,21 @@ absl::StatusOr<std::vector<int32_t>> Generator::TokenizeChat(const ChatPrompt& c
 }
 
 absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateCall call) const {
-  if (absl::Status status = CheckSampling(call.sampling, model_.vocab_size); !status.ok()) return status;
+  auto plan = std::make_shared<GeneratePlan>();
+  plan->sampling = std::move(call.sampling);
+  if (call.fill_context) plan->sampling.max_tokens = model_.max_model_len;
+  if (absl::Status status = ValidateSampling(plan->sampling, model_); !status.ok()) return status;
+  if (plan->sampling.max_tokens == 0 && !call.echo) {
+    return FieldError("max_tokens", "max_tokens must be at least 1, or 0 together with echo");
+  }
   if (absl::Status status = CheckStop(call.stop); !status.ok()) return status;
   if (!call.stop.empty() && tokenizer_ == nullptr) {
     return FieldError("stop", "this model is served without a tokenizer: stop at stop_token_ids");
   }
-  if (!call.fill_context && call.sampling.max_tokens < (call.echo ? 0 : 1)) {
-    return FieldError("max_tokens", "max_tokens must be at least 1, or 0 together with echo");
-  }
-  auto plan = std::make_shared<GeneratePlan>();
   if (absl::Status status = MakePrompt(&call, plan.get()); !status.ok()) return status;
-  plan->sampling = std::move(call.sampling);
-  if (call.fill_context) plan->sampling.max_tokens = model_.max_model_len - static_cast<int>(plan->prompt.size());
-  if (plan->sampling.min_tokens < 0 || plan->sampling.min_tokens > plan->sampling.max_tokens) {
-    return FieldError("min_tokens", absl::StrCat("min_tokens must be between 0 and max_tokens, which is ",
-                                                 plan->sampling.max_tokens));
+  if (call.fill_context) {
+    plan->sampling.max_tokens = model_.max_model_len - static_cast<int>(plan->prompt.size());
+    if (absl::Status status = ValidateSampling(plan->sampling, model_); !status.ok()) return status;
   }
   plan->sampling.prompt_logprobs = call.echo ? plan->sampling.logprobs : -1;
   plan->stop = std::move(call.stop);
@@ -278,7 +219,7 @@ absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateC
 }
 
 absl::Status Generator::MakePrompt(GenerateCall* call, GeneratePlan* plan) const {
-  const bool needs_room = call->fill_context || call->sampling.max_tokens > 0;
+  const bool needs_room = plan->sampling.max_tokens > 0;
   if (const auto* chat = std::get_if<ChatPrompt>(&call->prompt)) {
     absl::StatusOr<std::vector<int32_t>> ids = TokenizeChat(*chat, &plan->reasoning);
     if (!ids.ok()) return ids.status();

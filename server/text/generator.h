@@ -11,10 +11,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
+#include "server/logging.h"
 #include "server/metrics.h"
 #include "server/text/chat_template.h"
 #include "server/text/generate.h"
-#include "server/text/generation_record.h"
 #include "server/text/tokenizer.h"
 
 namespace cachalot {
@@ -32,7 +32,8 @@ struct GeneratorOptions {
   // What the messages of a chat say may spell the template's markers (and any other added token) and so become them.
   // For trusted clients only: theirs is then the power to end a turn and to speak as somebody else.
   bool allow_special_tokens = false;
-  Metrics* metrics = nullptr;  // told of every generation; must outlive the last sink
+  SamplingParams sampling = {};  // of requests that say nothing: protocols begin with it
+  Metrics* metrics = nullptr;    // told of every generation; must outlive the last sink
   RequestLog log = RequestLog::kNone;
 };
 

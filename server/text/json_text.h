@@ -8,8 +8,12 @@
 namespace cachalot {
 
 // Appends `text` as a JSON string, quotes included. `text` is well-formed UTF-8 and stays as it is but for what JSON
-// (RFC 8259, section 7) does not allow.
+// (RFC 8259, section 7) does not allow and for U+0085, U+2028 and U+2029: readers of lines, and so of server-sent
+// events, take these for ends of lines.
 void AppendJsonString(std::string_view text, std::string* out);
+
+// JSON in which those three are escaped: `json` is well-formed, so that they are within strings.
+std::string EscapeLineEnds(std::string json);
 
 }  // namespace cachalot
 

@@ -28,8 +28,14 @@ void ReasoningSplitter::Push(std::string_view piece, ReasoningText* out) {
     out->content.append(piece);
     return;
   }
+  if (!is_sure_) unsure_.append(piece);
   const std::string text = std::exchange(partial_, {}).append(piece);
   PushStart(text, out);
+}
+
+void ReasoningSplitter::BeSure() {
+  is_sure_ = true;
+  unsure_ = {};
 }
 
 void ReasoningSplitter::PushStart(std::string_view text, ReasoningText* out) {
@@ -43,8 +49,8 @@ void ReasoningSplitter::PushStart(std::string_view text, ReasoningText* out) {
     }
     const bool is_marked = rest.starts_with(kThinkOpen);
     text = is_marked ? rest.substr(kThinkOpen.size()) : rest;
-    state_ = is_marked || is_open_ ? State::kLeading : State::kContent;
-    if (state_ == State::kContent) out->content.append(space_);
+    state_ = State::kLeading;
+    if (is_marked) BeSure();
     space_.clear();
   }
   if (state_ == State::kLeading) {
@@ -70,6 +76,7 @@ void ReasoningSplitter::PushInside(std::string_view text, ReasoningText* out) {
     out->reasoning.append(std::exchange(space_, {})).append(body.substr(0, released));
   }
   if (is_closed) {
+    BeSure();
     space_.clear();
     state_ = State::kAfter;
     return PushStart(text.substr(close + kThinkClose.size()), out);
@@ -79,11 +86,14 @@ void ReasoningSplitter::PushInside(std::string_view text, ReasoningText* out) {
 }
 
 void ReasoningSplitter::Flush(ReasoningText* out) {
-  const bool is_reasoning = state_ == State::kInside || (state_ == State::kStart && is_open_);
+  if (!is_sure_) {
+    out->takes_back = state_ == State::kInside;
+    out->content.append(std::exchange(unsure_, {}));
+    return;
+  }
   // NOTE: white space after a <think> that the prompt opened is dropped, whether or not anything follows.
-  if (state_ == State::kStart && is_open_) space_.clear();
-  std::string& part = is_reasoning ? out->reasoning : out->content;
-  part.append(std::exchange(space_, {})).append(std::exchange(partial_, {}));
+  if (state_ == State::kStart) space_.clear();
+  out->reasoning.append(std::exchange(space_, {})).append(std::exchange(partial_, {}));
 }
 
 }  // namespace cachalot

@@ -14,18 +14,23 @@ inline constexpr std::string_view kThinkClose = "</think>";
 // How an answer begins, as its prompt ends.
 enum class ReasoningStart : uint8_t {
   kNever,    // all of it is content
-  kMayOpen,  // it is reasoning if it begins with <think>, after white space or at once
+  kMayOpen,  // the model may think first, with or without a <think> of its own
   kOpen,     // the prompt has opened <think>
 };
 
 // Where text goes: what each of two strings is to be continued with.
 struct ReasoningText {
   std::string reasoning, content;
+  bool takes_back = false;  // all reasoning before was content after all, and is in `content` now
 };
 
 // One answer's splitter; used by one thread at a time. What Push and Flush append in all never depends on how the text
 // was cut into pieces.
 // - The first </think> ends the reasoning; later ones, and <think> anywhere but at the beginning, are ordinary text.
+// - With kMayOpen an answer that does not begin with <think> is reasoning up to the first </think>, or content if none
+//   comes. Nobody can know before: until then it is told as reasoning, with which such models nearly always begin.
+//   Neither do thoughts reach a client as content nor does text wait; an end without </think> takes the reasoning back
+//   and tells all of it as content.
 // - White space (ASCII) right after <think>, right before and right after </think> belongs to neither part; nor does
 //   what stands before a <think> that opens.
 // - With kOpen a <think> that the model repeats at the beginning is dropped.
@@ -33,7 +38,7 @@ struct ReasoningText {
 class ReasoningSplitter {
  public:
   explicit ReasoningSplitter(ReasoningStart start)
-      : is_open_(start == ReasoningStart::kOpen),
+      : is_sure_(start != ReasoningStart::kMayOpen),
         state_(start == ReasoningStart::kNever ? State::kContent : State::kStart) {}
 
   // Appends to `out` what is certain; what could be the beginning of a marker, and white space that a marker could
@@ -48,8 +53,10 @@ class ReasoningSplitter {
 
   void PushStart(std::string_view text, ReasoningText* out);
   void PushInside(std::string_view text, ReasoningText* out);
+  void BeSure();
 
-  const bool is_open_;
+  bool is_sure_;        // that there is reasoning; until then
+  std::string unsure_;  // is all text so far
   State state_;
   std::string space_;    // held back: white space, then
   std::string partial_;  // a proper beginning of a marker

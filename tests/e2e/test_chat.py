@@ -93,9 +93,10 @@ def test_without_a_limit_an_answer_fills_the_context(start):
 
 
 def test_contents_may_be_parts_and_extra_fields_are_accepted(client, server):
-    parts = [{"type": "text", "text": "Hello world, "}, {"type": "text", "text": "who are you?"}]
+    parts = [{"type": "text", "text": "Hello world,"}, {"type": "text", "text": "who are you?"}]
     messages = [MESSAGES[0], {"role": "user", "content": parts, "name": "me"}]
-    assert tokenize(server, messages=messages) == tokenize(server, messages=MESSAGES)
+    lines = [MESSAGES[0], {"role": "user", "content": "Hello world,\nwho are you?"}]
+    assert tokenize(server, messages=messages) == tokenize(server, messages=lines)
     extra = {"user": "u", "metadata": {"a": 1}, "store": False, "x_unknown": [1, {"y": None}], "logit_bias": None}
     chat = client.chat.completions.create(model=server.model, messages=messages, max_tokens=1, extra_body=extra)
     assert chat.usage.completion_tokens == 1

@@ -30,6 +30,17 @@ def test_with_a_server(binary, client, server):
     assert again.stdout == f"{first}\n{first}\n"
 
 
+def test_addresses(binary, server):
+    """With or without what OpenAI's clients have at the end."""
+    arguments = ("--max-tokens", "6", "--temperature", "0")
+    answers = set()
+    for end in ("", "/", "/v1", "/v1/", "//v1//"):
+        result = chat(binary, ["Hello"], "--url", server.url + end, *arguments)
+        assert result.returncode == 0, (end, result.stderr)
+        answers.add(result.stdout)
+    assert len(answers) == 1
+
+
 def test_it_loads_a_model_itself(binary, checkpoint):
     result = chat(binary, ["Hello"], "--model", checkpoint, "--device", "cpu", "--max-tokens", "4", "--system", "Be brief.")
     assert result.returncode == 0, result.stderr

@@ -24,7 +24,7 @@ def post(path, body):
 def test_server_sent_events_byte_for_byte(server):
     body = json.dumps({"prompt": "Hello", "max_tokens": 3, "temperature": 0, "stream": True, "ignore_eos": True}).encode()
     with httpx.stream("POST", f"{server.url}/v1/completions", content=body) as response:
-        assert response.headers["content-type"] == "text/event-stream"
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         text = response.read().decode()
     assert text.endswith("\n\ndata: [DONE]\n\n")
     events = text.removesuffix("\n\n").split("\n\n")
@@ -52,7 +52,7 @@ def test_health_and_version(server):
         assert httpx.get(f"{server.url}{path}").status_code == 200
     assert httpx.get(f"{server.url}/version").json()["version"]
     wrong = httpx.get(f"{server.url}/v1/completions")
-    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST, OPTIONS"
 
 
 def test_tokenize_and_back(server):

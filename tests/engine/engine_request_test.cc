@@ -91,15 +91,18 @@ TEST(ValidateRequestTest, CountsBiasesAndBansTogether) {
   for (int32_t token = 0; token < kMaxTokenBiases - 2; ++token) request.sampling.logit_bias.emplace_back(token, 1.0f);
   request.sampling.stop_token_ids = {7, 3000, 7};
   request.sampling.min_tokens = 1;
-  EXPECT_TRUE(ValidateRequest(request, model, {7}).ok()) << "two ids end the answer";
-  const absl::Status status = ValidateRequest(request, model, {8});
+  model.eos_token_ids = {7};
+  EXPECT_TRUE(ValidateRequest(request, model).ok()) << "two ids end the answer";
+  model.eos_token_ids = {8};
+  const absl::Status status = ValidateRequest(request, model);
+  EXPECT_EQ(status.GetPayload(kFieldUrl), absl::Cord("logit_bias"));
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(status.message()), HasSubstr("1025 tokens"));
   request.sampling.ignore_eos = true;
-  EXPECT_TRUE(ValidateRequest(request, model, {8}).ok());
+  EXPECT_TRUE(ValidateRequest(request, model).ok());
   request.sampling.ignore_eos = false;
   request.sampling.min_tokens = 0;
-  EXPECT_TRUE(ValidateRequest(request, model, {8}).ok());
+  EXPECT_TRUE(ValidateRequest(request, model).ok());
 }
 
 TEST_F(EngineRequestTest, MinTokensHoldsBackEveryEnd) {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "server/http/openai_error.h"
 #include "server/text/json_text.h"
 
 namespace cachalot {
@@ -36,14 +37,36 @@ std::vector<json> EventsOf(const AnswerView& view, const GenerateEvent& event,
 TEST(JsonTextTest, EverythingComesBack) {
   std::string text;
   for (int byte = 0; byte < 0x80; ++byte) text.push_back(static_cast<char>(byte));
-  text += "é鯨🐳\u2028";
+  text += "é鯨🐳…\u00A0";
   std::string out = "x";
   AppendJsonString(text, &out);
   EXPECT_EQ(json::parse(out.substr(1)), json(text));
   EXPECT_NE(out.find("鯨🐳"), std::string::npos);  // not escaped
+  EXPECT_NE(out.find("…\u00A0"), std::string::npos);
   out.clear();
   AppendJsonString("", &out);
   EXPECT_EQ(out, "\"\"");
+}
+
+// Readers of server-sent events may cut lines at these, as Python's str.splitlines does.
+TEST(JsonTextTest, NothingEndsALine) {
+  const std::string text =
+      "a\xC2\x85"
+      "b\u2028c\u2029\u2028";
+  const std::string escaped = R"("a\u0085b\u2028c\u2029\u2028")";
+  std::string out;
+  AppendJsonString(text, &out);
+  EXPECT_EQ(out, escaped);
+  EXPECT_EQ(json::parse(out), json(text));
+  EXPECT_EQ(Dump(text), escaped);
+  GenerateEvent event;
+  event.text = text;
+  event.scores.push_back({.token = 1, .bytes = text, .logprob = -1.0f, .top = {{text, -2.0f}}});
+  std::string bytes;
+  AnswerWriter({.kind = AnswerKind::kChat, .stream = true, .logprobs = true}, text, 7, text)
+      .AppendEvents(0, event, nullptr, {}, &bytes);
+  for (const char* line_end : {"\xC2\x85", "\u2028", "\u2029"}) EXPECT_EQ(bytes.find(line_end), std::string::npos);
+  EXPECT_EQ(Events(bytes).at(0)["choices"][0]["delta"]["content"], text);
 }
 
 TEST(AnswerWriterTest, LogprobsAreFinite) {
@@ -173,6 +196,16 @@ TEST(AnswerWriterTest, EventsJoin) {
   EXPECT_EQ(first.finish_reason, FinishReason::kStop);
   EXPECT_EQ(first.stop_string, "END");
   EXPECT_EQ(first.usage.completion_tokens, 4);
+}
+
+TEST(AnswerWriterTest, ReasoningThatWasNoneIsTakenBack) {
+  GenerateEvent first, last;
+  first.reasoning = "a";
+  last.text = "ab";
+  last.takes_back_reasoning = true;
+  AppendEvent(last, &first);
+  EXPECT_EQ(first.text, "ab");
+  EXPECT_EQ(first.reasoning, "");
 }
 
 }  // namespace

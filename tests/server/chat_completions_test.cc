@@ -25,8 +25,8 @@ class ChatCompletionsTest : public OpenAiServerTest {
 };
 
 std::string RawRequest(const std::string& path, const std::string& body) {
-  return absl::StrCat("POST ", path, " HTTP/1.1\r\nConnection: close\r\nContent-Length: ", body.size(), "\r\n\r\n",
-                      body);
+  return absl::StrCat("POST ", path, " HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: ", body.size(),
+                      "\r\n\r\n", body);
 }
 
 // The data of a stream's events, [DONE] left out.
@@ -62,6 +62,65 @@ TEST_F(ChatCompletionsTest, AllParametersReachTheEngine) {
             256 - static_cast<int>(engine_->requests().at(1).prompt.size()));
 }
 
+// What clients send back of a conversation, and how it is written.
+TEST_F(ChatCompletionsTest, Histories) {
+  Start({.max_model_len = 1 << 20}, /*with_tokenizer=*/true, "v3_0324");
+  const auto written = [this](const std::string& message) {
+    const ClientResponse response =
+        client_->Post("/v1/chat/completions",
+                      absl::StrCat(R"({"max_tokens":1,"messages":[{"role":"user","content":"Hi"},)", message, "]}"));
+    EXPECT_EQ(response.status, 200) << message << response.body;
+    const std::string all = tokenizer_->Decode(engine_->requests().back().prompt, /*skip_special=*/false);
+    const std::string before = "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>";
+    EXPECT_EQ(all.substr(0, before.size()), before);
+    return all.substr(before.size());
+  };
+  const std::string end = "<｜end▁of▁sentence｜>";
+  // Parts of text are lines, whoever speaks.
+  constexpr char kParts[] = R"("content":[{"type":"text","text":"one"},{"type":"text","text":"two"}]})";
+  EXPECT_EQ(written(absl::StrCat(R"({"role":"user",)", kParts)), "<｜User｜>one\ntwo<｜Assistant｜>");
+  EXPECT_EQ(written(absl::StrCat(R"({"role":"assistant",)", kParts)), "one\ntwo" + end + "<｜Assistant｜>");
+  EXPECT_NE(written(absl::StrCat(R"({"role":"tool",)", kParts)).find("<｜tool▁output▁begin｜>one\ntwo<"),
+            std::string::npos);
+  EXPECT_EQ(written(R"({"role":"user","content":[{"type":"text","text":"one"}]})"), "<｜User｜>one<｜Assistant｜>");
+  // An assistant that said nothing, or refused.
+  for (const char* nothing : {"", R"(,"content":null)", R"(,"content":"")", R"(,"content":[])",
+                              R"(,"content":null,"tool_calls":[])", R"(,"content":null,"tool_calls":null)",
+                              R"(,"content":null,"refusal":null,"function_call":null,"audio":null)"}) {
+    EXPECT_EQ(written(absl::StrCat(R"({"role":"assistant")", nothing, "}")), end + "<｜Assistant｜>") << nothing;
+  }
+  for (const char* refusal :
+       {R"("content":null,"refusal":"No.")", R"("content":[{"type":"refusal","refusal":"No."}])"}) {
+    EXPECT_EQ(written(absl::StrCat(R"({"role":"assistant",)", refusal, "}")), "No." + end + "<｜Assistant｜>");
+  }
+  // The older names of a tool's output and of a tool call.
+  EXPECT_EQ(written(R"({"role":"function","name":"look","content":null})"), written(R"({"role":"tool","content":""})"));
+  const std::string function = R"({"name":"look","arguments":"{}"})";
+  EXPECT_EQ(written(absl::StrCat(R"({"role":"assistant","content":null,"function_call":)", function, "}")),
+            written(absl::StrCat(R"({"role":"assistant","tool_calls":[{"function":)", function, "}]}")));
+  EXPECT_NE(written(absl::StrCat(R"({"role":"assistant","function_call":)", function, "}")).find("<｜tool▁sep｜>look"),
+            std::string::npos);
+}
+
+TEST_F(ChatCompletionsTest, MessagesThatCannotBeRead) {
+  Start();
+  for (const char* message :
+       {R"({"role":"user"})", R"({"role":"user","content":null})", R"({"role":"system","content":null})",
+        R"({"role":"tool","content":null})", R"({"role":"user","content":[{"type":"refusal","refusal":"No."}]})",
+        R"({"role":"user","content":[{"type":"text"}]})", R"({"role":"user","content":[{"type":5,"text":"a"}]})",
+        R"({"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]})",
+        R"({"role":"user","content":["a"]})", R"({"role":"assistant","content":5})",
+        R"({"role":"assistant","tool_calls":5})", R"({"role":"assistant","tool_calls":[{"function":{}}]})",
+        R"({"role":"assistant","function_call":"auto"})", R"({"role":"assistant","function_call":{"arguments":"{}"}})",
+        R"({"role":"assistant","function_call":{"name":"f","arguments":{}}})"}) {
+    const ClientResponse response =
+        client_->Post("/v1/chat/completions", absl::StrCat("{\"messages\":[", message, "]}"));
+    EXPECT_EQ(response.status, 400) << message;
+    const std::string param = json::parse(response.body)["error"]["param"];
+    EXPECT_EQ(param.substr(0, 12), "messages[0].") << message;
+  }
+}
+
 TEST_F(ChatCompletionsTest, ReasoningIsApart) {
   std::vector<int32_t> script = Ids("I think</think>\n\nYes");
   const int num_tokens = static_cast<int>(script.size());
@@ -69,6 +128,28 @@ TEST_F(ChatCompletionsTest, ReasoningIsApart) {
   const json answer = Chat(absl::StrCat("\"max_tokens\":", num_tokens));
   EXPECT_EQ(answer["choices"][0]["message"]["content"], "Yes");
   EXPECT_EQ(answer["choices"][0]["message"]["reasoning_content"], "I think");
+}
+
+// Before </think> nobody knows: a stream tells of thought, and in the end of the answer that it was.
+TEST_F(ChatCompletionsTest, AModelMayThinkWithoutAMarker) {
+  for (const auto& [said, reasoning, content, streamed] :
+       {std::tuple("I think</think>\n\nYes", "I think", "Yes", "I think"), std::tuple("Yes", "", "Yes", "Yes")}) {
+    std::vector<int32_t> script = Ids(said);
+    script.push_back(FakeEngine::kEos);
+    Start({.script = script}, /*with_tokenizer=*/true, "r1_0528");
+    const json message = Chat("\"max_tokens\":100")["choices"][0]["message"];
+    EXPECT_EQ(message["content"], content);
+    EXPECT_EQ(message.value("reasoning_content", ""), reasoning);
+    std::string told_reasoning, told_content;
+    for (const json& event :
+         Events(client_->Post("/v1/chat/completions", absl::StrCat("{", kHello, ",\"stream\":true}")).body)) {
+      told_reasoning += event["choices"][0]["delta"].value("reasoning_content", "");
+      told_content += event["choices"][0]["delta"].value("content", "");
+    }
+    EXPECT_EQ(told_reasoning, streamed);
+    EXPECT_EQ(told_content, content);
+    TearDown();
+  }
 }
 
 TEST_F(ChatCompletionsTest, LargeBodiesAreReadToo) {

@@ -51,11 +51,16 @@ TEST_F(GeneratorChatTest, ReasoningIsToldApart) {
     bool thinking;
     std::string answer, reasoning, text;
   } kCases[] = {
-      {"v3", false, thought, "", thought},         {"v3_0324", true, thought, "", thought},
-      {"r1", false, half, "He thinks", "Hello"},   {"r1", false, thought, "He thinks", "Hello"},
-      {"r1_0528", false, half, "", half},          {"r1_0528", false, thought, "He thinks", "Hello"},
-      {"v3_1", true, half, "He thinks", "Hello"},  {"v3_1", false, half, "", half},
-      {"r1", false, "He thinks", "He thinks", ""}, {"r1_0528", false, "Hello", "", "Hello"},
+      {"v3", false, thought, "", thought},
+      {"v3_0324", true, thought, "", thought},
+      {"r1", false, half, "He thinks", "Hello"},
+      {"r1", false, thought, "He thinks", "Hello"},
+      {"r1_0528", false, half, "He thinks", "Hello"},
+      {"r1_0528", false, thought, "He thinks", "Hello"},
+      {"v3_1", true, half, "He thinks", "Hello"},
+      {"v3_1", false, half, "", half},
+      {"r1", false, "He thinks", "He thinks", ""},
+      {"r1_0528", false, "Hello", "", "Hello"},
       {"r1", false, "He </th", "He </th", ""},
   };
   for (const auto& test : kCases) {
@@ -70,6 +75,41 @@ TEST_F(GeneratorChatTest, ReasoningIsToldApart) {
       EXPECT_EQ(answer.text, test.text) << test.name;
       EXPECT_EQ(answer.tokens, script);
     }
+  }
+}
+
+// No template opens <think> after a tool's output; models that think may, or think without.
+TEST_F(GeneratorChatTest, ReasoningAfterATool) {
+  using Role = ChatMessage::Role;
+  GenerateCall call = Call("", 200);
+  call.prompt = ChatPrompt{
+      .messages = {{.role = Role::kUser, .content = "x"},
+                   {.role = Role::kAssistant, .content = {}, .tool_calls = {{.name = "f", .arguments = "{}"}}},
+                   {.role = Role::kTool, .content = "5"}}};
+  const struct {
+    const char* name;
+    bool thinking;
+    std::string answer, reasoning, text;
+  } kCases[] = {
+      {"r1", false, "Five?</think>Five", "Five?", "Five"},
+      {"r1", false, "<think>Five?</think>Five", "Five?", "Five"},
+      {"r1", false, "Five", "", "Five"},
+      {"r1_0528", false, "Five?</think>Five", "Five?", "Five"},
+      {"v3_1", true, "Five?</think>Five", "Five?", "Five"},
+      {"v3_1", true, "Five", "", "Five"},
+      {"v3_1", false, "Five", "", "Five"},
+      {"v3_1", false, "Five?</think>Five", "", "Five?</think>Five"},
+      {"v3", false, "Five?</think>Five", "", "Five?</think>Five"},
+  };
+  for (const auto& test : kCases) {
+    std::get<ChatPrompt>(call.prompt).thinking = test.thinking;
+    std::vector<int32_t> script = Ids(test.answer);
+    script.push_back(FakeEngine::kEos);
+    const Answer answer = Run({.script = script, .max_model_len = 1000}, call, tokenizer_.get(), With(test.name));
+    EXPECT_EQ(answer.reasoning, test.reasoning) << test.name << ": " << test.answer;
+    EXPECT_EQ(answer.text, test.text) << test.name << ": " << test.answer;
+    EXPECT_EQ(answer.last.takes_back_reasoning,
+              test.text == "Five" && test.reasoning.empty() && answer.pieces[0].empty());
   }
 }
 

@@ -33,6 +33,7 @@ class Collector {
     return [this](GenerateEvent event) {
       std::lock_guard lock(mutex_);
       EXPECT_FALSE(is_done_) << "an event after the last";
+      if (event.takes_back_reasoning) answer_.reasoning.clear();
       answer_.text += event.text;
       answer_.reasoning += event.reasoning;
       answer_.pieces.push_back(event.text);

@@ -64,6 +64,20 @@ TEST_F(GrpcChatTest, StreamsReasoningAndText) {
   EXPECT_EQ(response.usage().prompt_tokens(), static_cast<int64_t>(sent.prompt.size()));
 }
 
+TEST_F(GrpcChatTest, AnAnswerWithoutThoughtHasNone) {
+  Start({.script = Script("Hello world")}, "r1_0528");
+  grpc::ClientContext context, stream_context;
+  v1::ChatUnaryResponse whole;
+  ASSERT_TRUE(stub_->ChatUnary(&context, Chat("Hi"), &whole).ok());
+  EXPECT_EQ(whole.answers(0).reasoning(), "");
+  EXPECT_EQ(whole.answers(0).text(), "Hello world");
+  const auto reader = stub_->Chat(&stream_context, Chat("Hi"));
+  std::string text;
+  for (v1::ChatResponse response; reader->Read(&response);) text += response.text();
+  EXPECT_TRUE(reader->Finish().ok());
+  EXPECT_EQ(text, "Hello world");
+}
+
 TEST_F(GrpcChatTest, AConversationIsWrittenAsItWasSent) {
   Start({}, "v3_1");
   v1::ChatRequest request = Chat("Weather?");
@@ -157,6 +171,51 @@ TEST_F(GrpcChatTest, WhatARequestAsksReachesTheEngine) {
   EXPECT_EQ(sent.sampling.logit_bias, (std::vector<std::pair<int32_t, float>>{{7, -2.5f}}));
   EXPECT_EQ(sent.priority, -4);
   EXPECT_LT(absl::AbsDuration(sent.deadline - deadline), absl::Seconds(5));
+}
+
+// A field that is set counts, whatever its value; one that is not is the checkpoint's to say.
+TEST_F(GrpcChatTest, DefaultsMayBeTheCheckpoints) {
+  Start({}, "v3", UnusualSampling());
+  const auto sampling_of = [this](const v1::SamplingParams& sampling) {
+    v1::ChatRequest request = Chat("Hi");
+    *request.mutable_sampling() = sampling;
+    grpc::ClientContext context;
+    v1::ChatUnaryResponse response;
+    EXPECT_TRUE(stub_->ChatUnary(&context, request, &response).ok());
+    return engine_->requests().back().sampling;
+  };
+  const SamplingParams silent = sampling_of({});
+  EXPECT_EQ(silent.temperature, 0.6f);
+  EXPECT_EQ(silent.top_p, 0.95f);
+  EXPECT_EQ(silent.top_k, 20);
+  EXPECT_EQ(silent.min_p, 0.1f);
+  EXPECT_EQ(silent.repetition_penalty, 1.2f);
+  v1::SamplingParams sampling;
+  sampling.set_temperature(0);
+  sampling.set_top_p(1);
+  sampling.set_top_k(0);
+  sampling.set_min_p(0);
+  sampling.set_repetition_penalty(1);
+  const SamplingParams said = sampling_of(sampling);
+  EXPECT_EQ(said.temperature, 0.0f);
+  EXPECT_EQ(said.top_p, 1.0f);
+  EXPECT_EQ(said.top_k, 0);
+  EXPECT_EQ(said.min_p, 0.0f);
+  EXPECT_EQ(said.repetition_penalty, 1.0f);
+  EXPECT_TRUE(Complete(TextRequest("x", 1)).status.ok());
+  EXPECT_EQ(engine_->requests().back().sampling.temperature, 0.6f);
+}
+
+TEST_F(GrpcChatTest, AnAssistantMayHaveSaidNothing) {
+  Start({}, "v3_0324");
+  v1::ChatRequest request = Chat("Hi");
+  request.mutable_prompt()->add_messages()->set_role("assistant");
+  *request.mutable_prompt()->add_messages() = Chat("Hi").prompt().messages(0);
+  grpc::ClientContext context;
+  v1::ChatUnaryResponse response;
+  ASSERT_TRUE(stub_->ChatUnary(&context, request, &response).ok());
+  EXPECT_EQ(tokenizer_->Decode(engine_->requests().at(0).prompt, /*skip_special=*/false),
+            "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><｜end▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>");
 }
 
 TEST_F(GrpcChatTest, ErrorsNameTheField) {

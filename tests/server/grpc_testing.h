@@ -25,13 +25,14 @@ namespace cachalot {
 
 class GrpcTest : public testing::Test {
  protected:
-  void Start(FakeEngineOptions options = {}, std::string_view chat_template = "") {
+  void Start(FakeEngineOptions options = {}, std::string_view chat_template = "", const SamplingParams& sampling = {}) {
     auto tokenizer = Tokenizer::Load(CACHALOT_TEST_DATA_DIR "/golden/data/v3_like");
     ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
     tokenizer_ = std::move(*tokenizer);
     engine_ = std::make_unique<FakeEngine>(std::move(options));
-    generator_ = std::make_unique<Generator>(engine_.get(), tokenizer_.get(),
-                                             GeneratorOptions{.chat_template = ChatTemplate::ParseName(chat_template)});
+    generator_ = std::make_unique<Generator>(
+        engine_.get(), tokenizer_.get(),
+        GeneratorOptions{.chat_template = ChatTemplate::ParseName(chat_template), .sampling = sampling});
     auto server = GrpcServer::Start("127.0.0.1", 0, generator_.get(), "model");
     ASSERT_TRUE(server.ok()) << server.status();
     server_ = std::move(*server);

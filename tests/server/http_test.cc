@@ -121,7 +121,8 @@ TEST_F(HttpTest, LargeBodiesBothWays) {
 
 TEST_F(HttpTest, HttpOneZeroAndConnectionCloseAreClosedAfterwards) {
   Start();
-  for (const char* request : {"GET /path/a HTTP/1.0\r\n\r\n", "GET /path/a HTTP/1.1\r\nConnection: close\r\n\r\n"}) {
+  for (const char* request :
+       {"GET /path/a HTTP/1.0\r\n\r\n", "GET /path/a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"}) {
     RawHttpClient client(server_->port());
     client.Send(request);
     const ClientResponse response = client.ReadResponse();
@@ -134,7 +135,7 @@ TEST_F(HttpTest, HttpOneZeroAndConnectionCloseAreClosedAfterwards) {
 TEST_F(HttpTest, ContinuesWhenAsked) {
   Start();
   RawHttpClient client(server_->port());
-  client.Send("POST /echo HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n");
+  client.Send("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n");
   EXPECT_EQ(client.ReadResponse().status, 100);
   client.Send("hi");
   EXPECT_EQ(client.ReadResponse().body, "hi");
@@ -148,9 +149,9 @@ TEST_F(HttpTest, RoutesByPathAndMethod) {
   EXPECT_EQ(client.Get("/nothing").status, 404);
   const ClientResponse response = client.Get("/echo");
   EXPECT_EQ(response.status, 405);
-  EXPECT_EQ(response.headers.at("allow"), "POST");
+  EXPECT_EQ(response.headers.at("allow"), "POST, OPTIONS");
   EXPECT_EQ(client.Get("/drop").status, 500);
-  client.Send("HEAD /path/a HTTP/1.1\r\n\r\n");
+  client.Send("HEAD /path/a HTTP/1.1\r\nHost: x\r\n\r\n");
   const ClientResponse head = client.ReadResponse(/*is_head=*/true);
   EXPECT_EQ(head.status, 200);
   EXPECT_EQ(head.headers.at("content-length"), "8");
@@ -159,12 +160,14 @@ TEST_F(HttpTest, RoutesByPathAndMethod) {
 
 TEST_F(HttpTest, RefusesWhatIsNoHttp) {
   Start();
-  for (const char* bytes : {"hello\r\n\r\n", "GET / HTTP/3.0\r\n\r\n",
-                            "POST /echo HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-                            "GET / HTTP/1.1\r\nbad header\r\n\r\n", "POST /echo HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-                            "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03"
-                            "\x03\r\n\r\n",
-                            "POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"}) {
+  for (const char* bytes :
+       {"hello\r\n\r\n", "GET / HTTP/3.0\r\n\r\n",
+        "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n",
+        "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03"
+        "\x03\r\n\r\n",
+        "POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"}) {
     RawHttpClient client(server_->port());
     client.Send(bytes);
     EXPECT_EQ(client.ReadResponse().status, 400) << bytes;
@@ -178,12 +181,12 @@ TEST_F(HttpTest, LimitsHeadersAndBodies) {
   Start();
   {
     RawHttpClient client(server_->port());
-    client.Send(absl::StrCat("GET /path/a HTTP/1.1\r\nX: ", std::string(3000, 'x'), "\r\n\r\n"));
+    client.Send(absl::StrCat("GET /path/a HTTP/1.1\r\nHost: x\r\nX: ", std::string(3000, 'x'), "\r\n\r\n"));
     EXPECT_EQ(client.ReadResponse().status, 431);
   }
   {
     RawHttpClient client(server_->port());
-    client.Send(absl::StrCat("GET /", std::string(3000, 'x'), " HTTP/1.1\r\n\r\n"));
+    client.Send(absl::StrCat("GET /", std::string(3000, 'x'), " HTTP/1.1\r\nHost: x\r\n\r\n"));
     EXPECT_EQ(client.ReadResponse().status, 431);
   }
   {
@@ -194,7 +197,7 @@ TEST_F(HttpTest, LimitsHeadersAndBodies) {
   }
   {
     RawHttpClient client(server_->port());
-    client.Send("POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n");
+    client.Send("POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n");
     for (int i = 0; i < 5; ++i) client.Send(absl::StrCat("bb8\r\n", std::string(3000, 'x'), "\r\n"));
     EXPECT_EQ(client.ReadResponse().status, 413);
   }
@@ -206,7 +209,7 @@ TEST_F(HttpTest, HalfSentRequestsTimeOut) {
   options_.header_timeout = absl::Milliseconds(200);
   options_.body_timeout = absl::Milliseconds(200);
   Start();
-  for (const char* bytes : {"GET /pa", "POST /echo HTTP/1.1\r\nContent-Length: 5\r\n\r\nhel"}) {
+  for (const char* bytes : {"GET /pa", "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhel"}) {
     RawHttpClient client(server_->port());
     client.Send(bytes);
     EXPECT_EQ(client.ReadResponse().status, 408);
@@ -239,7 +242,7 @@ TEST_F(HttpTest, IdleConnectionsAreClosedSilently) {
 TEST_F(HttpTest, StreamsInChunks) {
   Start();
   RawHttpClient client(server_->port());
-  client.Send("GET /hold HTTP/1.1\r\n\r\n");
+  client.Send("GET /hold HTTP/1.1\r\nHost: x\r\n\r\n");
   const auto responder = Held();
   responder->Begin({.content_type = "text/event-stream", .body = "", .headers = {{"Cache-Control", "no-cache"}}});
   ASSERT_TRUE(client.ReadUntil("\r\n\r\n"));  // the head comes before the first byte of the body
@@ -280,7 +283,7 @@ TEST_F(HttpTest, NoticesClientsThatLeave) {
     ASSERT_TRUE(server.Bind().ok());
     ASSERT_TRUE(server.Start().ok());
     RawHttpClient client(server.port());
-    client.Send("GET / HTTP/1.1\r\n\r\n");
+    client.Send("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
     ASSERT_TRUE(arrived.Wait());
     EXPECT_FALSE(gone.Wait(std::chrono::milliseconds(50)));
     is_reset ? client.Reset() : client.Close();
@@ -294,7 +297,7 @@ TEST_F(HttpTest, NoticesClientsThatLeave) {
 TEST_F(HttpTest, AClientThatClosesItsSendingHalfStillGetsAnAnswer) {
   Start();
   RawHttpClient client(server_->port());
-  client.Send("GET /path/a HTTP/1.1\r\n\r\nGET /path/b HTTP/1.1\r\n\r\n");
+  client.Send("GET /path/a HTTP/1.1\r\nHost: x\r\n\r\nGET /path/b HTTP/1.1\r\nHost: x\r\n\r\n");
   client.CloseSendingHalf();
   EXPECT_EQ(client.ReadResponse().body, "/path/a|");
   EXPECT_EQ(client.ReadResponse().body, "/path/b|");
@@ -305,7 +308,7 @@ TEST_F(HttpTest, SlowReadersAreCutOff) {
   options_.write_timeout = absl::Milliseconds(300);
   Start();
   RawHttpClient client(server_->port(), /*receive_buffer_bytes=*/4096);
-  client.Send("GET /hold HTTP/1.1\r\n\r\n");
+  client.Send("GET /hold HTTP/1.1\r\nHost: x\r\n\r\n");
   const auto responder = Held();
   responder->Begin({.body = "", .headers = {}});
   const absl::Time start = absl::Now();
@@ -318,7 +321,7 @@ TEST_F(HttpTest, ReadersThatAreOnlySlowGetEverything) {
   options_.write_timeout = absl::Milliseconds(500);
   Start();
   RawHttpClient client(server_->port(), /*receive_buffer_bytes=*/32 << 10);
-  client.Send("GET /hold HTTP/1.1\r\nConnection: close\r\n\r\n");
+  client.Send("GET /hold HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
   const auto responder = Held();
   responder->Begin({.body = "", .headers = {}});
   for (int i = 0; i < 400; ++i) responder->Write(std::string(16 << 10, 'x'));
@@ -330,30 +333,87 @@ TEST_F(HttpTest, ReadersThatAreOnlySlowGetEverything) {
   EXPECT_EQ(client.ReadResponse().body.size(), size_t{400} * (16 << 10));
 }
 
-// What a writer sees of a client that does not read: a backlog, which is gone once it has read.
-// A body whose length is not known must not be taken for the next request.
+// A body whose length is not known must not be taken for the next request, and one in a coding not for what was sent.
 TEST_F(HttpTest, RefusesUnknownTransferCodings) {
   Start();
-  for (const char* coding : {"gzip", "xchunked", "identity"}) {
+  for (const char* coding : {"gzip", "xchunked", "identity", "gzip, chunked", "chunked, chunked", "chunked, gzip", "",
+                             "gzip\r\nTransfer-Encoding: chunked"}) {
     RawHttpClient client(server_->port());
-    client.Send(
-        absl::StrCat("POST /echo HTTP/1.1\r\nTransfer-Encoding: ", coding, "\r\n\r\nGET /path/a HTTP/1.1\r\n\r\n"));
+    client.Send(absl::StrCat("POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: ", coding,
+                             "\r\n\r\nGET /path/a HTTP/1.1\r\nHost: x\r\n\r\n"));
     EXPECT_EQ(client.ReadResponse().status, 501) << coding;
     EXPECT_EQ(client.ReadResponse().status, 0) << coding;  // closed
   }
 }
 
+TEST_F(HttpTest, RefusesContentCodings) {
+  Start();
+  const auto status_of = [this](std::string_view header, std::string_view body) {
+    RawHttpClient client(server_->port());
+    client.Send(absl::StrCat("POST /echo HTTP/1.1\r\nHost: x\r\n", std::string(header), std::string(body)));
+    return client.ReadResponse().status;
+  };
+  constexpr char kPlain[] = "Content-Length: 2\r\n\r\nhi", kChunked[] = "Transfer-Encoding: Chunked\r\n\r\n0\r\n\r\n";
+  for (const char* body : {kPlain, kChunked}) {
+    EXPECT_EQ(status_of("Content-Encoding: gzip\r\n", body), 415);
+    EXPECT_EQ(status_of("Content-Encoding: identity, br\r\n", body), 415);
+    EXPECT_EQ(status_of("Content-Encoding: identity\r\nContent-Encoding: zstd\r\n", body), 415);
+    EXPECT_EQ(status_of("Content-Encoding: Identity\r\n", body), 200);
+    EXPECT_EQ(status_of("", body), 200);
+  }
+  // Of a client that asks first, nothing is taken.
+  EXPECT_EQ(status_of("Content-Encoding: gzip\r\nExpect: 100-continue\r\n", "Content-Length: 2\r\n\r\n"), 415);
+}
+
+TEST_F(HttpTest, WantsOneHost) {
+  Start();
+  const std::pair<const char*, int> kCases[] = {
+      {"1.1\r\n", 400},
+      {"1.1\r\nHost: a\r\nHost: b\r\n", 400},
+      {"1.1\r\nHost: a\r\nX: y\r\nhost: a\r\n", 400},
+      {"1.0\r\nHost: a\r\nHost: a\r\n", 400},
+      {"1.1\r\nHost: a\r\n", 200},
+      {"1.1\r\nHost:\r\n", 200},
+      {"1.0\r\n", 200},
+  };
+  for (const auto& [head, status] : kCases) {
+    RawHttpClient client(server_->port());
+    client.Send(absl::StrCat("GET /path/a HTTP/", head, "\r\n"));
+    EXPECT_EQ(client.ReadResponse().status, status) << head;
+    if (status == 400) {
+      EXPECT_TRUE(client.IsClosedByServer()) << head;
+    }
+  }
+}
+
+TEST_F(HttpTest, TellsMethods) {
+  Start();
+  RawHttpClient client(server_->port());
+  for (const auto& [target, allow] :
+       {std::pair("/echo", "POST, OPTIONS"), std::pair("/path/a", "GET, HEAD, OPTIONS")}) {
+    client.Send(absl::StrCat("OPTIONS ", target, " HTTP/1.1\r\nHost: x\r\n\r\n"));
+    const ClientResponse response = client.ReadResponse();
+    EXPECT_EQ(response.status, 200);
+    EXPECT_EQ(response.headers.at("allow"), allow);
+    EXPECT_EQ(response.headers.at("content-length"), "0");
+  }
+  client.Send("OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\nOPTIONS /nothing HTTP/1.1\r\nHost: x\r\n\r\n");
+  EXPECT_EQ(client.ReadResponse().status, 200);
+  EXPECT_EQ(client.ReadResponse().status, 404);
+}
+
 TEST_F(HttpTest, TakesAbsoluteTargets) {
   Start();
   RawHttpClient client(server_->port());
-  client.Send("GET http://host:1/path/a?b HTTP/1.1\r\n\r\n");
+  client.Send("GET http://host:1/path/a?b HTTP/1.1\r\nHost: x\r\n\r\n");
   EXPECT_EQ(client.ReadResponse().body, "/path/a|b");
 }
 
+// What a writer sees of a client that does not read: a backlog, which is gone once it has read.
 TEST_F(HttpTest, TellsItsBacklog) {
   Start();
   RawHttpClient client(server_->port(), /*receive_buffer_bytes=*/4096);
-  client.Send("GET /hold HTTP/1.1\r\n\r\n");
+  client.Send("GET /hold HTTP/1.1\r\nHost: x\r\n\r\n");
   const auto responder = Held();
   responder->Write("early ");  // joins what Begin starts
   responder->Begin({.body = "", .headers = {}});
@@ -384,7 +444,7 @@ TEST_F(HttpTest, StopsAfterTheAnswersInProgress) {
   Start();
   RawHttpClient idle(server_->port()), busy(server_->port());
   EXPECT_EQ(idle.Get("/path/a").status, 200);
-  busy.Send("GET /hold HTTP/1.1\r\n\r\n");
+  busy.Send("GET /hold HTTP/1.1\r\nHost: x\r\n\r\n");
   std::shared_ptr<HttpResponder> responder = Held();
   responder->Begin({.body = "begun ", .headers = {}});
   std::thread stopper([this] { server_->Stop(absl::Seconds(10)); });
@@ -402,7 +462,7 @@ TEST_F(HttpTest, StopsAfterTheAnswersInProgress) {
 TEST_F(HttpTest, StopDoesNotWaitForever) {
   Start();
   RawHttpClient client(server_->port());
-  client.Send("GET /hold HTTP/1.1\r\n\r\n");
+  client.Send("GET /hold HTTP/1.1\r\nHost: x\r\n\r\n");
   Held();
   const absl::Time start = absl::Now();
   server_->Stop(absl::Milliseconds(200));

@@ -52,16 +52,44 @@ TEST(HistogramTest, CountsUpToEachBound) {
             "h_count{a=\"b\"} 6\n");
 }
 
+// What a rate is computed from moves with every observation, however much has been observed.
+TEST(HistogramTest, KeepsItsDigits) {
+  static constexpr double kBounds[] = {.001, .025, 20000, 100000};
+  Histogram histogram(kBounds);
+  const auto render = [&histogram] {
+    std::string text;
+    histogram.Render("h", "", &text);
+    return text;
+  };
+  for (const char* bound : {"0.001", "0.025", "20000", "100000"}) {
+    EXPECT_NE(render().find(std::string("le=\"") + bound + "\"} 0\n"), std::string::npos) << bound;
+  }
+  histogram.Observe(1016106);
+  EXPECT_NE(render().find("h_sum{} 1016106\n"), std::string::npos) << render();
+  histogram.Observe(123456789012345);
+  histogram.Observe(0.125);
+  EXPECT_NE(render().find("h_sum{} 123456790028451.12\n"), std::string::npos) << render();
+}
+
+TEST(MetricsTest, GaugesAndCountersKeepTheirDigits) {
+  EngineStats stats;
+  stats.prompt_tokens = 1016106;
+  stats.blocks_total = 1'000'003;
+  stats.blocks_used = 333'335;
+  const std::string page = Metrics().Render("m", stats, {});
+  EXPECT_NE(page.find("vllm:prompt_tokens_total{model_name=\"m\",engine=\"0\"} 1016106\n"), std::string::npos);
+  EXPECT_NE(page.find("vllm:kv_cache_usage_perc{model_name=\"m\",engine=\"0\"} 0.333333999998"), std::string::npos);
+}
+
 TEST(MetricsTest, OneGeneration) {
   Metrics metrics;
   const absl::Time start = absl::UnixEpoch();
   GenerationTimes times{.start = start};
-  metrics.OnStart(7, 16);
   metrics.OnTokens(0, start + absl::Seconds(1), &times);  // nothing
   metrics.OnTokens(1, start + absl::Seconds(2), &times);
   metrics.OnTokens(2, start + absl::Seconds(3), &times);  // accepted drafts share the time
   const RequestTimes engine = {absl::Seconds(0.5), absl::Seconds(1.5), absl::Seconds(1), 1};
-  metrics.OnEnd(FinishReason::kStop, 3, engine, start + absl::Seconds(4), times);
+  metrics.OnEnd(FinishReason::kStop, {7, 16, 3}, engine, start + absl::Seconds(4), times);
   EngineStats stats;
   stats.running = 2;
   stats.blocks_total = 8;
@@ -91,6 +119,7 @@ TEST(MetricsTest, OneGeneration) {
   EXPECT_EQ(sample("vllm:request_queue_time_seconds_sum"), 0.5);
   EXPECT_EQ(sample("vllm:request_inference_time_seconds_sum"), 2.5);
   EXPECT_EQ(sample("vllm:request_prompt_tokens_sum"), 7);
+  EXPECT_EQ(sample("vllm:request_params_max_tokens_sum"), 16);
   EXPECT_EQ(sample("vllm:request_generation_tokens_sum"), 3);
   EXPECT_EQ(sample("vllm:request_num_preemptions_bucket", ",le=\"0\""), 0);
   EXPECT_EQ(sample("vllm:request_num_preemptions_bucket", ",le=\"1\""), 1);

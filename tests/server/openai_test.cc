@@ -46,7 +46,7 @@ class OpenAiTest : public OpenAiServerTest {
     body["stream"] = true;
     const ClientResponse response = client_->Post("/v1/completions", body.dump());
     EXPECT_EQ(response.status, 200) << response.body;
-    EXPECT_EQ(response.headers.at("content-type"), "text/event-stream");
+    EXPECT_EQ(response.headers.at("content-type"), "text/event-stream; charset=utf-8");
     return Events(response.body);
   }
 };
@@ -73,6 +73,31 @@ TEST_F(OpenAiTest, DefaultsAreThoseOfOpenAi) {
   EXPECT_EQ(sampling.logprobs, -1);
   Complete({{"prompt", "x"}});
   EXPECT_NE(engine_->requests().at(1).sampling.seed, sampling.seed);  // random unless given
+}
+
+TEST_F(OpenAiTest, DefaultsMayBeTheCheckpoints) {
+  Start({}, /*with_tokenizer=*/true, "v3", UnusualSampling());
+  const auto sampling_of = [this](const char* path, const json& body) {
+    EXPECT_EQ(client_->Post(path, body.dump()).status, 200);
+    return engine_->requests().back().sampling;
+  };
+  const json messages = {{{"role", "user"}, {"content", "x"}}};
+  for (const SamplingParams& silent : {sampling_of("/v1/completions", {{"prompt", "x"}, {"top_p", nullptr}}),
+                                       sampling_of("/v1/chat/completions", {{"messages", messages}})}) {
+    EXPECT_EQ(silent.temperature, 0.6f);
+    EXPECT_EQ(silent.top_p, 0.95f);
+    EXPECT_EQ(silent.top_k, 20);
+    EXPECT_EQ(silent.min_p, 0.1f);
+    EXPECT_EQ(silent.repetition_penalty, 1.2f);
+  }
+  const SamplingParams said = sampling_of(
+      "/v1/completions",
+      {{"prompt", "x"}, {"temperature", 1}, {"top_p", 1}, {"top_k", -1}, {"min_p", 0}, {"repetition_penalty", 1}});
+  EXPECT_EQ(said.temperature, 1.0f);
+  EXPECT_EQ(said.top_p, 1.0f);
+  EXPECT_EQ(said.top_k, 0);
+  EXPECT_EQ(said.min_p, 0.0f);
+  EXPECT_EQ(said.repetition_penalty, 1.0f);
 }
 
 TEST_F(OpenAiTest, AllParametersReachTheEngine) {
@@ -206,6 +231,23 @@ TEST_F(OpenAiTest, StreamsUsageWhenAsked) {
   EXPECT_EQ(events[5], "[DONE]");
 }
 
+TEST_F(OpenAiTest, ContinuousUsageIsThatOfAChoice) {
+  Start({.script = Ids("Hello world")});
+  const auto events = Stream({{"prompt", {{3, 4}, {5}}},
+                              {"max_tokens", 2},
+                              {"n", 2},
+                              {"stream_options", {{"include_usage", true}, {"continuous_usage_stats", true}}}});
+  ASSERT_EQ(events.size(), 10u);
+  int num_events[4] = {};
+  for (int i = 0; i < 8; ++i) {
+    const json chunk = Parse(events[i]);
+    const int index = chunk["choices"][0]["index"], prompt = index < 2 ? 2 : 1, answer = ++num_events[index];
+    EXPECT_EQ(chunk["usage"],
+              json({{"prompt_tokens", prompt}, {"completion_tokens", answer}, {"total_tokens", prompt + answer}}));
+  }
+  EXPECT_EQ(Parse(events[8])["usage"], json({{"prompt_tokens", 3}, {"completion_tokens", 8}, {"total_tokens", 11}}));
+}
+
 TEST_F(OpenAiTest, AStreamEqualsTheWholeAnswer) {
   Start({.script = Ids("the cat é中 sat on 123 worlds"), .tokens_per_delta = 3});
   const json body = {{"prompt", "Hello"}, {"max_tokens", 40}, {"echo", true},
@@ -247,6 +289,19 @@ TEST_F(OpenAiTest, AFullQueueAsksToComeBack) {
   EXPECT_EQ(response.headers.at("retry-after"), "1");
   EXPECT_EQ(Parse(response.body)["error"]["code"], "rate_limit_exceeded");
   EXPECT_TRUE(engine_->AwaitCancels(2));
+  EXPECT_TRUE(engine_->AwaitIdle());
+  // The two that were taken have ended; the third was nothing that a histogram should know of.
+  ClientResponse page;
+  const std::string labels = "{model_name=\"org/model\",engine=\"0\"} ";
+  const auto has = [&page, &labels](const char* name, int value) {
+    return page.body.find(absl::StrCat("vllm:", name, labels, value, "\n")) != std::string::npos;
+  };
+  while (page = client_->Get("/metrics"), page.status == 200 && has("request_generation_tokens_count", 1)) {
+  }
+  for (const char* name : {"request_prompt_tokens_count", "request_params_max_tokens_count",
+                           "request_generation_tokens_count", "e2e_request_latency_seconds_count"}) {
+    EXPECT_TRUE(has(name, 2)) << name << page.body;
+  }
 }
 
 TEST_F(OpenAiTest, AClientThatLeavesCancelsItsRequests) {
@@ -367,6 +422,11 @@ constexpr WrongRequest kWrongRequests[] = {
     {R"({"prompt": "x", "max_tokens": 0})", 400, "max_tokens", nullptr},
     {R"({"prompt": "x", "max_tokens": 1.5})", 400, "max_tokens", nullptr},
     {R"({"prompt": "x", "max_tokens": "5"})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": true})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": 1e300})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": 5e9})", 400, "max_tokens", nullptr},
+    {R"({"prompt": "x", "max_tokens": 18446744073709551615})", 400, "max_tokens", nullptr},
+    {R"({"prompt": [1e10]})", 400, "prompt", nullptr},
     {R"({"prompt": "x", "max_tokens": 99999999999})", 400, "max_tokens", nullptr},
     {R"({"prompt": "x", "temperature": -1})", 400, "temperature", nullptr},
     {R"({"prompt": "x", "temperature": 1e39})", 400, "temperature", nullptr},
@@ -432,6 +492,69 @@ TEST_F(OpenAiTest, FieldsThatAskForNothingAreAccepted) {
             {"logit_bias", json::object()},
             {"n", 1},
             {"response_format", {{"type", "text"}}}});
+  for (const char* field : {R"("length_penalty": 1)",
+                            R"("length_penalty": 1.0)",
+                            R"("use_beam_search": false)",
+                            R"("guided_json": "")",
+                            R"("guided_choice": [])",
+                            R"("structured_outputs": {})",
+                            R"("structured_outputs": {"json": null, "regex": ""})",
+                            R"("truncate_prompt_tokens": -1)",
+                            R"("response_format": {})",
+                            R"("prompt_logprobs": 0)",
+                            R"("bad_words": [])",
+                            R"("json_schema": null)",
+                            R"("chat_template": "")",
+                            R"("tools": [])",
+                            R"("tools": [{"type": "function"}], "tool_choice": "none")",
+                            R"("functions": [{"name": "f"}], "function_call": "none")",
+                            R"("max_tokens": 16.0)",
+                            R"("n": 1.0)",
+                            R"("top_k": -1.0)",
+                            R"("seed": 5.0)",
+                            R"("stop_token_ids": [5.0])",
+                            R"("priority": -2.0)"}) {
+    const ClientResponse response = client_->Post("/v1/completions", absl::StrCat("{\"prompt\": [3.0], ", field, "}"));
+    EXPECT_EQ(response.status, 200) << field << response.body;
+  }
+  EXPECT_EQ(engine_->requests().at(17).sampling.max_tokens, 16);
+  EXPECT_EQ(engine_->requests().at(20).sampling.seed, 5u);
+  EXPECT_EQ(engine_->requests().back().prompt, std::vector<int32_t>({3}));
+}
+
+TEST_F(OpenAiTest, FieldsThatAskForWhatIsNotDoneAreRefused) {
+  Start();
+  for (const auto& [name, value] : std::vector<std::pair<const char*, json>>{{"length_penalty", 1.5},
+                                                                             {"length_penalty", 0},
+                                                                             {"use_beam_search", true},
+                                                                             {"guided_json", "{}"},
+                                                                             {"guided_json", {{"type", "object"}}},
+                                                                             {"guided_choice", {""}},
+                                                                             {"structured_outputs", {{"regex", "a"}}},
+                                                                             {"truncate_prompt_tokens", 0},
+                                                                             {"truncate_prompt_tokens", 5},
+                                                                             {"prompt_logprobs", 1},
+                                                                             {"prompt_logprobs", -1},
+                                                                             {"tools", {{{"type", "function"}}}},
+                                                                             {"functions", {{{"name", "f"}}}}}) {
+    const ClientResponse response = client_->Post("/v1/completions", json({{"prompt", "x"}, {name, value}}).dump());
+    EXPECT_EQ(response.status, 400) << name << value;
+    EXPECT_EQ(Parse(response.body)["error"]["param"], name);
+  }
+  EXPECT_TRUE(engine_->requests().empty());
+}
+
+// -1, as vLLM and its clients have it, is no seed; every other number is one.
+TEST_F(OpenAiTest, SeedsThatAreRandom) {
+  Start();
+  const auto seed_of = [this](const char* seed) {
+    EXPECT_EQ(client_->Post("/v1/completions", absl::StrCat("{\"prompt\": \"x\", \"seed\": ", seed, "}")).status, 200);
+    return engine_->requests().back().sampling.seed;
+  };
+  for (const char* random : {"-1", "-1.0", "null"}) EXPECT_NE(seed_of(random), seed_of(random)) << random;
+  EXPECT_EQ(seed_of("0"), 0u);
+  EXPECT_EQ(seed_of("-2"), static_cast<uint64_t>(-2));
+  EXPECT_EQ(seed_of("18446744073709551615"), ~uint64_t{0});
 }
 
 TEST_F(OpenAiTest, ErrorsBelowTheApiHaveItsForm) {

@@ -32,12 +32,14 @@ class OpenAiServerTest : public testing::Test {
     server_->Stop(absl::ZeroDuration());
   }
 
-  // Serves "org/model"; `chat_template` by name.
-  void Start(FakeEngineOptions options = {}, bool with_tokenizer = true, const char* chat_template = "v3") {
+  // Serves "org/model"; `chat_template` by name; `sampling`: of requests that say nothing.
+  void Start(FakeEngineOptions options = {}, bool with_tokenizer = true, const char* chat_template = "v3",
+             const SamplingParams& sampling = {}) {
     engine_ = std::make_unique<FakeEngine>(std::move(options));
     GeneratorOptions generator_options;
     generator_options.chat_template = ChatTemplate::ParseName(chat_template);
     generator_options.metrics = &metrics_;
+    generator_options.sampling = sampling;
     generator_ =
         std::make_unique<Generator>(engine_.get(), with_tokenizer ? tokenizer_.get() : nullptr, generator_options);
     api_ = std::make_unique<OpenAiApi>(generator_.get(), &metrics_, "org/model", "/models/model", "1.2.3");

@@ -97,6 +97,13 @@ TEST(OptionsTest, AllOfThem) {
   EXPECT_EQ(Parse<ServeOptions>({"serve", "--model", "m", "--port", "1", "--port", "2"}).port, 2);  // the last counts
 }
 
+TEST(OptionsTest, GenerationConfig) {
+  EXPECT_EQ(Parse<ServeOptions>({"serve", "--model", "m"}).generation_config, "auto");
+  EXPECT_EQ(Parse<ServeOptions>({"serve", "--model", "m", "--generation-config", "none"}).generation_config, "none");
+  EXPECT_EQ(Parse<ChatOptions>({"chat", "--model", "m", "--generation-config", "none"}).serve.generation_config,
+            "none");
+}
+
 TEST(OptionsTest, Chat) {
   const auto remote = Parse<ChatOptions>({"chat", "--url", "http://h:1", "--served-model-name", "m", "--system", "s",
                                           "--max-tokens", "7", "--temperature", "0.5", "--thinking"});
@@ -144,6 +151,7 @@ TEST(OptionsTest, MistakesAreOneLineThatNamesThem) {
       {{"serve", "--model", "m", "--kv-cache-memory", "lots"}, "--kv-cache-memory"},
       {{"serve", "--model", "m", "--config", "/no/such/file"}, "/no/such/file"},
       {{"serve", "--model", "m", "--chat-template", "v4"}, "--chat-template"},
+      {{"serve", "--model", "m", "--generation-config", "vllm"}, "--generation-config"},
       {{"serve", "--model", "m", "--log-format", "xml"}, "--log-format"},
       {{"serve", "--model", "m", "--log-requests", "all"}, "--log-requests"},
       {{"serve", "--model", "m", "--drain-timeout", "-1"}, "--drain-timeout"},

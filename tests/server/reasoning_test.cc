@@ -16,6 +16,7 @@ ReasoningText Split(Start start, const std::vector<std::string>& pieces) {
   ReasoningText out;
   for (const std::string& piece : pieces) splitter.Push(piece, &out);
   splitter.Flush(&out);
+  if (out.takes_back) out.reasoning.clear();
   return out;
 }
 
@@ -30,8 +31,14 @@ TEST(ReasoningTest, Rules) {
       {Start::kMayOpen, "hello", "", "hello"},
       {Start::kMayOpen, "  hello ", "", "  hello "},
       {Start::kMayOpen, " \n<thin", "", " \n<thin"},
-      {Start::kMayOpen, "a<think>b</think>c", "", "a<think>b</think>c"},
-      {Start::kMayOpen, "</think>b", "", "</think>b"},
+      {Start::kMayOpen, "a</think>b", "a", "b"},
+      {Start::kMayOpen, " \na\n</think>\n\nb</think>", "a", "b</think>"},
+      {Start::kMayOpen, "a<think>b</think>c", "a<think>b", "c"},
+      {Start::kMayOpen, "a\n<think>b", "", "a\n<think>b"},
+      {Start::kMayOpen, "</think>b", "", "b"},
+      {Start::kMayOpen, " </think> ", "", ""},
+      {Start::kMayOpen, "a </thi", "", "a </thi"},
+      {Start::kMayOpen, "<a> \n", "", "<a> \n"},
       {Start::kMayOpen, "<think>a</think>b", "a", "b"},
       {Start::kMayOpen, " \n<think>\n\na \n b\n</think>\n\nb\n", "a \n b", "b\n"},
       {Start::kMayOpen, "<think>\n\n</think>\n\nb", "", "b"},
@@ -83,6 +90,30 @@ TEST(ReasoningTest, HoldsBackNoMoreThanItMust) {
   EXPECT_EQ(push(" </think>\n"), "|");
   EXPECT_EQ(push("\nd \n"), "|d \n");
   EXPECT_EQ(push("</"), "|</");
+}
+
+// Text that may be either comes at once, as reasoning; what it was is known in the end.
+TEST(ReasoningTest, WhatMayBeEitherDoesNotWait) {
+  ReasoningSplitter thought(Start::kMayOpen), answered(Start::kMayOpen);
+  for (ReasoningSplitter* splitter : {&thought, &answered}) {
+    ReasoningText out;
+    splitter->Push(" Yes", &out);
+    EXPECT_EQ(out.reasoning, "Yes");
+    splitter->Push(", it is", &out);
+    EXPECT_EQ(out.reasoning, "Yes, it is");
+    EXPECT_EQ(out.content, "");
+    EXPECT_FALSE(out.takes_back);
+  }
+  ReasoningText out;
+  answered.Flush(&out);
+  EXPECT_TRUE(out.takes_back);
+  EXPECT_EQ(out.content, " Yes, it is");
+  out = {};
+  thought.Push("\n</think>No", &out);
+  thought.Flush(&out);
+  EXPECT_FALSE(out.takes_back);
+  EXPECT_EQ(out.content, "No");
+  EXPECT_EQ(out.reasoning, "");
 }
 
 // A quadratic step would take minutes here.

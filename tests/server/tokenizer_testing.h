@@ -18,6 +18,8 @@
 namespace cachalot {
 
 inline const std::string kDataDir = std::string(CACHALOT_TEST_DATA_DIR) + "/server/data";
+// What published files make of texts and conversations; of DeepSeek-V3's tokenizer, what these texts need.
+inline const std::string kPublishedDir = kDataDir + "/published";
 inline const std::string kSmallModel = kDataDir + "/tokenizer";
 inline std::string ReadText(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
