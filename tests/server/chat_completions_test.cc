@@ -57,6 +57,8 @@ TEST_F(ChatCompletionsTest, AllParametersReachTheEngine) {
   Chat(R"("logprobs":true,"stop":"d","include_stop_str_in_output":true,"skip_special_tokens":false)");
   EXPECT_EQ(engine_->requests().at(1).sampling.logprobs, 0);
   EXPECT_EQ(engine_->requests().at(1).deadline, absl::InfiniteFuture());
+  EXPECT_NE(request.client, "");
+  EXPECT_NE(request.client, engine_->requests().at(1).client) << "another connection";
   // Without a limit: what the context holds.
   EXPECT_EQ(engine_->requests().at(1).sampling.max_tokens,
             256 - static_cast<int>(engine_->requests().at(1).prompt.size()));
