@@ -28,6 +28,9 @@ constexpr absl::Duration kStepTimeout = absl::Minutes(10);
 // While a step takes longer than this, arrivals, cancels and deadlines are seen to in between.
 constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
 
+// Rows of a prompt whose logits are in memory at the same time, beside those of full decoding.
+constexpr int kScoredAtOnce = 64;
+
 absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
   if (name.empty()) return on_cpu ? KvDType::kF32 : KvDType::kBF16;
   if (name == "f32" && !on_cpu) {
@@ -43,7 +46,7 @@ OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
   OpLimits limits = config.op_limits();
   limits.max_tokens = options.max_batch_tokens;
   limits.max_sequences = options.max_sequences;
-  limits.max_rows = options.max_sequences + 64;  // room to score a prompt beside full decoding
+  limits.max_rows = options.max_sequences + kScoredAtOnce;
   limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
   return limits;
 }
@@ -185,8 +188,8 @@ absl::Status EngineImpl::Load(int valid_tokens) {
   }
 
   pool_ = std::make_unique<BlockPool>(plan->num_blocks);
-  const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, runner_options.limits.max_rows,
-                                  plan->max_model_len, config_.eos_token_ids};
+  const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, plan->max_model_len,
+                                  config_.eos_token_ids};
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
   model_info_.model_type = config_.model_type;
   model_info_.backend = backend_->name();

@@ -18,7 +18,7 @@ inline constexpr int kMaxTokenBiases = 1024;  // token ids that a sequence bans 
 struct OpLimits {
   int max_tokens = 0;     // T
   int max_sequences = 0;  // S, also U: the number of slots
-  int max_rows = 0;       // L
+  int max_rows = 0;       // L, of one call
   int max_context = 0;    // tokens of one sequence
   int max_drafts = 0;     // X
   int hidden_size = 0, num_heads = 0, q_lora_rank = 0, kv_lora_rank = 0, qk_rope_head_dim = 0, qk_nope_head_dim = 0;
@@ -119,7 +119,7 @@ struct StepInput {
   Tensor query_start;  // [S+1] i32
   Tensor seq_params;   // [S, sizeof(SlotParams)] u8
   Tensor tokens;       // [T] i32 of prefill rows; ignored for decode rows
-  Tensor row_token;    // [L] i32 which of the T rows; -1: padding. Rows of one sequence are consecutive
+  Tensor row_token;    // [L] i32 which of the T rows; -1: padding. Rows of one sequence that sample are consecutive
   Tensor row_seq;      // [L] i32 which of the S sequences
   Tensor row_target;   // [L] i32 score this token (prompt log-probabilities); -1: sample
 };

@@ -129,25 +129,26 @@ absl::Status Runner::MakeState() {
   state_.token_biases = make(DType::kU8, {U, kMaxTokenBiases, static_cast<int64_t>(sizeof(TokenBias))});
   block_updates_ = make(DType::kI32, {options_.num_blocks, 3});
   bias_updates_ = make(DType::kI32, {U * kMaxTokenBiases, 4});
+  none_accepted_ = make(DType::kI32, {U});
   return status;
 }
 
 // As MakeState, MakeStaging and Create have it.
 int64_t Runner::StateBytes(const OpLimits& limits, int rope_dim) {
   const int64_t U = limits.max_sequences, max_blocks = (limits.max_context + kBlockTokens - 1) / kBlockTokens;
-  const int64_t slot = (max_blocks + 2 + limits.max_drafts) * 4 + static_cast<int64_t>(sizeof(SlotParams)) +
+  const int64_t slot = (max_blocks + 3 + limits.max_drafts) * 4 + static_cast<int64_t>(sizeof(SlotParams)) +
                        limits.vocab_size * 2 +
                        kMaxTokenBiases * static_cast<int64_t>(sizeof(TokenBias) + sizeof(BiasUpdate));
   Packer input(nullptr), output(nullptr);
-  PackInput(&input, limits.max_tokens, U, limits.max_rows);
-  PackOutput(&output, U, limits.max_rows);
+  PackInput(&input, limits.max_tokens, U, limits.max_tokens);
+  PackOutput(&output, U, limits.max_tokens);
   return U * slot + limits.max_tokens * 12 + input.bytes() + output.bytes() +
          static_cast<int64_t>(limits.max_context) * rope_dim * 4;
 }
 
 absl::Status Runner::MakeStaging() {
   const OpLimits& limits = options_.limits;
-  const Shape max = {limits.max_tokens, limits.max_sequences, limits.max_rows};
+  const Shape max = {limits.max_tokens, limits.max_sequences, limits.max_tokens};
   Packer input(nullptr), output(nullptr);
   PackInput(&input, max.T, max.S, max.L);
   PackOutput(&output, max.S, max.L);
@@ -209,6 +210,7 @@ void Runner::FillInput(const StepPlan& plan, Shape shape, const StepInput& input
   for (int l = 0; l < shape.L; ++l) {
     const bool is_real = l < static_cast<int>(plan.logits_rows.size());
     const LogitsRow wanted = is_real ? plan.logits_rows[l] : LogitsRow{-1, -1, -1};
+    CHECK(l < options_.limits.max_rows || !is_real || wanted.target >= 0, "row {} samples", l);
     input.row_token.as<int32_t>()[l] = wanted.row;
     input.row_seq.as<int32_t>()[l] = wanted.sequence;
     input.row_target.as<int32_t>()[l] = wanted.target;
@@ -247,7 +249,7 @@ Runner::Shape Runner::PaddedShape(int num_tokens, int num_sequences, int num_row
   const OpLimits& limits = options_.limits;
   return {std::min(device_.Bucket(num_tokens), limits.max_tokens),
           std::min(device_.Bucket(num_sequences), limits.max_sequences),
-          std::min(device_.Bucket(num_rows), limits.max_rows)};
+          std::min(device_.Bucket(num_rows), limits.max_tokens)};
 }
 
 std::function<void()> Runner::StepBody(Shape shape, int set) {
@@ -256,13 +258,29 @@ std::function<void()> Runner::StepBody(Shape shape, int set) {
     const StepRows rows = {rows_.tokens.Rows(0, shape.T), rows_.positions.Rows(0, shape.T),
                            rows_.slots.Rows(0, shape.T)};
     const StepArrays step = {InputAt(input_.data, shape), rows, state_};
-    Ops& ops = backend_.ops();
-    ops.BeginStep(step.rows, step.state, step.input);
-    const Tensor logits = model_->Forward(step);
-    ops.Sample(OutputAt(output_.data, shape), step.state, logits, Tensor(), step.input, step.rows,
-               options_.num_valid_tokens);
+    backend_.ops().BeginStep(step.rows, step.state, step.input);
+    model_->Forward(step);
+    Sample(step, OutputAt(output_.data, shape));
     device_.Download(staging_[set].output, PackedOutput(shape));
   };
+}
+
+// As many rows at a time as there is room for logits: a long prompt is scored in steps as long as any. All rows that
+// sample are among the first.
+void Runner::Sample(const StepArrays& step, const SampleOutput& output) {
+  const int64_t num_rows = step.input.row_token.dim(0), max_rows = options_.limits.max_rows;
+  for (int64_t begin = 0; begin == 0 || begin < num_rows; begin += max_rows) {
+    const int64_t count = std::min(max_rows, num_rows - begin);
+    StepInput input = step.input;
+    for (Tensor* rows : {&input.row_token, &input.row_seq, &input.row_target}) *rows = rows->Rows(begin, count);
+    SampleOutput part = output;
+    for (Tensor* rows : {&part.tokens, &part.logprobs, &part.top_tokens, &part.top_logprobs}) {
+      *rows = rows->Rows(begin, count);
+    }
+    if (begin > 0) part.num_accepted = none_accepted_.Rows(0, output.num_accepted.dim(0));
+    const Tensor logits = model_->Head(step, input.row_token);
+    backend_.ops().Sample(part, step.state, logits, Tensor(), input, step.rows, options_.num_valid_tokens);
+  }
 }
 
 int Runner::NumGraphs(const Device& device, const OpLimits& limits) {
@@ -296,7 +314,7 @@ void Runner::Launch(const StepPlan& plan) {
   const OpLimits& limits = options_.limits;
   const int num_sequences = static_cast<int>(plan.sequences.size());
   const int num_rows = static_cast<int>(plan.logits_rows.size());
-  CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= limits.max_rows);
+  CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= plan.num_rows);
   const Shape shape = PaddedShape(plan.num_rows, num_sequences, num_rows);
   const int set = next_set_;
   next_set_ = (next_set_ + 1) % kMaxStepsInFlight;

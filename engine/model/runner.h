@@ -72,6 +72,7 @@ class Runner {
   Tensor PackedOutput(Shape shape) const;
   Shape PaddedShape(int num_tokens, int num_sequences, int num_rows) const;
   std::function<void()> StepBody(Shape shape, int set);
+  void Sample(const StepArrays& step, const SampleOutput& output);
   void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;
   void UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set);
   void UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set);
@@ -85,6 +86,7 @@ class Runner {
   StepRows rows_;          // at the maxima
   Tensor block_updates_;   // [max,3]
   Tensor bias_updates_;    // [max,4]
+  Tensor none_accepted_;   // [U], of rows that do not sample
   Tensor input_, output_;  // device, bytes
   struct StagingSet {
     void *input, *output, *block_updates, *bias_updates;  // pinned

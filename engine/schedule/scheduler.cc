@@ -89,7 +89,6 @@ Scheduler::Scheduler(SchedulerLimits limits, BlockPool* pool)
     : limits_(std::move(limits)),
       pool_(pool),
       admission_(std::min(limits_.max_sequences, limits_.max_batch_tokens), pool) {
-  CHECK(limits_.max_logits_rows > limits_.max_sequences, "a prompt must be able to score beside full decoding");
   CHECK(BlocksFor(limits_.max_model_len) <= pool->num_blocks(), "one sequence must fit the pool");
 }
 
@@ -128,6 +127,8 @@ StepPlan Scheduler::Plan(absl::Time now) {
     return next.plan;
   }
   next.plan.step = next.record.step = next_step_++;
+  next.record.num_sampled = next.plan.logits_rows.size();
+  next.plan.logits_rows.insert(next.plan.logits_rows.end(), next.scored.begin(), next.scored.end());
   next.record.rows = next.plan.logits_rows;
   counters_.step_rows.Add(next.plan.num_rows);
   in_flight_.push_back(std::move(next.record));
@@ -176,12 +177,7 @@ void Scheduler::PlanPrompts(std::vector<Sequence*>* prompts, NewStep* next) {
 }
 
 void Scheduler::PlanChunk(Sequence* sequence, int max_rows, NewStep* next) {
-  int num_rows = std::min(sequence->num_unfed(), max_rows);
-  // Each scored row takes a row of logits; one is kept for what every running sequence may sample.
-  if (sequence->scores_prompt()) {
-    const int num_running = static_cast<int>(admission_.running().size());
-    num_rows = std::min(num_rows, limits_.max_logits_rows - num_running - next->num_scored);
-  }
+  const int num_rows = std::min(sequence->num_unfed(), max_rows);
   if (num_rows <= 0) return;
   SequenceStep step;
   step.start = sequence->num_fed;
@@ -210,9 +206,8 @@ void Scheduler::AddRows(Sequence* sequence, SequenceStep step, NewStep* next) {
   if (sequence->scores_prompt() && step.start >= 0) {
     for (int p = step.start; p < step.start + step.num_rows && p + 1 < sequence->num_prompt_tokens; ++p) {
       if (p < sequence->num_prompt_scored) continue;
-      plan->logits_rows.push_back({plan->num_rows + p - step.start, index, sequence->tokens[p + 1]});
+      next->scored.push_back({plan->num_rows + p - step.start, index, sequence->tokens[p + 1]});
       sequence->num_prompt_scored = p + 1;
-      ++next->num_scored;
     }
   }
   sequence->num_fed += step.num_rows;
@@ -236,38 +231,44 @@ void Scheduler::Commit(const StepResult& result, absl::Time now, Deltas* deltas)
   CHECK(!in_flight_.empty() && in_flight_.front().step == result.step, "step {} out of order", result.step);
   const InFlight record = std::move(in_flight_.front());
   in_flight_.pop_front();
-  size_t row = 0;
+  RowRange tokens = {0, 0}, scores = {0, record.num_sampled};
   for (size_t s = 0; s < record.sequences.size(); ++s) {
     Sequence* sequence = record.sequences[s];
-    size_t end = row;
-    while (end < record.rows.size() && record.rows[end].sequence == static_cast<int32_t>(s)) ++end;
+    const auto skip_to_end = [&](size_t row, size_t end) {
+      while (row < end && record.rows[row].sequence == static_cast<int32_t>(s)) ++row;
+      return row;
+    };
+    tokens = {tokens.end, skip_to_end(tokens.end, record.num_sampled)};
+    scores = {scores.end, skip_to_end(scores.end, record.rows.size())};
     --sequence->num_in_flight;
     Delta delta;
     // A preempted sequence keeps what steps in flight still bring; one that is over drops it.
-    if (!sequence->is_over()) CommitRows(result, record, row, end, result.num_accepted[s], now, sequence, &delta);
+    if (!sequence->is_over()) {
+      for (size_t row = scores.begin; row < scores.end; ++row) {
+        delta.prompt_logprobs.push_back(MakeLogprob(result, row, sequence->sampling.prompt_logprobs));
+      }
+      CommitTokens(result, tokens, result.num_accepted[s], now, sequence, &delta);
+    }
     if (!delta.tokens.empty() || !delta.prompt_logprobs.empty() || delta.finish_reason != FinishReason::kNone) {
       deltas->emplace_back(sequence->id, std::move(delta));
     }
-    row = end;
   }
   admission_.ReleaseEnded();
 }
 
-void Scheduler::CommitRows(const StepResult& result, const InFlight& record, size_t row, size_t end, int num_accepted,
-                           absl::Time now, Sequence* sequence, Delta* delta) {
+void Scheduler::CommitTokens(const StepResult& result, RowRange rows, int num_accepted, absl::Time now,
+                             Sequence* sequence, Delta* delta) {
   const SamplingParams& sampling = sequence->sampling;
-  for (; row < end && record.rows[row].target >= 0; ++row) {
-    delta->prompt_logprobs.push_back(MakeLogprob(result, row, sampling.prompt_logprobs));
-  }
+  const int num_rows = static_cast<int>(rows.end - rows.begin);
   FinishReason reason = FinishReason::kNone;
-  if (row < end) {
-    CHECK(num_accepted >= 1 && row + num_accepted <= end, "{} tokens of {} rows", num_accepted, end - row);
+  if (num_rows > 0) {
+    CHECK(num_accepted >= 1 && num_accepted <= num_rows, "{} tokens of {} rows", num_accepted, num_rows);
     --sequence->num_sampling;
     sequence->first_token = std::min(sequence->first_token, now);
   }
-  for (int i = 0; row < end && i < num_accepted && reason == FinishReason::kNone; ++i) {
-    reason = AppendToken(sequence, result.tokens[row + i], delta);
-    if (sampling.logprobs >= 0) delta->logprobs.push_back(MakeLogprob(result, row + i, sampling.logprobs));
+  for (int i = 0; num_rows > 0 && i < num_accepted && reason == FinishReason::kNone; ++i) {
+    reason = AppendToken(sequence, result.tokens[rows.begin + i], delta);
+    if (sampling.logprobs >= 0) delta->logprobs.push_back(MakeLogprob(result, rows.begin + i, sampling.logprobs));
   }
   // A request for scores alone ends with its last prompt token.
   const bool is_scored = sampling.max_tokens == 0 && sequence->num_fed == sequence->num_prompt_tokens;

@@ -22,7 +22,6 @@ namespace cachalot {
 struct SchedulerLimits {
   int max_batch_tokens = 0;  // rows of a step
   int max_sequences = 0;     // slots
-  int max_logits_rows = 0;   // more than max_sequences
   int max_model_len = 0;     // its blocks must fit the pool
   std::vector<int> eos_token_ids;
 };
@@ -66,14 +65,18 @@ class Scheduler {
   struct InFlight {
     std::vector<Sequence*> sequences;  // parallel to the plan's
     std::vector<LogitsRow> rows;
+    size_t num_sampled = 0;  // of the rows; the rest are scored
     uint64_t step = 0;
+  };
+  struct RowRange {  // of a result
+    size_t begin, end;
   };
   // A step in the making.
   struct NewStep {
     StepPlan plan;
     InFlight record;
+    std::vector<LogitsRow> scored;  // goes to the plan's end
     absl::Time now;
-    int num_scored = 0;  // rows of logits that score prompts
   };
 
   void PlanRows(NewStep* next);
@@ -84,8 +87,8 @@ class Scheduler {
   bool WantsRows(const Sequence& sequence) const;
   int RowsLeft(const NewStep& next) const { return limits_.max_batch_tokens - next.plan.num_rows; }
 
-  void CommitRows(const StepResult& result, const InFlight& record, size_t row, size_t end, int num_accepted,
-                  absl::Time now, Sequence* sequence, Delta* delta);
+  void CommitTokens(const StepResult& result, RowRange rows, int num_accepted, absl::Time now, Sequence* sequence,
+                    Delta* delta);
   FinishReason AppendToken(Sequence* sequence, int32_t token, Delta* delta);
   void End(Sequence* sequence, FinishReason reason, absl::Time now, Delta* delta);
   void EndEarly(Sequence* sequence, FinishReason reason, const absl::Status& error, absl::Time now, Deltas* deltas);

@@ -245,7 +245,8 @@ bool SchedulerDriver::WantsRows(const Sequence& s) const {
 
 void SchedulerDriver::CheckShape(const StepPlan& plan) const {
   EXPECT_LE(plan.num_rows, limits_.max_batch_tokens);
-  EXPECT_LE(static_cast<int>(plan.logits_rows.size()), limits_.max_logits_rows);
+  const auto scores = [](const LogitsRow& row) { return row.target >= 0; };
+  EXPECT_TRUE(std::is_partitioned(plan.logits_rows.rbegin(), plan.logits_rows.rend(), scores));
   std::set<int> slots;
   int rows = 0;
   for (const SequenceStep& s : plan.sequences) {
@@ -342,7 +343,6 @@ void SchedulerDriver::CheckRows(const StepPlan& plan, bool had_blocks) {
     } else if (it == steps.end()) {
       EXPECT_FALSE(had_blocks && WantsRows(s)) << "decodes without a row";
     }
-    if (r.options.scores) return;  // NOTE: one that scores may leave rows, for want of rows of logits
   }
   if (prompts.empty()) return;
   EXPECT_GE(prompts[0].rows, std::min(prompts[0].num_unfed, (num_left + 1) / 2)) << "less than half for the first";
