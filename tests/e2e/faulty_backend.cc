@@ -1,5 +1,6 @@
 // A backend that computes nothing, so that every token is 1, and whose device dies after kSteps of them. Touching it
-// after that hangs, as it may with a real one.
+// after that hangs, as it may with a real one. With another id than the program's (CACHALOT_BUILD_ID) it must not be
+// used at all.
 #include <unistd.h>
 
 #include <algorithm>
@@ -95,6 +96,7 @@ class FaultyBackend : public Backend {
  public:
   std::string name() const override { return "faulty"; }
   DType value_dtype() const override { return DType::kF32; }
+  bool is_gpu() const override { return true; }
   Device& device() override { return device_; }
   Ops& ops() override { return ops_; }
   Communicator& communicator() override { return communicator_; }
@@ -108,7 +110,13 @@ class FaultyBackend : public Backend {
 }  // namespace
 }  // namespace cachalot
 
+#ifdef CACHALOT_BUILD_ID
+const char cachalot::kBuildId[] = CACHALOT_BUILD_ID;
+#endif
+
 extern "C" {
+
+__attribute__((visibility("default"))) const char* cachalot_cuda_build_id() { return cachalot::kBuildId; }
 
 __attribute__((visibility("default"))) int cachalot_cuda_num_devices() { return 1; }
 
