@@ -211,6 +211,7 @@ void Scheduler::AddRows(Sequence* sequence, SequenceStep step, NewStep* next) {
     }
   }
   sequence->num_fed += step.num_rows;
+  plan->num_keys += int64_t{step.num_rows} * sequence->num_fed;
   sequence->num_ever_fed = std::max(sequence->num_ever_fed, sequence->num_fed);
   const bool is_last = step.start < 0 || sequence->num_unfed() == 0;
   if (is_last && sequence->num_generated() + sequence->num_sampling < sequence->sampling.max_tokens) {

@@ -67,7 +67,8 @@ struct StepPlan {
   std::vector<SequenceStep> sequences;
   std::vector<BlockUpdate> block_updates;
   std::vector<LogitsRow> logits_rows;
-  int num_rows = 0;  // T: sum of the sequences' rows, in their order
+  int num_rows = 0;      // T: sum of the sequences' rows, in their order
+  int64_t num_keys = 0;  // that the rows attend to
 
   bool empty() const { return sequences.empty(); }
 };

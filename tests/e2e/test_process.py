@@ -89,9 +89,10 @@ def stand_in(binary, fault):
     return {**os.environ, "LD_LIBRARY_PATH": str(folder)}
 
 
-def test_a_dead_device_ends_the_process_after_the_last_error(start, binary):
+@pytest.mark.parametrize("fault, words", [("dying", "as it was told to"), ("hanging", "a step has not ended within 5")])
+def test_a_dead_device_ends_the_process_after_the_last_error(start, binary, fault, words):
     """Its stand-in hangs whoever touches it once it is dead."""
-    server = start("--device", "cuda", env=stand_in(binary, "dying"))
+    server = start("--device", "cuda", env=stand_in(binary, fault))
     with pytest.raises(openai.APIError) as died:
         for _ in server.client().completions.create(
             model=server.model, prompt="Hello", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
@@ -101,7 +102,8 @@ def test_a_dead_device_ends_the_process_after_the_last_error(start, binary):
     assert died.value.body["type"] == "server_error"
     assert server.process.wait(10) == 1
     assert time.monotonic() - begin < 1.5
-    assert "the rank is dead" in server.process.stderr.read().decode()
+    log = server.process.stderr.read().decode()
+    assert "the rank is dead" in log and words in log
 
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])
