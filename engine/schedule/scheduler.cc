@@ -15,13 +15,13 @@ SlotParams MakeSlotParams(const Sequence& sequence) {
   SlotParams params;
   params.apply = 1;
   params.prompt_tokens = sequence.num_prompt_tokens;
-  params.temperature = s.temperature;
+  params.temperature = s.temperature < kLeastTemperature ? 0.0f : s.temperature;
   params.top_k = s.top_k;
   params.top_p = s.top_p;
   params.min_p = s.min_p;
   params.presence_penalty = s.presence_penalty;
   params.frequency_penalty = s.frequency_penalty;
-  params.repetition_penalty = s.repetition_penalty;
+  params.repetition_penalty = std::clamp(s.repetition_penalty, 1 / kMostRepetitionPenalty, kMostRepetitionPenalty);
   params.min_tokens = s.min_tokens;
   params.num_banned = static_cast<uint16_t>(sequence.num_banned);
   params.num_biased = static_cast<uint16_t>(sequence.token_biases.size() - sequence.num_banned);

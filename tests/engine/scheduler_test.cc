@@ -438,6 +438,31 @@ TEST(Scheduler, BringsBannedAndBiasedTokensToTheSlotEachTimeItIsEntered) {
   EXPECT_GT(driver.last_plan().sequences[0].num_rows, 3);
 }
 
+// What would make logits overflow means the same as what does not.
+TEST(Scheduler, TheEndsOfRangesDoNotOverflow) {
+  Driver driver(Limits(64, 1), 64);
+  const auto params_of = [&driver](float temperature, float repetition_penalty) {
+    auto sequence = std::make_unique<Sequence>();
+    sequence->tokens = {5};
+    sequence->num_prompt_tokens = 1;
+    sequence->sampling.temperature = temperature;
+    sequence->sampling.repetition_penalty = repetition_penalty;
+    sequence->sampling.max_tokens = 1;
+    driver.Add(std::move(sequence));
+    driver.Turn();
+    const SlotParams params = driver.last_plan().sequences.at(0).params;
+    driver.Drain(10);
+    return params;
+  };
+  for (float temperature : {0.0f, 1e-45f, 1.1754944e-38f, 3e-38f, 1e-37f, 9e-6f}) {
+    EXPECT_EQ(params_of(temperature, 1.0f).temperature, 0.0f) << temperature;
+  }
+  for (float temperature : {1e-5f, 0.7f, 3e38f}) EXPECT_EQ(params_of(temperature, 1.0f).temperature, temperature);
+  for (float penalty : {1e-45f, 1e-30f}) EXPECT_FLOAT_EQ(params_of(1.0f, penalty).repetition_penalty, 1e-10f);
+  for (float penalty : {1e11f, 3e38f}) EXPECT_EQ(params_of(1.0f, penalty).repetition_penalty, 1e10f);
+  for (float penalty : {0.5f, 1.0f, 7.0f}) EXPECT_EQ(params_of(1.0f, penalty).repetition_penalty, penalty);
+}
+
 TEST(Scheduler, CountsTheRowsOfSteps) {
   StepRowsHistogram rows;
   for (int n : {1, 2, 8, 9, 600, 20000}) rows.Add(n);
