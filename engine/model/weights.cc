@@ -1,7 +1,6 @@
 // From checkpoint tensors to the backend's prepared weights.
 #include "engine/model/weights.h"
 
-#include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <utility>
@@ -9,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "engine/model/tensor_table.h"
+#include "kernels/half_float.h"
 
 namespace cachalot {
 namespace {
@@ -24,13 +24,6 @@ Tensor View(const CheckpointTensor& tensor) {
   return Tensor(data, dtype, {tensor.shape[0], tensor.shape[1]});
 }
 
-float HalfToFloat(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                        : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-  return bits >> 15 ? -magnitude : magnitude;
-}
-
 // A finite BF16, F16 or F64 vector in f32.
 std::vector<float> ToFloats(const CheckpointTensor& tensor) {
   std::vector<float> values(tensor.shape[0]);
@@ -43,12 +36,7 @@ std::vector<float> ToFloats(const CheckpointTensor& tensor) {
     }
     uint16_t bits;
     std::memcpy(&bits, tensor.data + i * sizeof bits, sizeof bits);
-    if (tensor.dtype == "F16") {
-      values[i] = HalfToFloat(bits);
-    } else {
-      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-      std::memcpy(&values[i], &wide, sizeof wide);
-    }
+    values[i] = tensor.dtype == "F16" ? F16ToFloat(bits) : Bf16ToFloat(bits);
   }
   return values;
 }

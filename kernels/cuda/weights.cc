@@ -5,9 +5,9 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/cpu/quantize.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/weights_kernels.h"
+#include "kernels/half_float.h"
 
 namespace cachalot {
 namespace {
