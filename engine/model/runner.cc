@@ -72,6 +72,7 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
   if (!weights.ok()) return weights.status();
   absl::Status status = runner->MakeState();
   if (status.ok()) status = runner->MakeStaging();
+  if (status.ok()) status = runner->FillAngles(config);
   if (!status.ok()) return status;
 
   std::vector<KvCache> caches;
@@ -82,31 +83,47 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
     caches.push_back({*blocks, options.kv_dtype});
   }
 
-  // The table of angles: made on the host, the same in every backend.
-  const std::vector<float> angles = MakeRopeTable(config, limits.max_context);
-  auto cos_sin = runner->NewTensor(DType::kF32, {limits.max_context, config.qk_rope_head_dim});
-  if (!cos_sin.ok()) return cos_sin.status();
-  auto staging = backend.device().Allocate(cos_sin->num_bytes(), Device::Memory::kPinnedHost);
-  if (!staging.ok()) return staging.status();
-  std::memcpy(staging->data(), angles.data(), cos_sin->num_bytes());
-  backend.device().Upload(*cos_sin, staging->data());
-  status = backend.device().Wait(backend.device().Record(), absl::Minutes(1));
-  if (!status.ok()) return status;
-
-  auto model = DeepSeek::Create(config, *std::move(weights), std::move(caches), RopeTable{*cos_sin}, backend, limits,
-                                options.format);
+  auto model = DeepSeek::Create(config, *std::move(weights), std::move(caches), RopeTable{runner->angles_}, backend,
+                                limits, options.format);
   if (!model.ok()) return model.status();
   runner->model_ = *std::move(model);
   return runner;
 }
 
+absl::StatusOr<void*> Runner::Allocate(int64_t bytes, Device::Memory memory) {
+  if (memory == Device::Memory::kDevice) device_bytes_ += bytes;
+  if (is_dry_run_) return nullptr;
+  auto buffer = device_.Allocate(std::max<int64_t>(bytes, 1), memory);
+  if (!buffer.ok()) return buffer.status();
+  buffers_.push_back(*std::move(buffer));
+  return buffers_.back().data();
+}
+
 absl::StatusOr<Tensor> Runner::NewTensor(DType dtype, std::initializer_list<int64_t> dims) {
   Tensor tensor(nullptr, dtype, dims);
-  auto buffer = device_.Allocate(std::max<int64_t>(tensor.num_bytes(), 1), Device::Memory::kDevice);
-  if (!buffer.ok()) return buffer.status();
-  tensor.data = buffer->data();
-  buffers_.push_back(*std::move(buffer));
+  auto data = Allocate(tensor.num_bytes(), Device::Memory::kDevice);
+  if (!data.ok()) return data.status();
+  tensor.data = *data;
   return tensor;
+}
+
+int64_t Runner::StateBytes(const OpLimits& limits, Backend& backend) {
+  RunnerOptions options;
+  options.limits = limits;
+  Runner runner(options, backend);
+  runner.is_dry_run_ = true;
+  CHECK(runner.MakeState().ok() && runner.MakeStaging().ok());
+  return runner.device_bytes_;
+}
+
+// Made on the host, the same in every backend.
+absl::Status Runner::FillAngles(const ModelConfig& config) {
+  const std::vector<float> angles = MakeRopeTable(config, options_.limits.max_context);
+  auto staging = device_.Allocate(angles_.num_bytes(), Device::Memory::kPinnedHost);
+  if (!staging.ok()) return staging.status();
+  std::memcpy(staging->data(), angles.data(), angles_.num_bytes());
+  device_.Upload(angles_, staging->data());
+  return device_.Wait(device_.Record(), absl::Minutes(1));
 }
 
 absl::Status Runner::MakeState() {
@@ -119,6 +136,7 @@ absl::Status Runner::MakeState() {
     status.Update(tensor.status());
     return tensor.value_or(Tensor());
   };
+  angles_ = make(DType::kF32, {limits.max_context, limits.qk_rope_head_dim});
   state_.block_table = make(DType::kI32, {U, max_blocks});
   state_.length = make(DType::kI32, {U});
   state_.last_token = make(DType::kI32, {U});
@@ -131,19 +149,6 @@ absl::Status Runner::MakeState() {
   bias_updates_ = make(DType::kI32, {U * kMaxTokenBiases, 4});
   none_accepted_ = make(DType::kI32, {U});
   return status;
-}
-
-// As MakeState, MakeStaging and Create have it.
-int64_t Runner::StateBytes(const OpLimits& limits, int rope_dim) {
-  const int64_t U = limits.max_sequences, max_blocks = (limits.max_context + kBlockTokens - 1) / kBlockTokens;
-  const int64_t slot = (max_blocks + 3 + limits.max_drafts) * 4 + static_cast<int64_t>(sizeof(SlotParams)) +
-                       limits.vocab_size * 2 +
-                       kMaxTokenBiases * static_cast<int64_t>(sizeof(TokenBias) + sizeof(BiasUpdate));
-  Packer input(nullptr), output(nullptr);
-  PackInput(&input, limits.max_tokens, U, limits.max_tokens);
-  PackOutput(&output, U, limits.max_tokens);
-  return U * slot + limits.max_tokens * 12 + input.bytes() + output.bytes() +
-         static_cast<int64_t>(limits.max_context) * rope_dim * 4;
 }
 
 absl::Status Runner::MakeStaging() {
@@ -162,10 +167,9 @@ absl::Status Runner::MakeStaging() {
     for (auto [pointer, bytes] : {std::pair{&set.input, input.bytes()}, std::pair{&set.output, output.bytes()},
                                   std::pair{&set.block_updates, block_updates_.num_bytes()},
                                   std::pair{&set.bias_updates, bias_updates_.num_bytes()}}) {
-      auto buffer = device_.Allocate(bytes, Device::Memory::kPinnedHost);
-      if (!buffer.ok()) return buffer.status();
-      *pointer = buffer->data();
-      buffers_.push_back(*std::move(buffer));
+      auto memory = Allocate(bytes, Device::Memory::kPinnedHost);
+      if (!memory.ok()) return memory.status();
+      *pointer = *memory;
     }
   }
   return absl::OkStatus();

@@ -141,25 +141,36 @@ class Loader {
   std::string prefix_;
 };
 
-}  // namespace
-
-absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                ExpertShare share, Ops& ops) {
+absl::Status CheckLoadable(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share) {
   if (config.is_moe_layer(config.num_hidden_layers - 1)) {
     CHECK(share.first_expert >= 0 && share.num_experts > 0 &&
               share.first_expert + share.num_experts <= config.n_routed_experts,
           "experts {}+{} of {}", share.first_expert, share.num_experts, config.n_routed_experts);
   }
   std::vector<std::string> problems;
-  if (checkpoint.has_data()) problems = Problems(config, checkpoint, /*deep=*/false);
+  if (checkpoint.has_data()) problems = ModelWeights::Problems(config, checkpoint, /*deep=*/false);
   if (!problems.empty()) {
     return absl::InvalidArgumentError(
         problems.size() == 1 ? problems[0]
                              : absl::StrCat(problems[0], " (and ", problems.size() - 1, " more problems)"));
   }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const Checkpoint& checkpoint,
+                                                ExpertShare share, Ops& ops) {
+  if (absl::Status status = CheckLoadable(config, checkpoint, share); !status.ok()) return status;
   ModelWeights weights = Loader(config, checkpoint, share, ops).Load();
   if (absl::Status status = ops.FinishWeights(); !status.ok()) return status;
   return weights;
+}
+
+absl::StatusOr<int64_t> ModelWeights::DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint,
+                                                  ExpertShare share, Ops& ops) {
+  if (absl::Status status = CheckLoadable(config, checkpoint, share); !status.ok()) return status;
+  return ops.MeasureWeights([&] { Loader(config, checkpoint, share, ops).Load(); });
 }
 
 }  // namespace cachalot
