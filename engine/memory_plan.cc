@@ -43,14 +43,13 @@ absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOpti
     return absl::InvalidArgumentError(absl::StrFormat("max-model-len: found %d, expected at most the model's %d",
                                                       wanted_len, config.max_position_embeddings));
   }
-  const int64_t bytes_with_block = plan.block_bytes + Runner::kStateBytesPerBlock;
   int64_t num_blocks = DivideUp(wanted_len, kBlockTokens) * options.max_sequences;
   if (options.kv_cache_bytes > 0) {
     num_blocks = options.kv_cache_bytes / plan.block_bytes;
   } else if (options.kv_cache_share > 0) {
-    num_blocks = static_cast<int64_t>(left * options.kv_cache_share) / bytes_with_block;
+    num_blocks = static_cast<int64_t>(left * options.kv_cache_share) / plan.block_bytes;
   } else {
-    num_blocks = std::min(num_blocks, static_cast<int64_t>(left * default_share) / bytes_with_block);
+    num_blocks = std::min(num_blocks, static_cast<int64_t>(left * default_share) / plan.block_bytes);
   }
   num_blocks = std::min<int64_t>(num_blocks, 1 << 24);
   const int64_t max_len = std::min<int64_t>(wanted_len, num_blocks * kBlockTokens);
@@ -90,7 +89,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
   }
   absl::StatusOr<MemoryPlan> plan = PlanCache(config, options, demand.kv_dtype, left, kGpuShare);
   if (!plan.ok()) return plan.status();
-  if (plan->cache + plan->num_blocks * Runner::kStateBytesPerBlock > left) {
+  if (plan->cache > left) {
     return absl::ResourceExhaustedError(absl::StrFormat(
         "GPU memory: a KV cache of %s is asked for, but the model leaves %s of %s: lower --kv-cache-memory, "
         "--max-batch-tokens or --max-sequences",

@@ -12,6 +12,8 @@ namespace {
 // NOTE: a step's kinds are kStep + its staging set, whose addresses are part of it.
 enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kStep = 2 };
 
+constexpr int64_t kBlockUpdatesAtOnce = 8192;
+
 // A row of Ops::UpdateTokenBiases.
 struct BiasUpdate {
   int32_t slot, index;
@@ -145,7 +147,7 @@ absl::Status Runner::MakeState() {
   state_.counts = make(DType::kU16, {U, limits.vocab_size});
   rows_ = {make(DType::kI32, {T}), make(DType::kI32, {T}), make(DType::kI32, {T})};
   state_.token_biases = make(DType::kU8, {U, kMaxTokenBiases, static_cast<int64_t>(sizeof(TokenBias))});
-  block_updates_ = make(DType::kI32, {options_.num_blocks, 3});
+  block_updates_ = make(DType::kI32, {std::min(kBlockUpdatesAtOnce, U * max_blocks), 3});
   bias_updates_ = make(DType::kI32, {U * kMaxTokenBiases, 4});
   none_accepted_ = make(DType::kI32, {U});
   return status;
@@ -165,7 +167,7 @@ absl::Status Runner::MakeStaging() {
   output_ = *device_output;
   for (StagingSet& set : staging_) {
     for (auto [pointer, bytes] : {std::pair{&set.input, input.bytes()}, std::pair{&set.output, output.bytes()},
-                                  std::pair{&set.block_updates, block_updates_.num_bytes()},
+                                  std::pair{&set.block_updates, (max_block_updates() + block_updates_.dim(0)) * 12},
                                   std::pair{&set.bias_updates, bias_updates_.num_bytes()}}) {
       auto memory = Allocate(bytes, Device::Memory::kPinnedHost);
       if (!memory.ok()) return memory.status();
@@ -221,16 +223,20 @@ void Runner::FillInput(const StepPlan& plan, Shape shape, const StepInput& input
   }
 }
 
+// At most one for each entry of the table; as many at a time as there is room for on the device.
 void Runner::UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set) {
-  if (updates.empty()) return;
-  const int count = static_cast<int>(updates.size());
-  const int padded = std::min(device_.Bucket(count), static_cast<int>(block_updates_.dim(0)));
+  CHECK(static_cast<int64_t>(updates.size()) <= max_block_updates(), "{} block updates", updates.size());
   auto* staged = static_cast<BlockUpdate*>(staging_[set].block_updates);
-  std::copy(updates.begin(), updates.end(), staged);
-  std::fill(staged + count, staged + padded, BlockUpdate{-1, 0, 0});
-  const Tensor target = block_updates_.Rows(0, padded);
-  device_.Upload(target, staged);
-  device_.Submit({padded, 0, 0, kBlockUpdates}, [this, target] { backend_.ops().UpdateBlockTables(state_, target); });
+  const int max_count = static_cast<int>(block_updates_.dim(0));
+  for (size_t begin = 0; begin < updates.size(); begin += max_count, staged += max_count) {
+    const int count = static_cast<int>(std::min<size_t>(updates.size() - begin, max_count));
+    const int padded = std::min(device_.Bucket(count), max_count);
+    std::copy_n(updates.begin() + begin, count, staged);
+    std::fill(staged + count, staged + padded, BlockUpdate{-1, 0, 0});
+    const Tensor target = block_updates_.Rows(0, padded);
+    device_.Upload(target, staged);
+    device_.Submit({padded, 0, 0, kBlockUpdates}, [this, target] { backend_.ops().UpdateBlockTables(state_, target); });
+  }
 }
 
 void Runner::UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set) {

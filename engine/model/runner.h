@@ -32,9 +32,8 @@ class Runner {
                                                         const RunnerOptions& options, Backend& backend);
 
   // Device memory that the slots, the tables and a step's input and output take, by a dry run; weights, activations and
-  // the cache's blocks not included, but what comes with each of them.
+  // the cache's blocks not included.
   static int64_t StateBytes(const OpLimits& limits, Backend& backend);
-  static constexpr int64_t kStateBytesPerBlock = 3 * sizeof(int32_t);
 
   // Before the first step: has the device make graphs of decode steps of every size, where it replays graphs. What was
   // made, for a log; empty where it does not.
@@ -76,6 +75,9 @@ class Runner {
   std::function<void()> StepBody(Shape shape, int set);
   void Sample(const StepArrays& step, const SampleOutput& output);
   void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;
+  int64_t max_block_updates() const {
+    return int64_t{options_.limits.max_sequences} * ((options_.limits.max_context + kBlockTokens - 1) / kBlockTokens);
+  }
   void UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set);
   void UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set);
 
@@ -89,7 +91,7 @@ class Runner {
   SlotState state_;
   StepRows rows_;          // at the maxima
   Tensor angles_;          // [max_context,R]
-  Tensor block_updates_;   // [max,3]
+  Tensor block_updates_;   // [kBlockUpdatesAtOnce,3]
   Tensor bias_updates_;    // [max,4]
   Tensor none_accepted_;   // [U], of rows that do not sample
   Tensor input_, output_;  // device, bytes

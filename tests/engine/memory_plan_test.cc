@@ -122,10 +122,10 @@ TEST(MemoryPlanTest, TheCacheTakesWhatIsAskedFor) {
 
   EXPECT_EQ(plan(int64_t{1} << 40)->num_blocks, needed);
   const int64_t block_bytes = plan(int64_t{1} << 40)->block_bytes;
-  EXPECT_EQ(plan(10 * (block_bytes + 12))->num_blocks, 5);
+  EXPECT_EQ(plan(10 * block_bytes)->num_blocks, 5);
   options.kv_cache_share = 0.8;
-  EXPECT_EQ(plan(10 * (block_bytes + 12))->num_blocks, 8);
-  EXPECT_EQ(plan(10 * (block_bytes + 12))->max_model_len, std::min(512, config.max_position_embeddings));
+  EXPECT_EQ(plan(10 * block_bytes)->num_blocks, 8);
+  EXPECT_EQ(plan(10 * block_bytes)->max_model_len, std::min(512, config.max_position_embeddings));
   options.kv_cache_bytes = 3 * block_bytes;
   EXPECT_EQ(plan(0)->num_blocks, 3);
   options.max_model_len = config.max_position_embeddings;

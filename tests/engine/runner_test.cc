@@ -43,5 +43,42 @@ TEST(RunnerTest, ScoresAPromptInStepsThatAreFull) {
   EXPECT_LE(parts.stats().steps, 20u + 3u);
 }
 
+// As many as the block table has entries, which are more than the device has room for at once, in one step.
+TEST(RunnerTest, TakesABlockUpdateForEveryEntryOfTheTable) {
+  const Golden golden = LoadGolden("v3_like");
+  constexpr int kSlots = 64, kBlocksASlot = 300, kNumBlocks = kBlocksASlot;
+  StepLoop loop(golden.model_dir, {128, kSlots, kBlocksASlot * kBlockTokens, {}}, kNumBlocks);
+  Runner& runner = loop.runner();
+  StepPlan plan;
+  for (int32_t slot = 0; slot < kSlots; ++slot) {
+    for (int32_t i = 0; i < kBlocksASlot; ++i) plan.block_updates.push_back({slot, i, (slot + i) % kNumBlocks});
+  }
+  const std::vector<int32_t> prompt(golden.prompts[2].tokens.begin(), golden.prompts[2].tokens.begin() + 100);
+  SequenceStep step;
+  step.num_rows = 100;
+  step.start = 0;
+  step.tokens = prompt;
+  step.params.apply = 1;
+  step.params.temperature = 0;
+  plan.num_rows = 100;
+  plan.logits_rows = {{99, 0, -1}};
+  // Those of the first slot come in the first submission, those of the last in the last; both say the same.
+  std::vector<StepResult> results;
+  for (int32_t slot : {0, kSlots - 1}) {
+    step.slot = slot;
+    plan.sequences = {step};
+    ++plan.step;
+    runner.Launch(plan);
+    auto result = runner.Wait(absl::InfiniteDuration());
+    ASSERT_TRUE(result.ok()) << result.status();
+    results.push_back(*std::move(result));
+    plan.block_updates.clear();
+  }
+  EXPECT_EQ(results[0].tokens, results[1].tokens);
+  EXPECT_EQ(results[0].logprobs, results[1].logprobs);
+  ASSERT_GT(golden.prompts[2].top1_margin[99], 0.01f);
+  EXPECT_EQ(results[0].tokens[0], golden.prompts[2].top1[99]);
+}
+
 }  // namespace
 }  // namespace cachalot
