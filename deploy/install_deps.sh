@@ -6,9 +6,8 @@ packages=(
   g++ cmake ninja-build ccache pkg-config git
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev libspdlog-dev libfmt-dev
   libboost-dev libssl-dev zlib1g-dev libc-ares-dev libre2-dev libcli11-dev nlohmann-json3-dev libtomlplusplus-dev libpcre2-dev libhwy-dev
-  libgloo-dev libsqlite3-dev
-  libgtest-dev libgmock-dev libbenchmark-dev
-  python3 python3-venv python3-pip
+  libgtest-dev libgmock-dev
+  python3 python3-venv
 )
 case "${1:-}" in
   "") ;;

@@ -19,15 +19,20 @@
 #include "engine/model/random_checkpoint.h"
 #include "engine/model/runner.h"
 #include "engine/schedule/scheduler.h"
+#include "engine/step_watch.h"
 #include "engine/validation.h"
 
 namespace cachalot {
 namespace {
 
-// A step that takes longer than this means a dead device.
-constexpr absl::Duration kStepTimeout = absl::Minutes(10);
+// What a step may take in any case. NOTE: a CPU does not hang, but it may have to read the weights from disk again.
+constexpr absl::Duration kLeastStepLimit = absl::Seconds(5), kLeastStepLimitOnCpu = absl::Minutes(10);
+constexpr int kWarmUpTokens = 512;
 // While a step takes longer than this, arrivals, cancels and deadlines are seen to in between.
 constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
+
+// Rows of a prompt whose logits are in memory at the same time, beside those of full decoding.
+constexpr int kScoredAtOnce = 64;
 
 absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
   if (name.empty()) return on_cpu ? KvDType::kF32 : KvDType::kBF16;
@@ -44,7 +49,7 @@ OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
   OpLimits limits = config.op_limits();
   limits.max_tokens = options.max_batch_tokens;
   limits.max_sequences = options.max_sequences;
-  limits.max_rows = options.max_sequences + 64;  // room to score a prompt beside full decoding
+  limits.max_rows = options.max_sequences + kScoredAtOnce;
   limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
   return limits;
 }
@@ -70,6 +75,7 @@ class EngineImpl : public Engine {
   absl::Status WarmUp();
   void RunSteps();
   bool TakeInbox(bool may_sleep, Scheduler::Deltas* deltas);
+  void Launch(const StepPlan& plan);
   absl::StatusOr<StepResult> WaitForStep(Scheduler::Deltas* deltas);
   void Publish(Scheduler::Deltas* deltas);
   void RunOutput();
@@ -82,6 +88,7 @@ class EngineImpl : public Engine {
   std::unique_ptr<Runner> runner_;
   std::unique_ptr<BlockPool> pool_;
   std::unique_ptr<Scheduler> scheduler_;
+  std::optional<StepWatch> watch_;
 
   // Submit queue: any thread -> step thread.
   mutable std::mutex inbox_mutex_;
@@ -204,8 +211,8 @@ absl::Status EngineImpl::Load(const TokenizerInfo& tokenizer) {
   }
 
   pool_ = std::make_unique<BlockPool>(plan->num_blocks);
-  const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, runner_options.limits.max_rows,
-                                  plan->max_model_len, model_info_.eos_token_ids};
+  const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, plan->max_model_len,
+                                  model_info_.eos_token_ids};
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
   model_info_.model_type = config_.model_type;
   model_info_.backend = backend_->name();
@@ -220,11 +227,14 @@ absl::Status EngineImpl::Load(const TokenizerInfo& tokenizer) {
 
 // A real step or two: everything that serving will touch has been touched before anybody is told that we are ready.
 absl::Status EngineImpl::WarmUp() {
+  watch_.emplace(backend_->is_gpu() ? kLeastStepLimit : kLeastStepLimitOnCpu);
   const auto graphs = runner_->Prepare();
   if (!graphs.ok()) return graphs.status();
   if (!graphs->empty()) spdlog::info("{}", *graphs);
   auto sequence = std::make_unique<Sequence>();
-  sequence->num_prompt_tokens = std::clamp(model_info_.max_model_len - 2, 1, 5);  // more rows than a decode step's
+  // More rows than a decode step's; on a GPU, enough to know how long the longest steps may take.
+  const int num_tokens = backend_->is_gpu() ? std::min(options_.max_batch_tokens, kWarmUpTokens) : 5;
+  sequence->num_prompt_tokens = std::clamp(model_info_.max_model_len - 2, 1, num_tokens);
   sequence->tokens.assign(sequence->num_prompt_tokens, 0);
   sequence->sampling.max_tokens = std::min(2, model_info_.max_model_len - sequence->num_prompt_tokens);
   sequence->sampling.ignore_eos = true;
@@ -234,10 +244,11 @@ absl::Status EngineImpl::WarmUp() {
   while (true) {
     const StepPlan plan = scheduler.Plan(absl::Now());
     if (plan.empty()) return absl::OkStatus();
-    runner_->Launch(plan);
-    auto result = runner_->Wait(kStepTimeout);
-    if (!result.ok()) return result.status();
+    Launch(plan);
     Scheduler::Deltas deltas;
+    auto result = runner_->Wait(watch_->Limit());
+    if (!result.ok()) return result.status();
+    watch_->Completed(absl::Now());
     scheduler.Commit(*result, absl::Now(), &deltas);
   }
 }
@@ -274,6 +285,7 @@ absl::StatusOr<RequestId> EngineImpl::Submit(Request request, DeltaSink sink) {
   auto sequence = std::make_unique<Sequence>();
   sequence->sampling = std::move(request.sampling);
   sequence->priority = request.priority;
+  sequence->client = std::move(request.client);
   sequence->submitted = absl::Now();
   sequence->deadline = request.deadline;
   sequence->num_prompt_tokens = static_cast<int>(request.prompt.size());
@@ -334,12 +346,21 @@ bool EngineImpl::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
   return true;
 }
 
+void EngineImpl::Launch(const StepPlan& plan) {
+  runner_->Launch(plan);
+  watch_->Launched(StepWatch::WorkOf(plan.num_rows, plan.num_keys), absl::Now());
+}
+
 // The result of the oldest step in flight.
 absl::StatusOr<StepResult> EngineImpl::WaitForStep(Scheduler::Deltas* deltas) {
   for (absl::Duration waited; true; waited += kWaitSlice) {
     if (!deltas->empty()) Publish(deltas);
     auto result = runner_->Wait(kWaitSlice);
-    if (result.ok() || !absl::IsDeadlineExceeded(result.status()) || waited >= kStepTimeout) return result;
+    if (result.ok()) watch_->Completed(absl::Now());
+    if (result.ok() || !absl::IsDeadlineExceeded(result.status())) return result;
+    if (waited >= watch_->Limit()) {
+      return absl::DeadlineExceededError(absl::StrCat("a step has not ended within ", absl::FormatDuration(waited)));
+    }
     TakeInbox(false, deltas);
   }
 }
@@ -352,7 +373,7 @@ void EngineImpl::RunSteps() {
   while (TakeInbox(is_idle, &deltas)) {
     absl::Time begin = absl::Now();
     const StepPlan plan = scheduler_->Plan(begin);
-    if (!plan.empty()) runner_->Launch(plan);
+    if (!plan.empty()) Launch(plan);
     host_time_ += absl::Now() - begin;
     // NOTE: a commit frees blocks and slots, so only a turn that neither planned nor committed has nothing to do: then
     // nothing waits either, and no deadline need wake us.
@@ -380,8 +401,9 @@ void EngineImpl::RunSteps() {
     new_sequences_.clear();
   }
   while (status.ok() && scheduler_->num_in_flight() > 0) {
-    auto result = runner_->Wait(kStepTimeout);
+    auto result = runner_->Wait(watch_->Limit());
     if (!result.ok()) break;
+    watch_->Completed(absl::Now());
     scheduler_->Commit(*result, absl::Now(), &deltas);
   }
   scheduler_->Fail(absl::UnavailableError(status.ok() ? "the server is stopping" : status.message()), absl::Now(),

@@ -3,12 +3,10 @@
 
 #include <algorithm>
 
-#include "absl/container/flat_hash_map.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_format.h"
 #include "engine/model/activations.h"
 #include "engine/model/runner.h"
-#include "engine/model/tensor_table.h"
+#include "engine/model/weights.h"
 
 namespace cachalot {
 namespace {
@@ -17,34 +15,13 @@ constexpr double kCpuShare = 0.25, kGpuShare = 0.9;
 constexpr int64_t kMiB = int64_t{1} << 20;
 // Large allocations of CUDA are multiples of this.
 constexpr int64_t kAllocationBytes = 2 * kMiB;
-constexpr int64_t kRowAlignment = 16;
 // Kernels' code and the driver's own; a graph of a thousand kernels; allocations other than weights that are rounded
 // up.
 constexpr int64_t kCodeReserve = 256 * kMiB, kGraphReserve = 8 * kMiB;
 constexpr int kNumOtherAllocations = 64;
 
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t AlignUp(int64_t n, int64_t alignment) { return DivideUp(n, alignment) * alignment; }
-int64_t RoundedAllocation(int64_t bytes) {
-  return bytes < kMiB ? AlignUp(bytes, 512) : AlignUp(bytes, kAllocationBytes);
-}
-
 std::string Gigabytes(int64_t bytes) { return absl::StrFormat("%.2f GB", bytes * 1e-9); }
-
-int64_t RowsBytes(int64_t rows, int64_t cols, int64_t element) { return rows * AlignUp(cols * element, kRowAlignment); }
-
-// One tensor of the table, before allocations are rounded.
-int64_t TensorBytes(const ModelConfig& config, const ExpectedTensor& expected, const CheckpointTensor& stored) {
-  if (expected.shape.size() == 1) return expected.shape[0] * 4;
-  const int64_t rows = expected.shape[0], cols = expected.shape[1];
-  if (absl::EndsWith(expected.name, "kv_b_proj.weight")) {
-    const int64_t heads = config.num_attention_heads;
-    return RowsBytes(heads * cols, config.qk_nope_head_dim, 2) + RowsBytes(heads * config.v_head_dim, cols, 2);
-  }
-  if (stored.dtype != "F8_E4M3") return RowsBytes(rows, cols, stored.dtype == "F32" ? 4 : 2);
-  const std::vector<int64_t> scales = ScaleShape(expected.shape);
-  return RowsBytes(rows, cols, 1) + scales[0] * scales[1] * 4;
-}
 
 }  // namespace
 
@@ -54,25 +31,6 @@ std::string MemoryPlan::ToString() const {
       "tokens)",
       Gigabytes(free), Gigabytes(weights), Gigabytes(workspace), Gigabytes(activations), Gigabytes(state),
       Gigabytes(reserve), Gigabytes(cache), int64_t{num_blocks} * kBlockTokens);
-}
-
-int64_t DeviceWeightBytes(const ModelConfig& config, const Checkpoint& checkpoint, const OpLimits& limits) {
-  int64_t total = 0;
-  absl::flat_hash_map<int, int64_t> stacks;  // one allocation each
-  for (const ExpectedTensor& expected : ExpectedTensors(config)) {
-    const CheckpointTensor* stored = checkpoint.Find(expected.name);
-    if (expected.mtp_layer >= 0 || stored == nullptr) continue;
-    const int64_t bytes = TensorBytes(config, expected, *stored);
-    if (expected.stack < 0) {
-      total += RoundedAllocation(bytes);
-    } else if (expected.kind == TensorKind::kRoutedExperts) {
-      stacks[expected.stack] += bytes * limits.num_local_experts / std::max(1, limits.num_experts);
-    } else {
-      stacks[expected.stack] += bytes;
-    }
-  }
-  for (const auto& [stack, bytes] : stacks) total += RoundedAllocation(bytes);
-  return total;
 }
 
 absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, KvDType kv_dtype,
@@ -85,14 +43,13 @@ absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOpti
     return absl::InvalidArgumentError(absl::StrFormat("max-model-len: found %d, expected at most the model's %d",
                                                       wanted_len, config.max_position_embeddings));
   }
-  const int64_t bytes_with_block = plan.block_bytes + Runner::kStateBytesPerBlock;
   int64_t num_blocks = DivideUp(wanted_len, kBlockTokens) * options.max_sequences;
   if (options.kv_cache_bytes > 0) {
     num_blocks = options.kv_cache_bytes / plan.block_bytes;
   } else if (options.kv_cache_share > 0) {
-    num_blocks = static_cast<int64_t>(left * options.kv_cache_share) / bytes_with_block;
+    num_blocks = static_cast<int64_t>(left * options.kv_cache_share) / plan.block_bytes;
   } else {
-    num_blocks = std::min(num_blocks, static_cast<int64_t>(left * default_share) / bytes_with_block);
+    num_blocks = std::min(num_blocks, static_cast<int64_t>(left * default_share) / plan.block_bytes);
   }
   num_blocks = std::min<int64_t>(num_blocks, 1 << 24);
   const int64_t max_len = std::min<int64_t>(wanted_len, num_blocks * kBlockTokens);
@@ -114,30 +71,32 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
   const bool is_gpu = backend.is_gpu();
   if (!is_gpu) return PlanCache(config, options, demand.kv_dtype, free, kCpuShare);
 
-  const int64_t weights = DeviceWeightBytes(config, checkpoint, demand.limits);
+  const ExpertShare share = {0, demand.limits.num_local_experts};
+  const absl::StatusOr<int64_t> weights = ModelWeights::DeviceBytes(config, checkpoint, share, backend.ops());
+  if (!weights.ok()) return weights.status();
   const int64_t activations = ActivationBuffers::Bytes(config, backend.value_dtype(), demand.limits, demand.format);
-  const int64_t state = Runner::StateBytes(demand.limits, config.qk_rope_head_dim);
+  const int64_t state = Runner::StateBytes(demand.limits, backend);
   const int64_t reserve = kCodeReserve + kGraphReserve * Runner::NumGraphs(backend.device(), demand.limits) +
                           kAllocationBytes * (kNumOtherAllocations + config.num_hidden_layers);
   const int64_t workspace = static_cast<int64_t>(backend.workspace_bytes());
-  const int64_t left = free - weights - workspace - activations - state - reserve;
+  const int64_t left = free - *weights - workspace - activations - state - reserve;
   if (left <= 0) {
     return absl::ResourceExhaustedError(absl::StrFormat(
         "GPU memory: %s free, but weights need %s, workspace %s, activations %s, state %s, graphs and code %s: lower "
         "--max-batch-tokens, --max-sequences or --max-model-len, or serve a smaller model",
-        Gigabytes(free), Gigabytes(weights), Gigabytes(workspace), Gigabytes(activations), Gigabytes(state),
+        Gigabytes(free), Gigabytes(*weights), Gigabytes(workspace), Gigabytes(activations), Gigabytes(state),
         Gigabytes(reserve)));
   }
   absl::StatusOr<MemoryPlan> plan = PlanCache(config, options, demand.kv_dtype, left, kGpuShare);
   if (!plan.ok()) return plan.status();
-  if (plan->cache + plan->num_blocks * Runner::kStateBytesPerBlock > left) {
+  if (plan->cache > left) {
     return absl::ResourceExhaustedError(absl::StrFormat(
         "GPU memory: a KV cache of %s is asked for, but the model leaves %s of %s: lower --kv-cache-memory, "
         "--max-batch-tokens or --max-sequences",
         Gigabytes(plan->cache), Gigabytes(left), Gigabytes(free)));
   }
   plan->free = free;
-  plan->weights = weights;
+  plan->weights = *weights;
   plan->activations = activations;
   plan->state = state;
   plan->reserve = reserve;

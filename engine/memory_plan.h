@@ -32,10 +32,6 @@ struct MemoryDemand {
   ActivationFormat format = ActivationFormat::kF32;
 };
 
-// Weights in device memory as the CUDA backend lays them out: rows padded, kv_b_proj in bf16, every weight an
-// allocation.
-int64_t DeviceWeightBytes(const ModelConfig& config, const Checkpoint& checkpoint, const OpLimits& limits);
-
 // The cache, given what is left for it. `left` < 0: the rest alone does not fit. InvalidArgument or ResourceExhausted,
 // naming the option to change. `limits.max_context` is not used.
 absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, KvDType kv_dtype,

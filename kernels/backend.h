@@ -39,7 +39,8 @@ class Backend {
   virtual size_t workspace_bytes() const { return 0; }  // device memory that operations will hold; 0 where it is small
 };
 
-// NotFound when the device asked for is not there; ResourceExhausted when what it needs at once does not fit.
+// NotFound when the device asked for is not there; FailedPrecondition when libcachalot_cuda.so is of another build,
+// unless the CPU is asked for by name; ResourceExhausted when what it needs at once does not fit.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options);
 
 }  // namespace cachalot

@@ -15,6 +15,7 @@
 #ifndef CACHALOT_KERNELS_OPS_H_
 #define CACHALOT_KERNELS_OPS_H_
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -39,6 +40,9 @@ class Ops {
   // in the background until then. ResourceExhausted when a weight or workspace found no room; Internal with a device's
   // fault.
   virtual absl::Status FinishWeights() = 0;
+  // What the Makes that `make` calls would take of the device's memory: then they allocate and read nothing, and what
+  // they return is of no use. 0 where weights are read where they are.
+  virtual int64_t MeasureWeights(const std::function<void()>& /*make*/) { return 0; }
   // Of what is to be copied, what has been read so far. Any thread.
   virtual int64_t weight_bytes_copied() const { return 0; }
 

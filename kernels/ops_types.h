@@ -12,13 +12,15 @@ namespace cachalot {
 inline constexpr int kBlockTokens = 64;  // P: tokens a KV block
 inline constexpr int kQuantGroup = 128;  // FP8 scale group along a row; weights are scaled by 128x128
 inline constexpr int kMaxTopLogprobs = 20;
+// Lower temperatures are greedy, and higher penalties forbid: beyond these, logits would overflow.
+inline constexpr float kLeastTemperature = 1e-5f, kMostRepetitionPenalty = 1e10f;
 inline constexpr int kMaxTokenBiases = 1024;  // token ids that a sequence bans or biases
 
 // The maxima a backend makes its workspace for, and the model's dimensions.
 struct OpLimits {
   int max_tokens = 0;     // T
   int max_sequences = 0;  // S, also U: the number of slots
-  int max_rows = 0;       // L
+  int max_rows = 0;       // L, of one call
   int max_context = 0;    // tokens of one sequence
   int max_drafts = 0;     // X
   int hidden_size = 0, num_heads = 0, q_lora_rank = 0, kv_lora_rank = 0, qk_rope_head_dim = 0, qk_nope_head_dim = 0;
@@ -84,13 +86,13 @@ struct TokenBias {
 struct SlotParams {
   int32_t apply = 0;          // 1: the sequence enters its slot in this step: take these, forget the slot's past
   int32_t prompt_tokens = 0;  // positions below are prompt, for the penalties
-  float temperature = 1.0f;   // 0: greedy
+  float temperature = 1.0f;   // 0: greedy; otherwise kLeastTemperature or more
   int32_t top_k = 0;          // 0: off
   float top_p = 1.0f;         // 1: off
   float min_p = 0.0f;         // 0: off
   float presence_penalty = 0.0f, frequency_penalty = 0.0f;
-  float repetition_penalty = 1.0f;
-  int32_t min_tokens = 0;  // the slot's banned tokens are not drawn while fewer have been generated
+  float repetition_penalty = 1.0f;  // 1 / kMostRepetitionPenalty to kMostRepetitionPenalty
+  int32_t min_tokens = 0;           // the slot's banned tokens are not drawn while fewer have been generated
   // Entries of the slot's token_biases: first those that are banned, then those that are biased. Ids differ within
   // either; one that is in both is banned.
   uint16_t num_banned = 0, num_biased = 0;
@@ -119,7 +121,7 @@ struct StepInput {
   Tensor query_start;  // [S+1] i32
   Tensor seq_params;   // [S, sizeof(SlotParams)] u8
   Tensor tokens;       // [T] i32 of prefill rows; ignored for decode rows
-  Tensor row_token;    // [L] i32 which of the T rows; -1: padding. Rows of one sequence are consecutive
+  Tensor row_token;    // [L] i32 which of the T rows; -1: padding. Rows of one sequence that sample are consecutive
   Tensor row_seq;      // [L] i32 which of the S sequences
   Tensor row_target;   // [L] i32 score this token (prompt log-probabilities); -1: sample
 };

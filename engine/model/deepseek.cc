@@ -5,9 +5,8 @@
 
 namespace cachalot {
 
-Tensor DeepSeek::Forward(const StepArrays& step) {
-  const int num_tokens = static_cast<int>(step.rows.tokens.dim(0));
-  const Activations a = buffers_->View(num_tokens, static_cast<int>(step.input.row_token.dim(0)));
+void DeepSeek::Forward(const StepArrays& step) {
+  const Activations a = buffers_->View(static_cast<int>(step.rows.tokens.dim(0)), 0);
   const float eps = static_cast<float>(config_.rms_norm_eps);
 
   ops_.Embed(a.h, *weights_.embed_tokens, step.rows);  // [T,D]
@@ -26,8 +25,12 @@ Tensor DeepSeek::Forward(const StepArrays& step) {
     }
   }
   ops_.AddRmsNorm(a.h, a.normed, Tensor(), delta, *weights_.norm, eps);
-  ops_.GatherRows(a.head_in, a.normed, step.input.row_token);  // [L,D]
-  ops_.Linear(a.logits, a.head_in, *weights_.lm_head);         // [L,W]
+}
+
+Tensor DeepSeek::Head(const StepArrays& step, const Tensor& row_token) {
+  const Activations a = buffers_->View(static_cast<int>(step.rows.tokens.dim(0)), static_cast<int>(row_token.dim(0)));
+  ops_.GatherRows(a.head_in, a.normed, row_token);      // [L,D]
+  ops_.Linear(a.logits, a.head_in, *weights_.lm_head);  // [L,W]
   return a.logits;
 }
 

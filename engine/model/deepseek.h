@@ -26,8 +26,10 @@ class DeepSeek {
                                                           std::vector<KvCache> caches, RopeTable rope, Backend& backend,
                                                           const OpLimits& limits, ActivationFormat format);
 
-  // Queues the forward pass of the step's T rows; returns the logits of its L rows: [L,W] f32. Called in a step's body.
-  Tensor Forward(const StepArrays& step);
+  // Queues the forward pass of the step's T rows; what Head reads stays until the next. Called in a step's body.
+  void Forward(const StepArrays& step);
+  // The logits of some of those rows, at most OpLimits::max_rows: [L,W] f32, until the next call.
+  Tensor Head(const StepArrays& step, const Tensor& row_token);  // [L]
 
  private:
   DeepSeek(const ModelConfig& config, ModelWeights weights, std::vector<KvCache> caches, RopeTable rope,

@@ -12,6 +12,8 @@ namespace {
 // NOTE: a step's kinds are kStep + its staging set, whose addresses are part of it.
 enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kStep = 2 };
 
+constexpr int64_t kBlockUpdatesAtOnce = 8192;
+
 // A row of Ops::UpdateTokenBiases.
 struct BiasUpdate {
   int32_t slot, index;
@@ -72,6 +74,7 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
   if (!weights.ok()) return weights.status();
   absl::Status status = runner->MakeState();
   if (status.ok()) status = runner->MakeStaging();
+  if (status.ok()) status = runner->FillAngles(config);
   if (!status.ok()) return status;
 
   std::vector<KvCache> caches;
@@ -82,31 +85,47 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
     caches.push_back({*blocks, options.kv_dtype});
   }
 
-  // The table of angles: made on the host, the same in every backend.
-  const std::vector<float> angles = MakeRopeTable(config, limits.max_context);
-  auto cos_sin = runner->NewTensor(DType::kF32, {limits.max_context, config.qk_rope_head_dim});
-  if (!cos_sin.ok()) return cos_sin.status();
-  auto staging = backend.device().Allocate(cos_sin->num_bytes(), Device::Memory::kPinnedHost);
-  if (!staging.ok()) return staging.status();
-  std::memcpy(staging->data(), angles.data(), cos_sin->num_bytes());
-  backend.device().Upload(*cos_sin, staging->data());
-  status = backend.device().Wait(backend.device().Record(), absl::Minutes(1));
-  if (!status.ok()) return status;
-
-  auto model = DeepSeek::Create(config, *std::move(weights), std::move(caches), RopeTable{*cos_sin}, backend, limits,
-                                options.format);
+  auto model = DeepSeek::Create(config, *std::move(weights), std::move(caches), RopeTable{runner->angles_}, backend,
+                                limits, options.format);
   if (!model.ok()) return model.status();
   runner->model_ = *std::move(model);
   return runner;
 }
 
+absl::StatusOr<void*> Runner::Allocate(int64_t bytes, Device::Memory memory) {
+  if (memory == Device::Memory::kDevice) device_bytes_ += bytes;
+  if (is_dry_run_) return nullptr;
+  auto buffer = device_.Allocate(std::max<int64_t>(bytes, 1), memory);
+  if (!buffer.ok()) return buffer.status();
+  buffers_.push_back(*std::move(buffer));
+  return buffers_.back().data();
+}
+
 absl::StatusOr<Tensor> Runner::NewTensor(DType dtype, std::initializer_list<int64_t> dims) {
   Tensor tensor(nullptr, dtype, dims);
-  auto buffer = device_.Allocate(std::max<int64_t>(tensor.num_bytes(), 1), Device::Memory::kDevice);
-  if (!buffer.ok()) return buffer.status();
-  tensor.data = buffer->data();
-  buffers_.push_back(*std::move(buffer));
+  auto data = Allocate(tensor.num_bytes(), Device::Memory::kDevice);
+  if (!data.ok()) return data.status();
+  tensor.data = *data;
   return tensor;
+}
+
+int64_t Runner::StateBytes(const OpLimits& limits, Backend& backend) {
+  RunnerOptions options;
+  options.limits = limits;
+  Runner runner(options, backend);
+  runner.is_dry_run_ = true;
+  CHECK(runner.MakeState().ok() && runner.MakeStaging().ok());
+  return runner.device_bytes_;
+}
+
+// Made on the host, the same in every backend.
+absl::Status Runner::FillAngles(const ModelConfig& config) {
+  const std::vector<float> angles = MakeRopeTable(config, options_.limits.max_context);
+  auto staging = device_.Allocate(angles_.num_bytes(), Device::Memory::kPinnedHost);
+  if (!staging.ok()) return staging.status();
+  std::memcpy(staging->data(), angles.data(), angles_.num_bytes());
+  device_.Upload(angles_, staging->data());
+  return device_.Wait(device_.Record(), absl::Minutes(1));
 }
 
 absl::Status Runner::MakeState() {
@@ -119,6 +138,7 @@ absl::Status Runner::MakeState() {
     status.Update(tensor.status());
     return tensor.value_or(Tensor());
   };
+  angles_ = make(DType::kF32, {limits.max_context, limits.qk_rope_head_dim});
   state_.block_table = make(DType::kI32, {U, max_blocks});
   state_.length = make(DType::kI32, {U});
   state_.last_token = make(DType::kI32, {U});
@@ -127,27 +147,15 @@ absl::Status Runner::MakeState() {
   state_.counts = make(DType::kU16, {U, limits.vocab_size});
   rows_ = {make(DType::kI32, {T}), make(DType::kI32, {T}), make(DType::kI32, {T})};
   state_.token_biases = make(DType::kU8, {U, kMaxTokenBiases, static_cast<int64_t>(sizeof(TokenBias))});
-  block_updates_ = make(DType::kI32, {options_.num_blocks, 3});
+  block_updates_ = make(DType::kI32, {std::min(kBlockUpdatesAtOnce, U * max_blocks), 3});
   bias_updates_ = make(DType::kI32, {U * kMaxTokenBiases, 4});
+  none_accepted_ = make(DType::kI32, {U});
   return status;
-}
-
-// As MakeState, MakeStaging and Create have it.
-int64_t Runner::StateBytes(const OpLimits& limits, int rope_dim) {
-  const int64_t U = limits.max_sequences, max_blocks = (limits.max_context + kBlockTokens - 1) / kBlockTokens;
-  const int64_t slot = (max_blocks + 2 + limits.max_drafts) * 4 + static_cast<int64_t>(sizeof(SlotParams)) +
-                       limits.vocab_size * 2 +
-                       kMaxTokenBiases * static_cast<int64_t>(sizeof(TokenBias) + sizeof(BiasUpdate));
-  Packer input(nullptr), output(nullptr);
-  PackInput(&input, limits.max_tokens, U, limits.max_rows);
-  PackOutput(&output, U, limits.max_rows);
-  return U * slot + limits.max_tokens * 12 + input.bytes() + output.bytes() +
-         static_cast<int64_t>(limits.max_context) * rope_dim * 4;
 }
 
 absl::Status Runner::MakeStaging() {
   const OpLimits& limits = options_.limits;
-  const Shape max = {limits.max_tokens, limits.max_sequences, limits.max_rows};
+  const Shape max = {limits.max_tokens, limits.max_sequences, limits.max_tokens};
   Packer input(nullptr), output(nullptr);
   PackInput(&input, max.T, max.S, max.L);
   PackOutput(&output, max.S, max.L);
@@ -159,12 +167,11 @@ absl::Status Runner::MakeStaging() {
   output_ = *device_output;
   for (StagingSet& set : staging_) {
     for (auto [pointer, bytes] : {std::pair{&set.input, input.bytes()}, std::pair{&set.output, output.bytes()},
-                                  std::pair{&set.block_updates, block_updates_.num_bytes()},
+                                  std::pair{&set.block_updates, (max_block_updates() + block_updates_.dim(0)) * 12},
                                   std::pair{&set.bias_updates, bias_updates_.num_bytes()}}) {
-      auto buffer = device_.Allocate(bytes, Device::Memory::kPinnedHost);
-      if (!buffer.ok()) return buffer.status();
-      *pointer = buffer->data();
-      buffers_.push_back(*std::move(buffer));
+      auto memory = Allocate(bytes, Device::Memory::kPinnedHost);
+      if (!memory.ok()) return memory.status();
+      *pointer = *memory;
     }
   }
   return absl::OkStatus();
@@ -209,22 +216,27 @@ void Runner::FillInput(const StepPlan& plan, Shape shape, const StepInput& input
   for (int l = 0; l < shape.L; ++l) {
     const bool is_real = l < static_cast<int>(plan.logits_rows.size());
     const LogitsRow wanted = is_real ? plan.logits_rows[l] : LogitsRow{-1, -1, -1};
+    CHECK(l < options_.limits.max_rows || !is_real || wanted.target >= 0, "row {} samples", l);
     input.row_token.as<int32_t>()[l] = wanted.row;
     input.row_seq.as<int32_t>()[l] = wanted.sequence;
     input.row_target.as<int32_t>()[l] = wanted.target;
   }
 }
 
+// At most one for each entry of the table; as many at a time as there is room for on the device.
 void Runner::UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set) {
-  if (updates.empty()) return;
-  const int count = static_cast<int>(updates.size());
-  const int padded = std::min(device_.Bucket(count), static_cast<int>(block_updates_.dim(0)));
+  CHECK(static_cast<int64_t>(updates.size()) <= max_block_updates(), "{} block updates", updates.size());
   auto* staged = static_cast<BlockUpdate*>(staging_[set].block_updates);
-  std::copy(updates.begin(), updates.end(), staged);
-  std::fill(staged + count, staged + padded, BlockUpdate{-1, 0, 0});
-  const Tensor target = block_updates_.Rows(0, padded);
-  device_.Upload(target, staged);
-  device_.Submit({padded, 0, 0, kBlockUpdates}, [this, target] { backend_.ops().UpdateBlockTables(state_, target); });
+  const int max_count = static_cast<int>(block_updates_.dim(0));
+  for (size_t begin = 0; begin < updates.size(); begin += max_count, staged += max_count) {
+    const int count = static_cast<int>(std::min<size_t>(updates.size() - begin, max_count));
+    const int padded = std::min(device_.Bucket(count), max_count);
+    std::copy_n(updates.begin() + begin, count, staged);
+    std::fill(staged + count, staged + padded, BlockUpdate{-1, 0, 0});
+    const Tensor target = block_updates_.Rows(0, padded);
+    device_.Upload(target, staged);
+    device_.Submit({padded, 0, 0, kBlockUpdates}, [this, target] { backend_.ops().UpdateBlockTables(state_, target); });
+  }
 }
 
 void Runner::UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set) {
@@ -247,7 +259,7 @@ Runner::Shape Runner::PaddedShape(int num_tokens, int num_sequences, int num_row
   const OpLimits& limits = options_.limits;
   return {std::min(device_.Bucket(num_tokens), limits.max_tokens),
           std::min(device_.Bucket(num_sequences), limits.max_sequences),
-          std::min(device_.Bucket(num_rows), limits.max_rows)};
+          std::min(device_.Bucket(num_rows), limits.max_tokens)};
 }
 
 std::function<void()> Runner::StepBody(Shape shape, int set) {
@@ -256,13 +268,29 @@ std::function<void()> Runner::StepBody(Shape shape, int set) {
     const StepRows rows = {rows_.tokens.Rows(0, shape.T), rows_.positions.Rows(0, shape.T),
                            rows_.slots.Rows(0, shape.T)};
     const StepArrays step = {InputAt(input_.data, shape), rows, state_};
-    Ops& ops = backend_.ops();
-    ops.BeginStep(step.rows, step.state, step.input);
-    const Tensor logits = model_->Forward(step);
-    ops.Sample(OutputAt(output_.data, shape), step.state, logits, Tensor(), step.input, step.rows,
-               options_.num_valid_tokens);
+    backend_.ops().BeginStep(step.rows, step.state, step.input);
+    model_->Forward(step);
+    Sample(step, OutputAt(output_.data, shape));
     device_.Download(staging_[set].output, PackedOutput(shape));
   };
+}
+
+// As many rows at a time as there is room for logits: a long prompt is scored in steps as long as any. All rows that
+// sample are among the first.
+void Runner::Sample(const StepArrays& step, const SampleOutput& output) {
+  const int64_t num_rows = step.input.row_token.dim(0), max_rows = options_.limits.max_rows;
+  for (int64_t begin = 0; begin == 0 || begin < num_rows; begin += max_rows) {
+    const int64_t count = std::min(max_rows, num_rows - begin);
+    StepInput input = step.input;
+    for (Tensor* rows : {&input.row_token, &input.row_seq, &input.row_target}) *rows = rows->Rows(begin, count);
+    SampleOutput part = output;
+    for (Tensor* rows : {&part.tokens, &part.logprobs, &part.top_tokens, &part.top_logprobs}) {
+      *rows = rows->Rows(begin, count);
+    }
+    if (begin > 0) part.num_accepted = none_accepted_.Rows(0, output.num_accepted.dim(0));
+    const Tensor logits = model_->Head(step, input.row_token);
+    backend_.ops().Sample(part, step.state, logits, Tensor(), input, step.rows, options_.num_valid_tokens);
+  }
 }
 
 int Runner::NumGraphs(const Device& device, const OpLimits& limits) {
@@ -296,7 +324,7 @@ void Runner::Launch(const StepPlan& plan) {
   const OpLimits& limits = options_.limits;
   const int num_sequences = static_cast<int>(plan.sequences.size());
   const int num_rows = static_cast<int>(plan.logits_rows.size());
-  CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= limits.max_rows);
+  CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= plan.num_rows);
   const Shape shape = PaddedShape(plan.num_rows, num_sequences, num_rows);
   const int set = next_set_;
   next_set_ = (next_set_ + 1) % kMaxStepsInFlight;

@@ -31,10 +31,9 @@ class Runner {
   static absl::StatusOr<std::unique_ptr<Runner>> Create(const ModelConfig& config, const Checkpoint& checkpoint,
                                                         const RunnerOptions& options, Backend& backend);
 
-  // Device memory that the slots, the tables and a step's input and output take; the cache's blocks not included, but
-  // what comes with each of them.
-  static int64_t StateBytes(const OpLimits& limits, int rope_dim);
-  static constexpr int64_t kStateBytesPerBlock = 3 * sizeof(int32_t);
+  // Device memory that the slots, the tables and a step's input and output take, by a dry run; weights, activations and
+  // the cache's blocks not included.
+  static int64_t StateBytes(const OpLimits& limits, Backend& backend);
 
   // Before the first step: has the device make graphs of decode steps of every size, where it replays graphs. What was
   // made, for a log; empty where it does not.
@@ -63,8 +62,10 @@ class Runner {
   Runner(const RunnerOptions& options, Backend& backend)
       : options_(options), backend_(backend), device_(backend.device()) {}
 
+  absl::Status FillAngles(const ModelConfig& config);
   absl::Status MakeState();
   absl::Status MakeStaging();
+  absl::StatusOr<void*> Allocate(int64_t bytes, Device::Memory memory);
   absl::StatusOr<Tensor> NewTensor(DType dtype, std::initializer_list<int64_t> dims);
   StepInput InputAt(void* base, Shape shape) const;
   SampleOutput OutputAt(void* base, Shape shape) const;
@@ -72,7 +73,11 @@ class Runner {
   Tensor PackedOutput(Shape shape) const;
   Shape PaddedShape(int num_tokens, int num_sequences, int num_rows) const;
   std::function<void()> StepBody(Shape shape, int set);
+  void Sample(const StepArrays& step, const SampleOutput& output);
   void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;
+  int64_t max_block_updates() const {
+    return int64_t{options_.limits.max_sequences} * ((options_.limits.max_context + kBlockTokens - 1) / kBlockTokens);
+  }
   void UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set);
   void UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set);
 
@@ -80,11 +85,15 @@ class Runner {
   Backend& backend_;
   Device& device_;
   std::vector<Buffer> buffers_;
+  bool is_dry_run_ = false;   // allocates nothing
+  int64_t device_bytes_ = 0;  // allocated, or in a dry run not
   std::unique_ptr<DeepSeek> model_;
   SlotState state_;
   StepRows rows_;          // at the maxima
-  Tensor block_updates_;   // [max,3]
+  Tensor angles_;          // [max_context,R]
+  Tensor block_updates_;   // [kBlockUpdatesAtOnce,3]
   Tensor bias_updates_;    // [max,4]
+  Tensor none_accepted_;   // [U], of rows that do not sample
   Tensor input_, output_;  // device, bytes
   struct StagingSet {
     void *input, *output, *block_updates, *bias_updates;  // pinned

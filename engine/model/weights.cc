@@ -1,7 +1,6 @@
 // From checkpoint tensors to the backend's prepared weights.
 #include "engine/model/weights.h"
 
-#include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <utility>
@@ -9,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "engine/model/tensor_table.h"
+#include "kernels/half_float.h"
 
 namespace cachalot {
 namespace {
@@ -24,13 +24,6 @@ Tensor View(const CheckpointTensor& tensor) {
   return Tensor(data, dtype, {tensor.shape[0], tensor.shape[1]});
 }
 
-float HalfToFloat(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                        : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-  return bits >> 15 ? -magnitude : magnitude;
-}
-
 // A finite BF16, F16 or F64 vector in f32.
 std::vector<float> ToFloats(const CheckpointTensor& tensor) {
   std::vector<float> values(tensor.shape[0]);
@@ -43,12 +36,7 @@ std::vector<float> ToFloats(const CheckpointTensor& tensor) {
     }
     uint16_t bits;
     std::memcpy(&bits, tensor.data + i * sizeof bits, sizeof bits);
-    if (tensor.dtype == "F16") {
-      values[i] = HalfToFloat(bits);
-    } else {
-      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-      std::memcpy(&values[i], &wide, sizeof wide);
-    }
+    values[i] = tensor.dtype == "F16" ? F16ToFloat(bits) : Bf16ToFloat(bits);
   }
   return values;
 }
@@ -153,25 +141,36 @@ class Loader {
   std::string prefix_;
 };
 
-}  // namespace
-
-absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                ExpertShare share, Ops& ops) {
+absl::Status CheckLoadable(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share) {
   if (config.is_moe_layer(config.num_hidden_layers - 1)) {
     CHECK(share.first_expert >= 0 && share.num_experts > 0 &&
               share.first_expert + share.num_experts <= config.n_routed_experts,
           "experts {}+{} of {}", share.first_expert, share.num_experts, config.n_routed_experts);
   }
   std::vector<std::string> problems;
-  if (checkpoint.has_data()) problems = Problems(config, checkpoint, /*deep=*/false);
+  if (checkpoint.has_data()) problems = ModelWeights::Problems(config, checkpoint, /*deep=*/false);
   if (!problems.empty()) {
     return absl::InvalidArgumentError(
         problems.size() == 1 ? problems[0]
                              : absl::StrCat(problems[0], " (and ", problems.size() - 1, " more problems)"));
   }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const Checkpoint& checkpoint,
+                                                ExpertShare share, Ops& ops) {
+  if (absl::Status status = CheckLoadable(config, checkpoint, share); !status.ok()) return status;
   ModelWeights weights = Loader(config, checkpoint, share, ops).Load();
   if (absl::Status status = ops.FinishWeights(); !status.ok()) return status;
   return weights;
+}
+
+absl::StatusOr<int64_t> ModelWeights::DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint,
+                                                  ExpertShare share, Ops& ops) {
+  if (absl::Status status = CheckLoadable(config, checkpoint, share); !status.ok()) return status;
+  return ops.MeasureWeights([&] { Loader(config, checkpoint, share, ops).Load(); });
 }
 
 }  // namespace cachalot

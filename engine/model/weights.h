@@ -61,6 +61,9 @@ struct ModelWeights {
   // the backend can read them in place.
   static absl::StatusOr<ModelWeights> Load(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share,
                                            Ops& ops);
+  // What Load would take of the device's memory, by a dry run of it; fails as it would.
+  static absl::StatusOr<int64_t> DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share,
+                                             Ops& ops);
 };
 
 }  // namespace cachalot

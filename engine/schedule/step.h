@@ -55,7 +55,8 @@ struct BlockUpdate {
   int32_t slot, index, block;  // block_table[slot][index] = block, before the step
 };
 
-// Logits wanted: of row `row` of the step, for sequence `sequence` of the plan. Rows of one sequence are consecutive.
+// Logits wanted: of row `row` of the step, for sequence `sequence` of the plan. Rows that sample come first, then those
+// that score; of either kind, rows of one sequence are consecutive.
 struct LogitsRow {
   int32_t row, sequence;
   int32_t target;  // score this token; -1: sample
@@ -66,7 +67,8 @@ struct StepPlan {
   std::vector<SequenceStep> sequences;
   std::vector<BlockUpdate> block_updates;
   std::vector<LogitsRow> logits_rows;
-  int num_rows = 0;  // T: sum of the sequences' rows, in their order
+  int num_rows = 0;      // T: sum of the sequences' rows, in their order
+  int64_t num_keys = 0;  // that the rows attend to
 
   bool empty() const { return sequences.empty(); }
 };

@@ -94,6 +94,8 @@ class CudaBackend : public Backend {
 
 extern "C" {
 
+__attribute__((visibility("default"))) const char* cachalot_cuda_build_id() { return cachalot::kBuildId; }
+
 __attribute__((visibility("default"))) int cachalot_cuda_num_devices() {
   const auto gpus = cachalot::UsableGpus();
   return gpus.ok() ? static_cast<int>(gpus->size()) : 0;

@@ -3,6 +3,7 @@
 #ifndef CACHALOT_KERNELS_CUDA_CUDA_OPS_H_
 #define CACHALOT_KERNELS_CUDA_CUDA_OPS_H_
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -28,6 +29,7 @@ class CudaOps : public Ops {
   std::unique_ptr<Weight> MakeKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim) override;
   std::unique_ptr<Weight> MakeExperts(const std::vector<std::vector<WeightPart>>& row_stacked_per_slot) override;
   absl::Status FinishWeights() override;
+  int64_t MeasureWeights(const std::function<void()>& make) override;
   int64_t weight_bytes_copied() const override { return loader_.bytes_copied(); }
 
   void UpdateBlockTables(const SlotState& state, const Tensor& updates) override;
@@ -76,7 +78,8 @@ class CudaOps : public Ops {
   void Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
                 const WeightRef& w, const int32_t* offsets);
 
-  // kernels/cuda/weights.cc: groups of alike parts, stacked by rows. Without data when there is no room.
+  // kernels/cuda/weights.cc: groups of alike parts, stacked by rows. Without data when there is no room, or
+  // when they are only measured.
   std::unique_ptr<CudaLinear> MakeMatrices(const std::vector<std::vector<WeightPart>>& groups);
   Buffer AllocateWeight(int64_t bytes);
   void CopyPart(const WeightRef& w, const WeightPart& part, int64_t group, int64_t first_row, int64_t scale_row);
@@ -90,6 +93,7 @@ class CudaOps : public Ops {
   Workspace workspace_;
   std::vector<Buffer> buffers_;
   PendingWeights pending_;
+  int64_t* measured_ = nullptr;  // MeasureWeights' count, while it runs
 };
 
 // Conversions that every verb needs (cuda_ops.cc). CHECK that the weight was made by the right Make.

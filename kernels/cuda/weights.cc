@@ -5,14 +5,16 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/cpu/quantize.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/weights_kernels.h"
+#include "kernels/half_float.h"
 
 namespace cachalot {
 namespace {
 
 constexpr int64_t kRowAlignment = 16, kArrayAlignment = 256;
+// What cudaMalloc rounds up to: from a size on the pages of the device.
+constexpr int64_t kLargeAllocation = 1 << 20, kLargeAlignment = 2 << 20, kSmallAlignment = 512;
 
 int64_t AlignUp(int64_t n, int64_t alignment) { return (n + alignment - 1) / alignment * alignment; }
 int64_t NumScaleBlocks(int64_t n) { return (n + kQuantGroup - 1) / kQuantGroup; }
@@ -98,8 +100,20 @@ float StoredFloat(const Tensor& vector, int64_t i) {
 
 }  // namespace
 
-// Empty, and the reason kept, when there is no room.
+int64_t CudaOps::MeasureWeights(const std::function<void()>& make) {
+  int64_t bytes = 0;
+  measured_ = &bytes;
+  make();
+  measured_ = nullptr;
+  return bytes;
+}
+
+// Empty, and the reason kept, when there is no room; empty, and counted, when weights are only measured.
 Buffer CudaOps::AllocateWeight(int64_t bytes) {
+  if (measured_ != nullptr) {
+    *measured_ += AlignUp(bytes, bytes < kLargeAllocation ? kSmallAlignment : kLargeAlignment);
+    return Buffer();
+  }
   if (!pending_.status.ok()) return Buffer();
   absl::StatusOr<Buffer> buffer = device_.Allocate(bytes, Device::Memory::kDevice);
   if (buffer.ok()) return *std::move(buffer);
@@ -204,7 +218,7 @@ std::unique_ptr<Weight> CudaOps::MakeExperts(const std::vector<std::vector<Weigh
 std::unique_ptr<Weight> CudaOps::MakeKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim) {
   const int64_t rows = kv_b.weight.dim(0), cols = kv_b.weight.dim(1);
   CHECK(rows == static_cast<int64_t>(num_heads) * (nope_dim + v_dim), "kv_b of {} rows", rows);
-  std::unique_ptr<CudaLinear> stored = MakeMatrices({{kv_b}});
+  std::unique_ptr<CudaLinear> stored = measured_ == nullptr ? MakeMatrices({{kv_b}}) : nullptr;
   std::vector<Buffer> memory;
   WeightRef halves[2];
   for (const bool is_uv : {false, true}) {
@@ -221,7 +235,7 @@ std::unique_ptr<Weight> CudaOps::MakeKvUp(const WeightPart& kv_b, int num_heads,
     Place(layout, memory.back().data(), &w);
     CopyFromHost(const_cast<RowTile*>(w.tiles), tiles.data(), tiles.size() * sizeof(RowTile));
   }
-  if (pending_.status.ok()) {
+  if (pending_.status.ok() && stored != nullptr) {
     pending_.kv_ups.push_back({std::move(stored), halves[0], halves[1]});
   }
   return std::make_unique<CudaKvUp>(rows, cols, halves[0], halves[1], std::move(memory));

@@ -21,6 +21,11 @@ AnswerView ViewOf(const Generator& generator, const CompletionRequest& request) 
   return view;
 }
 
+absl::Status TooManyScores() {
+  return FieldError("logprobs", absl::StrCat("the answer has more than ", CompletionCall::kMaxHeldScores,
+                                             " log-probabilities: stream it, or ask for less at once"));
+}
+
 size_t NumScores(const GenerateEvent& event) {
   size_t count = 0;
   for (const TokenScore& score : event.scores) count += 1 + score.top.size();
@@ -64,6 +69,11 @@ absl::Status CompletionCall::Prepare(CompletionRequest request) {
   num_running_ = static_cast<int>(plans_.size()) * num_answers_;
   if (num_running_ > max_requests) {
     return FieldError("n", absl::StrCat("prompts times n may be at most ", max_requests, ", the length of the queue"));
+  }
+  // NOTE: what a stream may hold depends on its client; what a whole answer will at least, is known.
+  if (const int top = request.call.sampling.logprobs; request.call.echo && top >= 0 && !view_.stream) {
+    const int64_t num_scores = (usage_.prompt_tokens - static_cast<int64_t>(plans_.size())) * num_answers_ * (1 + top);
+    if (num_scores > static_cast<int64_t>(kMaxHeldScores)) return TooManyScores();
   }
   choices_.resize(num_running_);
   choice_usages_.resize(num_running_);
@@ -137,8 +147,7 @@ void CompletionCall::GatherEvent(int choice_idx, GenerateEvent event) {
   num_held_scores_ += NumScores(event);
   AppendEvent(std::move(event), &choices_[choice_idx].answer);
   if (num_held_scores_ <= kMaxHeldScores) return;
-  FailAnswer(FieldError("logprobs", absl::StrCat("the answer has more than ", kMaxHeldScores,
-                                                 " log-probabilities: stream it, or ask for less at once")));
+  FailAnswer(TooManyScores());
 }
 
 void CompletionCall::StreamEvent(int choice_idx, GenerateEvent event) {

@@ -1,5 +1,6 @@
-// A backend that computes nothing, so that every token is 1, and whose device dies after kSteps of them. Touching it
-// after that hangs, as it may with a real one.
+// A backend that computes nothing, so that every token is 1, and whose device dies after kSteps of them: a step fails,
+// or (CACHALOT_HANGS) never ends. Touching it after that hangs, as it may with a real one. With another id than the
+// program's (CACHALOT_BUILD_ID) it must not be used at all.
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +13,12 @@ namespace cachalot {
 namespace {
 
 constexpr Device::Event kSteps = 200;
+
+#ifdef CACHALOT_HANGS
+constexpr bool kHangs = true;
+#else
+constexpr bool kHangs = false;
+#endif
 
 bool is_dead = false;
 
@@ -38,6 +45,11 @@ class FaultyDevice : public Device {
   Event Record() override { return ++recorded_; }
   bool IsComplete(Event) override { return true; }
   absl::Status Wait(Event event, absl::Duration) override {
+    if (kHangs && event > kSteps) {
+      is_dead = true;
+      usleep(100000);
+      return absl::DeadlineExceededError("as it was told to");
+    }
     HangIfDead();
     usleep(2000);
     is_dead = event > kSteps;
@@ -95,6 +107,7 @@ class FaultyBackend : public Backend {
  public:
   std::string name() const override { return "faulty"; }
   DType value_dtype() const override { return DType::kF32; }
+  bool is_gpu() const override { return true; }
   Device& device() override { return device_; }
   Ops& ops() override { return ops_; }
   Communicator& communicator() override { return communicator_; }
@@ -108,7 +121,13 @@ class FaultyBackend : public Backend {
 }  // namespace
 }  // namespace cachalot
 
+#ifdef CACHALOT_BUILD_ID
+const char cachalot::kBuildId[] = CACHALOT_BUILD_ID;
+#endif
+
 extern "C" {
+
+__attribute__((visibility("default"))) const char* cachalot_cuda_build_id() { return cachalot::kBuildId; }
 
 __attribute__((visibility("default"))) int cachalot_cuda_num_devices() { return 1; }
 

@@ -81,12 +81,18 @@ def test_what_is_in_flight_after_the_drain_ends_with_an_error(start):
     assert errors[0].body["type"] == "server_error"
 
 
-def test_a_dead_device_ends_the_process_after_the_last_error(start, binary):
-    """Its stand-in hangs whoever touches it once it is dead."""
-    folder = binary.parent / "tests/e2e"
+def stand_in(binary, fault):
+    """The environment in which the CUDA backend is the one of tests/e2e/faulty_backend.cc."""
+    folder = binary.parent / "tests/e2e" / fault
     if not (folder / "libcachalot_cuda.so").exists():
-        pytest.skip("the CUDA backend was not built, and so the faulty one was not")
-    server = start("--device", "cuda", env={**os.environ, "LD_LIBRARY_PATH": str(folder)})
+        pytest.skip("the CUDA backend was not built, and so its stand-ins were not")
+    return {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+
+
+@pytest.mark.parametrize("fault, words", [("dying", "as it was told to"), ("hanging", "a step has not ended within 5")])
+def test_a_dead_device_ends_the_process_after_the_last_error(start, binary, fault, words):
+    """Its stand-in hangs whoever touches it once it is dead."""
+    server = start("--device", "cuda", env=stand_in(binary, fault))
     with pytest.raises(openai.APIError) as died:
         for _ in server.client().completions.create(
             model=server.model, prompt="Hello", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
@@ -96,7 +102,17 @@ def test_a_dead_device_ends_the_process_after_the_last_error(start, binary):
     assert died.value.body["type"] == "server_error"
     assert server.process.wait(10) == 1
     assert time.monotonic() - begin < 1.5
-    assert "the rank is dead" in server.process.stderr.read().decode()
+    log = server.process.stderr.read().decode()
+    assert "the rank is dead" in log and words in log
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_a_backend_of_another_build_is_refused(binary, checkpoint, device):
+    words = [binary, "serve", "--model", checkpoint, "--port", "0", "--grpc-port", "0", "--device", device]
+    result = subprocess.run(words, env=stand_in(binary, "stale"), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert "is of another build than this program (0123456789abcdef" in result.stderr
 
 
 def test_a_drain_lets_requests_in_flight_end(start):

@@ -6,6 +6,7 @@
 #include <random>
 
 #include "tests/engine/golden.h"
+#include "tests/engine/step_loop.h"
 
 namespace cachalot {
 namespace {
@@ -106,21 +107,10 @@ TEST_P(InvarianceTest, PreemptedOrNot) {
     s.stop_token_ids = {static_cast<int32_t>(50 + i)};
     s.logit_bias = {{50 + i, 100.0f}, {40, 2.0f}, {41, -3.0f}};
   }
-  auto roomy = MakeEngine(Options(golden, 64));
-  const std::vector<Answer> expected = RunAll(*roomy, requests);
-  EXPECT_EQ(roomy->stats().preemptions, 0u);
-
-  EngineOptions options = Options(golden, 64);
-  options.max_model_len = 192;  // three blocks: what most sequences end up with
-  options.kv_cache_bytes = roomy->model().kv_bytes_per_token * 64 * 8;
-  std::unique_ptr<Engine> tight;
-  std::vector<Answer> answers;
-  // NOTE: on a busy machine the first may have ended before the last are submitted.
-  for (int attempt = 0; attempt < 5 && (tight == nullptr || tight->stats().preemptions == 0); ++attempt) {
-    tight = MakeEngine(options);
-    answers = RunAll(*tight, requests);
-  }
-  const EngineStats stats = tight->stats();
+  StepLoop roomy(golden.model_dir, {64, 65, 512, {}}, 12 * 3), tight(golden.model_dir, {64, 65, 192, {}}, 8);
+  const std::vector<Answer> expected = roomy.Run(requests), answers = tight.Run(requests);
+  EXPECT_EQ(roomy.stats().preemptions, 0u);
+  const EngineStats stats = tight.stats();
   std::printf("[ measured ] %llu preemptions\n", static_cast<unsigned long long>(stats.preemptions));
   EXPECT_GT(stats.preemptions, 0u);
   EXPECT_GT(stats.recomputed_tokens, 0u);
@@ -151,19 +141,17 @@ TEST_P(InvarianceTest, PreemptedByPriorityOrNot) {
     request.sampling.logit_bias = {{42, 1.5f}};
   }
   for (int i = 0; i < 3; ++i) requests.push_back(Sampled(golden.prompts[2].tokens, 0.8f, 10 + i, 20));
-  EngineOptions options = Options(golden, 64);
-  const std::vector<Answer> expected = RunAll(*MakeEngine(options), requests);
-  options.max_sequences = 2;
-  auto engine = MakeEngine(options);
-  std::vector<Answer> answers;
-  // NOTE: on a busy machine the two may have ended before the others are submitted.
-  for (int attempt = 0; attempt < 5 && engine->stats().preemptions == 0; ++attempt) {
-    answers = RunAll(*engine, requests, 3);
-  }
+  StepLoop roomy(golden.model_dir, {64, 65, 512, {}}, 64), tight(golden.model_dir, {64, 2, 512, {}}, 64);
+  const std::vector<Answer> expected = roomy.Run(requests);
+  for (int i = 0; i < 2; ++i) tight.Add(requests[i]);
+  while (tight.answers()[0].tokens.empty() || tight.answers()[1].tokens.empty()) ASSERT_TRUE(tight.Turn());
+  for (size_t i = 2; i < requests.size(); ++i) tight.Add(requests[i]);
+  while (tight.Turn()) continue;
+  const std::vector<Answer>& answers = tight.answers();
   std::printf("[ measured ] %llu preemptions, %llu tokens recomputed\n",
-              static_cast<unsigned long long>(engine->stats().preemptions),
-              static_cast<unsigned long long>(engine->stats().recomputed_tokens));
-  EXPECT_GE(engine->stats().preemptions, 1u);
+              static_cast<unsigned long long>(tight.stats().preemptions),
+              static_cast<unsigned long long>(tight.stats().recomputed_tokens));
+  EXPECT_GE(tight.stats().preemptions, 2u);
   for (size_t i = 0; i < requests.size(); ++i) {
     EXPECT_EQ(Bits(answers[i]), Bits(expected[i])) << i;
     EXPECT_EQ(answers[i].tokens.size(), static_cast<size_t>(requests[i].sampling.max_tokens));

@@ -69,35 +69,32 @@ Golden LoadGolden(const std::string& name, const std::string& prefix) {
   return golden;
 }
 
-std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests, size_t num_late) {
+void AppendDelta(Delta delta, Answer* answer) {
+  answer->tokens.insert(answer->tokens.end(), delta.tokens.begin(), delta.tokens.end());
+  for (auto& l : delta.logprobs) answer->logprobs.push_back(std::move(l));
+  for (auto& l : delta.prompt_logprobs) answer->prompt_logprobs.push_back(std::move(l));
+  answer->finish_reason = delta.finish_reason;
+  answer->error = delta.error;
+  answer->times = delta.times;
+}
+
+std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests) {
   std::vector<Answer> answers(requests.size());
   std::mutex mutex;
   std::condition_variable changed;
-  size_t num_started = 0, num_ended = 0;
-  const auto wait_for = [&](const size_t& count, size_t wanted) {
-    std::unique_lock lock(mutex);
-    changed.wait(lock, [&] { return count == wanted; });
-  };
+  size_t num_ended = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
-    if (num_late > 0 && i == requests.size() - num_late) wait_for(num_started, i);
     auto id = engine.Submit(requests[i], [&, i](Delta delta) {
-      Answer& answer = answers[i];
-      const bool is_last = delta.finish_reason != FinishReason::kNone;
-      const bool is_start = answer.tokens.empty() && (is_last || !delta.tokens.empty());
-      answer.tokens.insert(answer.tokens.end(), delta.tokens.begin(), delta.tokens.end());
-      for (auto& l : delta.logprobs) answer.logprobs.push_back(std::move(l));
-      for (auto& l : delta.prompt_logprobs) answer.prompt_logprobs.push_back(std::move(l));
-      answer.finish_reason = delta.finish_reason;
-      answer.error = delta.error;
-      answer.times = delta.times;
+      AppendDelta(std::move(delta), &answers[i]);
+      if (answers[i].finish_reason == FinishReason::kNone) return;
       std::lock_guard lock(mutex);
-      num_started += is_start;
-      num_ended += is_last;
+      ++num_ended;
       changed.notify_one();
     });
     CHECK(id.ok(), "{}", id.status().ToString());
   }
-  wait_for(num_ended, requests.size());
+  std::unique_lock lock(mutex);
+  changed.wait(lock, [&] { return num_ended == requests.size(); });
   return answers;
 }
 

@@ -38,8 +38,10 @@ struct Answer {
   RequestTimes times;
 };
 
-// Submits all at once, but the last `num_late` once each of the others has a token or has ended, and waits for all.
-std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests, size_t num_late = 0);
+void AppendDelta(Delta delta, Answer* answer);
+
+// Submits all and waits for all.
+std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests);
 
 // Made or the test program aborts.
 std::unique_ptr<Engine> MakeEngine(const EngineOptions& options);

@@ -6,8 +6,12 @@
 
 #include "engine/model/activations.h"
 #include "engine/model/random_checkpoint.h"
+#include "engine/model/runner.h"
 #include "engine/model/tensor_table.h"
+#include "engine/model/weights.h"
 #include "tests/engine/checkpoint_writer.h"
+#include "tests/engine/fake_ops.h"
+#include "tests/engine/golden.h"
 
 namespace cachalot {
 namespace {
@@ -32,20 +36,81 @@ TEST(RandomCheckpointTest, HasEveryTensorOfTheMainModel) {
   }
 }
 
-TEST(MemoryPlanTest, WeightsTakeWhatIsStoredAndLittleMore) {
-  const ModelConfig config = ParseConfig(TinyConfig());
-  const auto checkpoint = MakeRandomCheckpoint(config);
-  OpLimits limits;
-  limits.num_experts = limits.num_local_experts = config.n_routed_experts;
-  int64_t elements = 0;
-  for (const ExpectedTensor& expected : ExpectedTensors(config)) {
-    if (expected.mtp_layer < 0) elements += expected.num_elements();
+// A backend that measures: what is stored, in bytes, of the Makes that it is asked for meanwhile.
+class MeasuringOps : public FakeOps {
+ public:
+  using FakeOps::FakeOps;
+  int64_t MeasureWeights(const std::function<void()>& make) override {
+    bytes_ = 0;
+    make();
+    return bytes_;
   }
-  const int64_t all = DeviceWeightBytes(config, *checkpoint, limits);
-  EXPECT_GT(all, elements);
-  EXPECT_LT(all, elements * 5 + 512 * 100);
-  limits.num_local_experts /= 2;
-  EXPECT_LT(DeviceWeightBytes(config, *checkpoint, limits), all);
+  std::unique_ptr<Weight> MakeVector(const Tensor& source) override {
+    bytes_ += source.num_bytes();
+    return FakeOps::MakeVector(source);
+  }
+  std::unique_ptr<Weight> MakeLinear(const std::vector<WeightPart>& parts) override {
+    for (const WeightPart& part : parts) Count(part);
+    return FakeOps::MakeLinear(parts);
+  }
+  std::unique_ptr<Weight> MakeKvUp(const WeightPart& kv_b, int num_heads, int nope_dim, int v_dim) override {
+    Count(kv_b);
+    return FakeOps::MakeKvUp(kv_b, num_heads, nope_dim, v_dim);
+  }
+  std::unique_ptr<Weight> MakeExperts(const std::vector<std::vector<WeightPart>>& experts) override {
+    for (const auto& parts : experts) {
+      for (const WeightPart& part : parts) Count(part);
+    }
+    return FakeOps::MakeExperts(experts);
+  }
+
+ private:
+  void Count(const WeightPart& part) {
+    bytes_ += part.weight.num_bytes() + (part.weight.dtype == DType::kF8E4M3 ? part.scale.num_bytes() : 0);
+  }
+  int64_t bytes_ = 0;
+};
+
+TEST(MemoryPlanTest, WeightsTakeWhatADryRunOfTheirMakesSays) {
+  const Golden golden = LoadGolden("v3_like");
+  const auto config = ModelConfig::Load(golden.model_dir);
+  const auto checkpoint = Checkpoint::Open(golden.model_dir);
+  ASSERT_TRUE(config.ok() && checkpoint.ok());
+  int64_t stored = 0, experts = 0;
+  for (const ExpectedTensor& expected : ExpectedTensors(*config)) {
+    if (expected.mtp_layer >= 0) continue;
+    int64_t bytes = static_cast<int64_t>((*checkpoint)->Find(expected.name)->num_bytes);
+    const CheckpointTensor* scales = (*checkpoint)->Find(expected.name + kScaleSuffix);
+    if (scales != nullptr) bytes += static_cast<int64_t>(scales->num_bytes);
+    stored += bytes;
+    if (expected.kind == TensorKind::kRoutedExperts) experts += bytes;
+  }
+  MeasuringOps ops(**checkpoint);
+  const int all = config->n_routed_experts;
+  EXPECT_EQ(*ModelWeights::DeviceBytes(*config, **checkpoint, {0, all}, ops), stored);
+  EXPECT_EQ(*ModelWeights::DeviceBytes(*config, **checkpoint, {0, all / 2}, ops), stored - experts / 2);
+  EXPECT_EQ(*ModelWeights::DeviceBytes(*config, **checkpoint, {all / 2, all / 2}, ops), stored - experts / 2);
+}
+
+TEST(MemoryPlanTest, SlotsAndStepsTakeWhatADryRunSays) {
+  const Golden golden = LoadGolden("v3_like");
+  const auto config = ModelConfig::Load(golden.model_dir);
+  ASSERT_TRUE(config.ok());
+  BackendOptions options;
+  options.device = "cpu";
+  options.limits = config->op_limits();
+  options.limits.max_tokens = 64;
+  options.limits.max_sequences = 4;
+  options.limits.max_rows = 8;
+  options.limits.max_context = 256;
+  const auto backend = MakeBackend(options);
+  ASSERT_TRUE(backend.ok());
+  const int64_t bytes = Runner::StateBytes(options.limits, **backend);
+  options.limits.max_sequences = 5;
+  const int64_t slot = Runner::StateBytes(options.limits, **backend) - bytes;
+  EXPECT_GT(bytes, 4 * slot);
+  EXPECT_GT(slot, kMaxTokenBiases * static_cast<int64_t>(sizeof(TokenBias)) + 2 * config->vocab_size);
+  EXPECT_LT(slot, kMaxTokenBiases * 32 + 2 * config->vocab_size + 1024);
 }
 
 TEST(MemoryPlanTest, TheCacheTakesWhatIsAskedFor) {
@@ -57,10 +122,10 @@ TEST(MemoryPlanTest, TheCacheTakesWhatIsAskedFor) {
 
   EXPECT_EQ(plan(int64_t{1} << 40)->num_blocks, needed);
   const int64_t block_bytes = plan(int64_t{1} << 40)->block_bytes;
-  EXPECT_EQ(plan(10 * (block_bytes + 12))->num_blocks, 5);
+  EXPECT_EQ(plan(10 * block_bytes)->num_blocks, 5);
   options.kv_cache_share = 0.8;
-  EXPECT_EQ(plan(10 * (block_bytes + 12))->num_blocks, 8);
-  EXPECT_EQ(plan(10 * (block_bytes + 12))->max_model_len, std::min(512, config.max_position_embeddings));
+  EXPECT_EQ(plan(10 * block_bytes)->num_blocks, 8);
+  EXPECT_EQ(plan(10 * block_bytes)->max_model_len, std::min(512, config.max_position_embeddings));
   options.kv_cache_bytes = 3 * block_bytes;
   EXPECT_EQ(plan(0)->num_blocks, 3);
   options.max_model_len = config.max_position_embeddings;

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <memory>
+#include <vector>
 
 #include "tests/kernels/testing.h"
 
@@ -25,6 +27,35 @@ class CudaDeviceTest : public ::testing::Test {
   Device& device() { return backend_->device(); }
   std::unique_ptr<Backend> backend_;
 };
+
+// To the rounding of a dozen allocations. Weights without data: nothing is copied.
+TEST_F(CudaDeviceTest, ADryRunSaysWhatWeightsTake) {
+  const auto part = [](DType dtype, int64_t rows, int64_t cols) {
+    const Tensor scale =
+        dtype != DType::kF8E4M3 ? Tensor() : Tensor(nullptr, DType::kF32, {(rows + 127) / 128, (cols + 127) / 128});
+    return WeightPart{Tensor(nullptr, dtype, {rows, cols}), scale};
+  };
+  Ops& ops = backend_->ops();
+  ASSERT_TRUE(ops.FinishWeights().ok()) << "workspace is made by the first";
+  std::vector<std::unique_ptr<Weight>> weights;
+  const auto make = [&] {
+    weights.push_back(ops.MakeVector(Tensor(nullptr, DType::kF32, {7168})));
+    weights.push_back(ops.MakeLinear({part(DType::kBF16, 4096, 7001), part(DType::kBF16, 100, 7001)}));
+    weights.push_back(ops.MakeLinear({part(DType::kF8E4M3, 8192, 4096)}));
+    const std::vector<WeightPart> expert = {part(DType::kF8E4M3, 512, 4096), part(DType::kF8E4M3, 512, 4096)};
+    weights.push_back(ops.MakeExperts({expert, expert, expert, expert}));
+    weights.push_back(ops.MakeKvUp(part(DType::kBF16, 128 * 256, 512), 128, 128, 128));
+  };
+  const int64_t before = static_cast<int64_t>(device().FreeMemory());
+  const int64_t measured = ops.MeasureWeights(make);
+  EXPECT_EQ(static_cast<int64_t>(device().FreeMemory()), before) << "a dry run allocates nothing";
+  weights.clear();
+  make();
+  ASSERT_TRUE(ops.FinishWeights().ok());
+  const int64_t taken = before - static_cast<int64_t>(device().FreeMemory());
+  EXPECT_GT(taken, int64_t{100} << 20);
+  EXPECT_NEAR(static_cast<double>(taken), static_cast<double>(measured), 12 << 20);
+}
 
 // A prepared body with its copies is replayed: it takes what pinned memory holds by then, and runs no code of ours.
 TEST_F(CudaDeviceTest, ReplaysWhatWasPrepared) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <set>
@@ -134,6 +135,36 @@ TEST_F(SamplingTest, RealVocabularyWithEveryFilter) {
     EXPECT_GE(params.size(), 5u);
     EXPECT_EQ(Tokens(logits, params), want);
   }
+}
+
+// All that a request may ask for at the ends of its range, together: no logit overflows.
+TEST_F(SamplingTest, TheEndsOfTheRanges) {
+  int compared = 0;
+  const std::vector<TokenBias> entries = {{4, 100.0f}, {6, -100.0f}};
+  for (float temperature : {kLeastTemperature, 1.0f, 3e38f}) {
+    for (float repetition : {1 / kMostRepetitionPenalty, 1.0f, kMostRepetitionPenalty}) {
+      for (int round = 0; round < 16; ++round) {
+        SlotParams p = Entering(4, temperature);
+        p.seed = ~uint64_t{0} - round;
+        p.repetition_penalty = repetition;
+        p.presence_penalty = p.frequency_penalty = round & 1 ? 2.0f : -2.0f;
+        if (round & 2) p.top_p = round & 4 ? 1e-45f : 0.99999994f;
+        if (round & 8) p.min_p = round & 4 ? 1e-45f : 1.0f;
+        if (round % 3 == 0) p.top_k = std::numeric_limits<int32_t>::max();
+        p.num_biased = 2;
+        const std::vector<double> logits = Logits(300, round, 5);
+        std::vector<double> shaped = logits;
+        for (const TokenBias& entry : entries) shaped[entry.token] += entry.bias;
+        const auto [want, is_clear] = Draw(Penalised(shaped, {{1, 1}, {2, 2}, {3, 1}}, {}, p), p, 4);
+        if (!is_clear) continue;
+        ++compared;
+        EXPECT_EQ(Tokens(logits, {p}, Tensor(), -1, entries), Ints{want})
+            << "temperature " << temperature << " repetition " << repetition << " round " << round;
+        EXPECT_TRUE(std::isfinite(step_->logprobs.data<float>()[0]));
+      }
+    }
+  }
+  EXPECT_GT(compared, 100);
 }
 
 // Many equal logits, zeros of both signs, next to nothing that is possible, and wide gaps: filters cut by id.

@@ -57,6 +57,8 @@ TEST_F(ChatCompletionsTest, AllParametersReachTheEngine) {
   Chat(R"("logprobs":true,"stop":"d","include_stop_str_in_output":true,"skip_special_tokens":false)");
   EXPECT_EQ(engine_->requests().at(1).sampling.logprobs, 0);
   EXPECT_EQ(engine_->requests().at(1).deadline, absl::InfiniteFuture());
+  EXPECT_NE(request.client, "");
+  EXPECT_NE(request.client, engine_->requests().at(1).client) << "another connection";
   // Without a limit: what the context holds.
   EXPECT_EQ(engine_->requests().at(1).sampling.max_tokens,
             256 - static_cast<int>(engine_->requests().at(1).prompt.size()));
@@ -207,6 +209,25 @@ TEST_F(ChatCompletionsTest, TooManyLogprobsForOneAnswerAreRefused) {
   EXPECT_EQ(response.status, 400);
   EXPECT_EQ(json::parse(response.body)["error"]["param"], "logprobs");
   EXPECT_TRUE(engine_->AwaitIdle());
+}
+
+// Of a prompt that is to be echoed it is known before anything is computed.
+TEST_F(ChatCompletionsTest, TooManyLogprobsOfPromptsAreRefusedBeforeTheWork) {
+  Start({.tokens_per_delta = 64, .max_model_len = 1 << 20});
+  const auto post = [this](int num_tokens, int n, const char* more) {
+    const json body = {{"prompt", std::vector<int>(num_tokens, 10)}, {"max_tokens", 0}, {"n", n}, {"echo", true}};
+    std::string text = body.dump();
+    text.insert(text.size() - 1, more);
+    return client_->Post("/v1/completions", text);
+  };
+  const int most = static_cast<int>(CompletionCall::kMaxHeldScores) / 4 / 2;  // of two answers with three alternatives
+  const ClientResponse refused = post(most + 2, 2, R"(,"logprobs":3)");
+  EXPECT_EQ(refused.status, 400);
+  EXPECT_EQ(json::parse(refused.body)["error"]["param"], "logprobs");
+  EXPECT_TRUE(engine_->requests().empty());
+  EXPECT_EQ(post(most + 1, 2, R"(,"logprobs":3)").status, 200);
+  EXPECT_EQ(post(most + 2, 2, "").status, 200) << "no log-probabilities";
+  EXPECT_EQ(post(most + 2, 2, R"(,"logprobs":3,"stream":true)").status, 200);
 }
 
 // Time grows as the body's length does, whatever is in it.
