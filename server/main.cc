@@ -7,7 +7,11 @@
 #include "server/cli/chat.h"
 #include "server/cli/inspect.h"
 #include "server/cli/serve.h"
+#include "server/logging.h"
 #include "server/options.h"
+
+// NOTE: before other static objects: one of gRPC's opens a descriptor.
+[[gnu::constructor(101)]] static void BeforeAll() { cachalot::OpenStandardFiles(); }
 
 int main(int argc, char** argv) {
   const cachalot::Command command = cachalot::ParseCommandLine(std::vector<std::string>(argv + 1, argv + argc));

@@ -9,6 +9,7 @@
 #include "server/http/completion_call.h"
 #include "server/http/openai_error.h"
 #include "server/http/openai_request.h"
+#include "server/logging.h"
 #include "server/request_error.h"
 
 namespace cachalot {
@@ -140,9 +141,10 @@ void OpenAiApi::Health(HttpRequest, Responder responder) const {
 }
 
 void OpenAiApi::MetricsPage(HttpRequest, Responder responder) const {
-  responder->Respond({.content_type = "text/plain; version=0.0.4; charset=utf-8",
-                      .body = metrics_->Render(model_name_, generator_->stats(), generator_->model()),
-                      .headers = {}});
+  responder->Respond(
+      {.content_type = "text/plain; version=0.0.4; charset=utf-8",
+       .body = metrics_->Render(model_name_, generator_->stats(), generator_->model(), NumDroppedLogMessages()),
+       .headers = {}});
 }
 
 }  // namespace cachalot
