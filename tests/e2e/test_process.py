@@ -166,6 +166,23 @@ def test_descriptors_that_are_closed_at_start_are_not_taken_by_sockets(start):
     assert server.stop() == 0
 
 
+@pytest.mark.parametrize(
+    ("limit", "arguments", "expected"),
+    [
+        # Threads' stacks are 8 MiB each of address space.
+        (4 << 30, ["--threads", "2000"], "threads"),
+        (300 << 20, [], ""),
+    ],
+)
+def test_what_the_system_refuses_at_start_is_one_line(binary, checkpoint, limit, arguments, expected):
+    command = [str(binary), "serve", "--model", str(checkpoint), "--port", "0", "--grpc-port", "0", "--device", "cpu", *arguments]
+    set_limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # noqa: E731
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=set_limit)
+    assert result.returncode == 1, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("cachalot: ") and expected in result.stderr
+
+
 def test_the_cache_fits_the_address_space(start):
     """A quarter of what is free, of an address space of 3 GB."""
     server = start(max_address_space=3_000_000_000)
