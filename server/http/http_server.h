@@ -89,8 +89,9 @@ class HttpServer {
   // 405; HEAD is answered by GET's handler, without the body.
   void Handle(std::string method, std::string path, HttpHandler handler);
 
-  // Accepts connections from now on, on threads of its own. Unavailable when another process was faster.
-  absl::Status Start();
+  // Accepts connections from now on, `max_connections` at once, on threads of its own. Unavailable when another process
+  // was faster.
+  absl::Status Start(int max_connections);
 
   // Accepts no more connections and takes no more requests on those there are. Answers in progress go on.
   void StopAccepting();

@@ -3,6 +3,7 @@
 
 #include <condition_variable>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -56,7 +57,7 @@ class HttpTest : public testing::Test {
       is_held_.notify_all();
     });
     ASSERT_TRUE(server_->Bind().ok());
-    ASSERT_TRUE(server_->Start().ok());
+    ASSERT_TRUE(server_->Start(max_connections_).ok());
   }
   void TearDown() override { held_ = nullptr; }
 
@@ -68,6 +69,7 @@ class HttpTest : public testing::Test {
   }
 
   HttpOptions options_;
+  int max_connections_ = 1000;
   std::unique_ptr<HttpServer> server_;
   std::mutex mutex_;
   std::condition_variable is_held_;
@@ -202,6 +204,20 @@ TEST_F(HttpTest, LimitsHeadersAndBodies) {
   EXPECT_EQ(client.Post("/echo", std::string(10'000, 'x')).status, 200);
 }
 
+TEST_F(HttpTest, ConnectionsThatAreTooManyWait) {
+  max_connections_ = 2;
+  Start();
+  std::optional<RawHttpClient> clients[3];
+  for (auto& client : clients) {
+    client.emplace(server_->port());
+    client->Send("GET /path/a HTTP/1.1\r\nHost: x\r\n\r\n");
+  }
+  for (int i = 0; i < 2; ++i) EXPECT_EQ(clients[i]->ReadResponse().status, 200);
+  EXPECT_FALSE(clients[2]->HasBytesWithin(absl::Milliseconds(200)));
+  clients[0].reset();
+  EXPECT_EQ(clients[2]->ReadResponse().status, 200);
+}
+
 TEST_F(HttpTest, HalfSentRequestsTimeOut) {
   options_.header_timeout = absl::Milliseconds(200);
   options_.body_timeout = absl::Milliseconds(200);
@@ -278,7 +294,7 @@ TEST_F(HttpTest, NoticesClientsThatLeave) {
       arrived.Notify();
     });
     ASSERT_TRUE(server.Bind().ok());
-    ASSERT_TRUE(server.Start().ok());
+    ASSERT_TRUE(server.Start(100).ok());
     RawHttpClient client(server.port());
     client.Send("GET / HTTP/1.1\r\n\r\n");
     ASSERT_TRUE(arrived.Wait());
