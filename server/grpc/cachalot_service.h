@@ -7,6 +7,7 @@
 
 #include "absl/status/status.h"
 #include "cachalot/v1/cachalot.grpc.pb.h"
+#include "server/mutex.h"
 #include "server/text/generator.h"
 
 namespace cachalot {
@@ -48,6 +49,8 @@ class CachalotService final : public internal::RawService {
   Reactor* Run(Reactor* reactor, Context* context, const Bytes& bytes) const;
   template <typename Request>
   absl::Status Parse(const Bytes& bytes, Request* request) const;
+  template <typename Work>
+  auto OneIfLarge(const Bytes& bytes, const Work& work) const;
 
   absl::Status Answer(const v1::TokenizeRequest& request, v1::TokenizeResponse* response) const;
   absl::Status Answer(const v1::DetokenizeRequest& request, v1::DetokenizeResponse* response) const;
@@ -57,6 +60,7 @@ class CachalotService final : public internal::RawService {
 
   Generator* const generator_;
   const std::string model_name_;
+  mutable Mutex large_;  // held by the one large request that is being read
 };
 
 }  // namespace cachalot

@@ -24,9 +24,6 @@ namespace cachalot {
 class CompletionCall : public std::enable_shared_from_this<CompletionCall> {
  public:
   static constexpr size_t kMaxBacklogBytes = 64 << 10;
-  // Log-probabilities (of tokens and of alternatives, about a hundred bytes each) that may wait, for a slow client or
-  // for the end of an answer that is no stream; more end the request.
-  static constexpr size_t kMaxHeldScores = 512 << 10;
 
   // Answers through `responder`, now or later. `generator` must outlive every generation.
   static void Run(Generator* generator, const std::string& model_name, CompletionRequest request,

@@ -18,6 +18,7 @@ namespace {
 using nlohmann::ordered_json;
 
 constexpr char kModelsPath[] = "/v1/models/";
+constexpr size_t kMaxTextBytes = 16 << 20;  // of /detokenize, as much as a body may have
 
 void RespondJson(const std::shared_ptr<HttpResponder>& responder, const ordered_json& json) {
   responder->Respond({.body = Dump(json), .headers = {}});
@@ -93,17 +94,9 @@ void OpenAiApi::Detokenize(HttpRequest request, Responder responder) const {
   if (!call.ok()) return responder->Respond(ErrorResponse(call.status()));
   if (absl::Status status = CheckModelName(call->model, model_name_); !status.ok())
     return responder->Respond(ErrorResponse(status));
-  const Tokenizer* tokenizer = generator_->tokenizer();
-  if (tokenizer == nullptr) {
-    return responder->Respond(ErrorResponse(FieldError("tokens", "this model is served without a tokenizer")));
-  }
-  const int vocab_size = generator_->model().vocab_size;
-  for (const int32_t token : call->tokens) {
-    if (token >= 0 && token < vocab_size) continue;
-    return responder->Respond(ErrorResponse(
-        FieldError("tokens", absl::StrCat("tokens holds ", token, "; token ids are 0 to ", vocab_size - 1))));
-  }
-  RespondJson(responder, {{"prompt", tokenizer->Decode(call->tokens, /*skip_special=*/false)}});
+  absl::StatusOr<std::string> text = generator_->Detokenize(call->tokens, "tokens", kMaxTextBytes);
+  if (!text.ok()) return responder->Respond(ErrorResponse(text.status()));
+  RespondJson(responder, {{"prompt", *std::move(text)}});
 }
 
 void OpenAiApi::Models(HttpRequest, Responder responder) const {

@@ -228,6 +228,24 @@ absl::StatusOr<std::vector<int32_t>> Generator::Tokenize(const ChatPrompt& chat)
   return TokenizeChat(chat, &reasoning);
 }
 
+absl::StatusOr<std::string> Generator::Detokenize(std::span<const int32_t> ids, std::string_view field,
+                                                  size_t max_bytes) const {
+  if (tokenizer_ == nullptr) return FieldError(field, "this model is served without a tokenizer");
+  const absl::string_view name(field.data(), field.size());
+  size_t num_bytes = 0;
+  for (const int32_t token : ids) {
+    if (token < 0 || token >= model_.vocab_size) {
+      return FieldError(field, absl::StrCat(name, " holds ", token, "; token ids are 0 to ", model_.vocab_size - 1));
+    }
+    num_bytes += tokenizer_->num_token_bytes(token);
+  }
+  // NOTE: a token of three bytes in a request may be a hundred of text.
+  if (num_bytes > max_bytes) {
+    return FieldError(field, absl::StrCat("the text of ", name, " has ", num_bytes, " bytes, more than ", max_bytes));
+  }
+  return tokenizer_->Decode(ids, /*skip_special=*/false);
+}
+
 absl::StatusOr<std::vector<int32_t>> Generator::TokenizeChat(const ChatPrompt& chat, ReasoningStart* reasoning) const {
   if (tokenizer_ == nullptr) {
     return FieldError("messages", "this model is served without a tokenizer: send a prompt of token ids");

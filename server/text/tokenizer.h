@@ -62,6 +62,7 @@ class Tokenizer {
 
   // The bytes of a token: not always whole characters. Empty for an id that has no token.
   std::string TokenBytes(int32_t id) const;
+  size_t num_token_bytes(int32_t id) const { return BytesOf(id).size(); }
 
   // The bytes of all tokens, ill-formed UTF-8 replaced by U+FFFD. Ids without a token count as empty;
   // `skip_special` leaves out those with is_special().
