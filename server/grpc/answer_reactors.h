@@ -31,7 +31,7 @@ size_t NumScores(const Response& response) {
 template <typename Response>
 class StreamReactor final : public CallReactor<grpc::ServerWriteReactor<grpc::ByteBuffer>> {
  public:
-  explicit StreamReactor(grpc::CallbackServerContext* context) : CallReactor(context) {}
+  StreamReactor(grpc::CallbackServerContext* context, LiveCalls* live_calls) : CallReactor(context, live_calls) {}
 
   void OnWriteDone(bool ok) override {
     if (!ok) return OnWriteFailed();
@@ -122,8 +122,8 @@ template <typename Response>
 class UnaryReactor final : public CallReactor<grpc::ServerUnaryReactor> {
  public:
   // gRPC keeps `buffer` until OnDone.
-  UnaryReactor(grpc::CallbackServerContext* context, grpc::ByteBuffer* buffer)
-      : CallReactor(context), buffer_(buffer) {}
+  UnaryReactor(grpc::CallbackServerContext* context, LiveCalls* live_calls, grpc::ByteBuffer* buffer)
+      : CallReactor(context, live_calls), buffer_(buffer) {}
 
  private:
   absl::Status Take(int index, GenerateEvent event) override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {

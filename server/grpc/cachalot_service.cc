@@ -67,19 +67,21 @@ Reactor* CachalotService::Run(Reactor* reactor, Context* context, const Bytes& b
 }
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* CachalotService::Complete(Context* context, const Bytes* request) {
-  return Run<v1::CompleteRequest>(new StreamReactor<v1::CompleteResponse>(context), context, *request);
+  return Run<v1::CompleteRequest>(new StreamReactor<v1::CompleteResponse>(context, &live_calls_), context, *request);
 }
 
 grpc::ServerUnaryReactor* CachalotService::CompleteUnary(Context* context, const Bytes* request, Bytes* response) {
-  return Run<v1::CompleteRequest>(new UnaryReactor<v1::CompleteUnaryResponse>(context, response), context, *request);
+  return Run<v1::CompleteRequest>(new UnaryReactor<v1::CompleteUnaryResponse>(context, &live_calls_, response), context,
+                                  *request);
 }
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* CachalotService::Chat(Context* context, const Bytes* request) {
-  return Run<v1::ChatRequest>(new StreamReactor<v1::ChatResponse>(context), context, *request);
+  return Run<v1::ChatRequest>(new StreamReactor<v1::ChatResponse>(context, &live_calls_), context, *request);
 }
 
 grpc::ServerUnaryReactor* CachalotService::ChatUnary(Context* context, const Bytes* request, Bytes* response) {
-  return Run<v1::ChatRequest>(new UnaryReactor<v1::ChatUnaryResponse>(context, response), context, *request);
+  return Run<v1::ChatRequest>(new UnaryReactor<v1::ChatUnaryResponse>(context, &live_calls_, response), context,
+                              *request);
 }
 
 // --- Methods that are answered at once ---

@@ -7,6 +7,7 @@
 
 #include "absl/status/status.h"
 #include "cachalot/v1/cachalot.grpc.pb.h"
+#include "server/grpc/live_calls.h"
 #include "server/mutex.h"
 #include "server/text/generator.h"
 
@@ -30,6 +31,9 @@ class CachalotService final : public internal::RawService {
   // `generator` must outlive every call.
   CachalotService(Generator* generator, std::string model_name)
       : generator_(generator), model_name_(std::move(model_name)) {}
+
+  // Those that generate.
+  LiveCalls& live_calls() { return live_calls_; }
 
   static constexpr const char* service_full_name() { return v1::Cachalot::service_full_name(); }
 
@@ -60,6 +64,7 @@ class CachalotService final : public internal::RawService {
 
   Generator* const generator_;
   const std::string model_name_;
+  LiveCalls live_calls_;
   mutable Mutex large_;  // held by the one large request that is being read
 };
 

@@ -12,6 +12,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "server/grpc/live_calls.h"
 #include "server/mutex.h"
 #include "server/text/generator.h"
 
@@ -63,11 +64,16 @@ class CallReactor : public Base {
       MutexLock lock(&mutex_);
       generations_.clear();
     }
+    live_calls_->End();
     self_.reset();
   }
 
  protected:
-  explicit CallReactor(grpc::CallbackServerContext* context) : context_(context), self_(this) {}
+  // `live_calls` must outlive the server.
+  CallReactor(grpc::CallbackServerContext* context, LiveCalls* live_calls)
+      : context_(context), live_calls_(live_calls), self_(this) {
+    live_calls_->Begin();
+  }
 
   // Keeps an event of answer `index`; an error, which ends the call, when too much is kept.
   virtual absl::Status Take(int index, GenerateEvent event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) = 0;
@@ -75,6 +81,7 @@ class CallReactor : public Base {
   virtual void Advance() ABSL_LOCKS_EXCLUDED(mutex_) = 0;
 
   grpc::CallbackServerContext* const context_;
+  LiveCalls* const live_calls_;
   Mutex mutex_;
   std::optional<absl::Status> status_ ABSL_GUARDED_BY(mutex_);  // set when no event will be taken any more
   bool is_cancelled_ ABSL_GUARDED_BY(mutex_) = false;

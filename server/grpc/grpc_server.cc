@@ -64,7 +64,11 @@ void GrpcServer::SetServing(bool is_serving) {
 
 void GrpcServer::Stop(absl::Duration grace) {
   front_.StopAccepting();
-  if (server_ != nullptr) server_->Shutdown(absl::ToChronoTime(absl::Now() + grace));
+  // NOTE: gRPC would wait for every connection to be closed by its client, and for streams that watch our health.
+  if (server_ != nullptr) {
+    service_->live_calls().AwaitNone(grace);
+    server_->Shutdown(absl::ToChronoTime(absl::Now() + std::min(grace, kGoodbye)));
+  }
   front_.Stop(std::min(grace, kGoodbye));
 }
 

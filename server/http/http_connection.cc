@@ -34,6 +34,7 @@ constexpr size_t kMaxReadAheadBytes = 256 << 10;  // requests sent ahead of thei
 constexpr size_t kMaxWritePieces = 64;            // of one write
 constexpr int kMaxUnsentBytes = 128 << 10;        // in the socket
 constexpr absl::Duration kLingerTime = absl::Seconds(5);
+constexpr absl::Duration kDrainLingerTime = absl::Milliseconds(200);  // when the server waits for it to stop
 constexpr size_t kMaxLingerBytes = 64 << 20;
 
 std::string PercentDecode(std::string_view text) {
@@ -158,6 +159,7 @@ void HttpConnection::Drain() {
   Post([](HttpConnection* self) {
     self->is_draining_ = true;
     if (self->state_ == State::kReading) self->CloseNow();
+    if (self->state_ == State::kLingering) self->SetDeadline(kDrainLingerTime, &HttpConnection::OnIdleTimeout);
   });
 }
 
@@ -441,7 +443,7 @@ void HttpConnection::Linger() {
   socket_.shutdown(asio::ip::tcp::socket::shutdown_send, ignored);
   state_ = State::kLingering;
   in_.consume(in_.size());
-  SetDeadline(kLingerTime, &HttpConnection::OnIdleTimeout);
+  SetDeadline(is_draining_ ? kDrainLingerTime : kLingerTime, &HttpConnection::OnIdleTimeout);
   ArmRead();
 }
 

@@ -68,6 +68,37 @@ TEST_F(GrpcFrontTest, AttacksAreCutAndOthersServed) {
   }
 }
 
+// With nothing to answer nobody is waited for: not for connections that stay, nor for streams that have no end.
+TEST_F(GrpcFrontTest, StopsAtOnceWhenNoCallIsLeft) {
+  Start();
+  RawHttpClient silent(server_->port()), begun(server_->port());
+  begun.Send(kPreface + kSettings);
+  EXPECT_TRUE(begun.ReadUntil("\4"));
+  grpc::ClientContext context;
+  grpc::GenericStub stub(channel_);
+  grpc::CompletionQueue queue;
+  const auto watch = stub.PrepareCall(&context, "/grpc.health.v1.Health/Watch", &queue);
+  const grpc::Slice all_services;
+  grpc::ByteBuffer request(&all_services, 1), response;
+  int step = 0;
+  const auto next = [&] {
+    void* tag;
+    bool ok = false;
+    return queue.Next(&tag, &ok) && ok;
+  };
+  watch->StartCall(&step);
+  ASSERT_TRUE(next());
+  watch->WriteLast(request, grpc::WriteOptions(), &step);
+  ASSERT_TRUE(next());
+  watch->Read(&response, &step);
+  ASSERT_TRUE(next());
+  server_->Stop(absl::Hours(1));
+  context.TryCancel();
+  grpc::Status status;
+  watch->Finish(&status, &step);
+  next();
+}
+
 // Whatever is left of them is gone: the threads are idle, and stopping is quick.
 TEST_F(GrpcFrontTest, ConnectionsThatAreResetAtOnce) {
   max_connections_ = 2;

@@ -415,6 +415,20 @@ TEST_F(HttpTest, StopsAfterTheAnswersInProgress) {
   stopper.join();
 }
 
+// One that was answered and stays is not waited for: neither when that was long ago nor when it happens now.
+TEST_F(HttpTest, StopsWithoutThoseThatWereAnswered) {
+  Start();
+  RawHttpClient done(server_->port()), busy(server_->port());
+  done.Send("GET /path/a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+  EXPECT_EQ(done.ReadResponse().status, 200);
+  busy.Send("GET /hold HTTP/1.1\r\nHost: x\r\n\r\n");
+  const std::shared_ptr<HttpResponder> responder = Held();
+  std::thread stopper([this] { server_->Stop(absl::Hours(1)); });
+  responder->Respond({.body = "held", .headers = {}});
+  EXPECT_EQ(busy.ReadResponse().body, "held");
+  stopper.join();
+}
+
 TEST_F(HttpTest, StopDoesNotWaitForever) {
   Start();
   RawHttpClient client(server_->port());
