@@ -231,6 +231,10 @@ bool HttpConnection::FeedParser() {
     return false;
   }
   if (!header_seen_ && parser_->is_header_done() && !OnHeader()) return false;
+  if (!body_share_.GrowTo(parser_->get().body().size())) {
+    Refuse((*context_->error_format)(503, "the server holds as many request bodies as it may"));
+    return false;
+  }
   if (parser_->is_done()) {
     Dispatch();
     return true;
@@ -247,6 +251,7 @@ void HttpConnection::BeginRequest() {
   parser_->header_limit(static_cast<uint32_t>(options_.max_header_bytes));
   parser_->body_limit(options_.max_body_bytes);
   parser_->eager(true);
+  body_share_ = BodyBudget::Share(context_->bodies);
   header_seen_ = false;
   SetDeadline(options_.header_timeout, &HttpConnection::OnRequestTimeout);
 }
@@ -288,17 +293,22 @@ void HttpConnection::Dispatch() {
   request.path = PercentDecode(target.substr(0, question));
   request.query = target.substr(std::min(question + 1, target.size()));
   request.body = std::move(message.body());
+  request.body_share = std::exchange(body_share_, {});
   auto responder = std::make_shared<Responder>(shared_from_this(), request_);
   if (is_draining_) return responder->Respond((*context_->error_format)(503, "the server is stopping"));
   context_->dispatch(std::move(request), std::move(responder));
 }
 
-void HttpConnection::Fail(int status, std::string_view message) {
+void HttpConnection::Fail(int status, std::string_view message) { Refuse((*context_->error_format)(status, message)); }
+
+void HttpConnection::Refuse(HttpResponse response) {
   parser_.reset();
+  body_share_ = {};
   ClearDeadline();
   BeginResponse();
   is_head_ = keep_alive_ = false;
-  Respond(request_, (*context_->error_format)(status, message));
+  if (response.status == 503) response.headers.emplace_back("Retry-After", "1");
+  Respond(request_, std::move(response));
 }
 
 void HttpConnection::OnRequestTimeout() { Fail(408, "the request did not come in time"); }
@@ -450,6 +460,8 @@ void HttpConnection::Linger() {
 void HttpConnection::CloseNow() {
   if (state_ == State::kClosed) return;
   state_ = State::kClosed;
+  parser_.reset();
+  body_share_ = {};
   ClearDeadline();
   {
     std::lock_guard lock(body_mutex_);

@@ -27,7 +27,8 @@ using asio::ip::tcp;
 
 // What is in a larger body takes milliseconds to read, which an I/O thread has not.
 constexpr size_t kLargeBodyBytes = 64 << 10;
-constexpr absl::Duration kAcceptRetry = absl::Milliseconds(100);  // out of file descriptors
+// What is made of a still larger one is many times its size: of these, one at a time.
+constexpr size_t kHugeBodyBytes = 1 << 20;
 
 struct Route {
   std::string path;  // without the star
@@ -51,6 +52,7 @@ struct HttpServer::Impl {
 
   const HttpOptions options;
   const HttpErrorFormat error_format;
+  BodyBudget bodies{options.max_held_bytes};
   std::vector<Route> routes;
 
   asio::io_context io;
@@ -59,6 +61,7 @@ struct HttpServer::Impl {
   std::shared_ptr<HttpConnectionContext> context = std::make_shared<HttpConnectionContext>();
   std::vector<std::thread> threads;
   asio::thread_pool workers{static_cast<size_t>(options.num_threads)};  // for what takes long
+  asio::strand<asio::thread_pool::executor_type> one_worker{workers.get_executor()};
 
   Mutex mutex;
   CondVar all_closed;
@@ -76,13 +79,14 @@ void HttpServer::Impl::Dispatch(HttpRequest request, std::shared_ptr<HttpRespond
       return handler->second(std::move(request), std::move(responder));
     }
     if (handler != route.handlers.end()) {
-      asio::post(workers, [this, handler = &handler->second, request = std::move(request),
-                           responder = std::move(responder)]() mutable {
+      const bool is_huge = request.body.size() > kHugeBodyBytes;
+      auto task = [this, handler = &handler->second, request = std::move(request),
+                   responder = std::move(responder)]() mutable {
         if (is_draining) return responder->Respond(error_format(503, "the server is stopping"));
         if (!responder->IsWanted()) return responder->Close();
         (*handler)(std::move(request), std::move(responder));
-      });
-      return;
+      };
+      return is_huge ? asio::post(one_worker, std::move(task)) : asio::post(workers, std::move(task));
     }
     HttpResponse response = error_format(405, absl::StrCat(request.method, " is not allowed for ", request.path));
     std::vector<std::string> methods;
@@ -111,6 +115,7 @@ HttpServer::HttpServer(HttpOptions options, HttpErrorFormat error_format)
   Impl* impl = impl_.get();
   impl->context->options = &impl->options;
   impl->context->error_format = &impl->error_format;
+  impl->context->bodies = &impl->bodies;
   impl->context->dispatch = [impl](HttpRequest request, std::shared_ptr<HttpResponder> responder) {
     impl->Dispatch(std::move(request), std::move(responder));
   };

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "server/http/body_budget.h"
 
 namespace cachalot {
 
@@ -21,6 +22,7 @@ struct HttpOptions {
   int num_threads = 2;
   size_t max_header_bytes = 32 << 10;                 // more: 431
   size_t max_body_bytes = 16 << 20;                   // more: 413
+  size_t max_held_bytes = 256 << 20;                  // of bodies of all requests; more: 503
   absl::Duration header_timeout = absl::Seconds(10);  // from a request's first byte; longer: 408
   absl::Duration body_timeout = absl::Seconds(60);    // from the end of the header; longer: 408
   absl::Duration idle_timeout = absl::Seconds(75);    // between requests; longer: closed
@@ -32,6 +34,7 @@ struct HttpRequest {
   std::string path;    // percent-decoded, without the query
   std::string query;   // as sent, without '?'
   std::string body;
+  BodyBudget::Share body_share = {};  // what the body counts for, as long as the request lives
 };
 
 struct HttpResponse {

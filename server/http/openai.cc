@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "server/http/completion_call.h"
 #include "server/http/openai_error.h"
@@ -85,8 +86,11 @@ void OpenAiApi::Tokenize(HttpRequest request, Responder responder) const {
       chat != nullptr ? generator_->Tokenize(*chat)
                       : generator_->Tokenize(std::get<std::string>(call->prompt), call->add_special_tokens);
   if (!tokens.ok()) return responder->Respond(ErrorResponse(tokens.status()));
-  RespondJson(responder,
-              {{"count", tokens->size()}, {"max_model_len", generator_->model().max_model_len}, {"tokens", *tokens}});
+  // NOTE: of millions of tokens a JSON document would take a hundred megabytes.
+  responder->Respond(
+      {.body = absl::StrCat("{\"count\":", tokens->size(), ",\"max_model_len\":", generator_->model().max_model_len,
+                            ",\"tokens\":[", absl::StrJoin(*tokens, ","), "]}"),
+       .headers = {}});
 }
 
 void OpenAiApi::Detokenize(HttpRequest request, Responder responder) const {

@@ -204,6 +204,44 @@ TEST_F(HttpTest, LimitsHeadersAndBodies) {
   EXPECT_EQ(client.Post("/echo", std::string(10'000, 'x')).status, 200);
 }
 
+// Bodies that are being sent count, and those that handlers hold; small ones have a quarter to themselves.
+TEST_F(HttpTest, LimitsBodiesInTotal) {
+  options_.max_body_bytes = 1 << 20;
+  options_.max_held_bytes = 2 << 20;
+  Start();
+  const auto begin = [this](size_t size) {
+    auto client = std::make_unique<RawHttpClient>(server_->port());
+    client->Send(absl::StrCat("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: ", size, "\r\n\r\n"));
+    return client;
+  };
+  // Promises alone count for nothing.
+  std::vector<std::unique_ptr<RawHttpClient>> promises;
+  for (int i = 0; i < 10; ++i) promises.push_back(begin(1 << 20));
+  RawHttpClient other(server_->port());
+  EXPECT_EQ(other.Post("/echo", std::string(1 << 20, 'x')).status, 200);
+  // Two of these would hold more than large bodies may: all but one are refused.
+  for (auto& client : promises) client->Send(std::string((1 << 20) - 1, 'x'));
+  std::vector<std::unique_ptr<RawHttpClient>> refused, held = std::move(promises);
+  while (held.size() > 1) {
+    for (auto& client : held) {
+      if (client->HasBytesWithin(absl::Milliseconds(10))) refused.push_back(std::move(client));
+    }
+    std::erase(held, nullptr);
+  }
+  for (const auto& client : refused) {
+    const ClientResponse response = client->ReadResponse();
+    EXPECT_EQ(response.status, 503);
+    EXPECT_EQ(response.headers.count("retry-after"), 1u);
+  }
+  EXPECT_EQ(other.Post("/echo", std::string(1000, 'x')).status, 200);
+  // What was refused or is over counts no more.
+  for (const auto& client : held) {
+    client->Send("x");
+    EXPECT_EQ(client->ReadResponse().status, 200);
+  }
+  EXPECT_EQ(other.Post("/echo", std::string(1 << 20, 'x')).status, 200);
+}
+
 TEST_F(HttpTest, ConnectionsThatAreTooManyWait) {
   max_connections_ = 2;
   Start();
