@@ -100,7 +100,7 @@ class HttpConnection::Responder : public HttpResponder, public std::enable_share
   void Write(std::string_view bytes) override {
     if (bytes.empty()) return;
     {
-      std::lock_guard lock(connection_->body_mutex_);
+      MutexLock lock(&connection_->body_mutex_);
       if (connection_->body_request_ != request_) return;
       connection_->body_ += bytes;
       if (connection_->body_.size() > bytes.size()) return;  // whoever wrote first has posted
@@ -108,12 +108,12 @@ class HttpConnection::Responder : public HttpResponder, public std::enable_share
     connection_->Post([](HttpConnection* connection) { connection->Pump(); });
   }
   size_t Backlog() const override {
-    std::lock_guard lock(connection_->body_mutex_);
+    MutexLock lock(&connection_->body_mutex_);
     return connection_->body_request_ == request_ ? connection_->body_.size() : 0;
   }
   void End() override {
     {
-      std::lock_guard lock(connection_->body_mutex_);
+      MutexLock lock(&connection_->body_mutex_);
       if (connection_->body_request_ == request_) connection_->body_request_ = 0;
     }
     connection_->Post([request = request_](HttpConnection* connection) { connection->End(request); });
@@ -319,7 +319,7 @@ void HttpConnection::BeginResponse() {
   state_ = State::kResponding;
   ++request_;
   has_begun_ = has_ended_ = is_chunked_ = false;
-  std::lock_guard lock(body_mutex_);
+  MutexLock lock(&body_mutex_);
   body_.clear();
   body_request_ = request_;
 }
@@ -364,7 +364,7 @@ void HttpConnection::TakeBody() {
   if (!has_begun_) return;
   std::string bytes;
   {
-    std::lock_guard lock(body_mutex_);
+    MutexLock lock(&body_mutex_);
     bytes.swap(body_);
   }
   if (bytes.empty() || is_head_) return;
@@ -383,7 +383,7 @@ void HttpConnection::End(uint64_t request) {
 void HttpConnection::EndBody() {
   has_ended_ = true;
   on_disconnect_ = nullptr;
-  std::lock_guard lock(body_mutex_);
+  MutexLock lock(&body_mutex_);
   body_.clear();
   body_request_ = 0;
 }
@@ -464,7 +464,7 @@ void HttpConnection::CloseNow() {
   body_share_ = {};
   ClearDeadline();
   {
-    std::lock_guard lock(body_mutex_);
+    MutexLock lock(&body_mutex_);
     body_.clear();
     body_request_ = 0;
   }

@@ -13,12 +13,12 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 
 #include "server/http/http_server.h"
+#include "server/mutex.h"
 
 namespace cachalot {
 
@@ -118,9 +118,9 @@ class HttpConnection : public std::enable_shared_from_this<HttpConnection> {
 
   // What Write calls have brought since the strand last looked. A token a write, for many connections: one lock here,
   // and one post for all that come before the socket can take more.
-  mutable std::mutex body_mutex_;
-  std::string body_;           // guarded by body_mutex_
-  uint64_t body_request_ = 0;  // guarded by body_mutex_: whose it is; 0: nobody's, not wanted
+  mutable Mutex body_mutex_;
+  std::string body_ ABSL_GUARDED_BY(body_mutex_);
+  uint64_t body_request_ ABSL_GUARDED_BY(body_mutex_) = 0;  // whose it is; 0: nobody's, not wanted
 
   boost::asio::steady_timer timer_;
   uint64_t deadline_ = 0;  // number of the deadline set last

@@ -11,6 +11,7 @@
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
+#include "server/mutex.h"
 #include "server/request_error.h"
 #include "server/text/answer_stream.h"
 
@@ -164,7 +165,7 @@ class Generator::LiveGeneration : public Generation {
   void Cancel() override {
     std::optional<RequestId> id;
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       is_cancelled_ = true;
       id = id_;
     }
@@ -175,7 +176,7 @@ class Generator::LiveGeneration : public Generation {
   void SetId(RequestId id) {
     bool is_cancelled;
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       id_ = id;
       is_cancelled = is_cancelled_;
     }
@@ -187,9 +188,9 @@ class Generator::LiveGeneration : public Generation {
   GenerationRecord record_;  // this and the next two: the output thread's
   AnswerStream stream_;
   EventSink sink_;
-  std::mutex mutex_;
-  std::optional<RequestId> id_;  // guarded by mutex_
-  bool is_cancelled_ = false;    // guarded by mutex_
+  Mutex mutex_;
+  std::optional<RequestId> id_ ABSL_GUARDED_BY(mutex_);
+  bool is_cancelled_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 Generator::Generator(Engine* engine, const Tokenizer* tokenizer, GeneratorOptions options)
