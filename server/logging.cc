@@ -1,17 +1,21 @@
 // Two formatters for spdlog.
 #include "server/logging.h"
 
+#include <fcntl.h>
 #include <spdlog/formatter.h>
-#include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "absl/strings/str_split.h"
 #include "absl/time/time.h"
+#include "server/log_queue.h"
 
 namespace cachalot {
 namespace {
@@ -51,14 +55,31 @@ std::string Quoted(std::string_view text) {
 }  // namespace
 
 void SetUpLogging(LogFormat format, const std::string& level) {
-  auto logger = spdlog::stderr_color_mt("cachalot");
+  std::unique_ptr<spdlog::formatter> formatter;
   if (format == LogFormat::kJson) {
-    logger->set_formatter(std::make_unique<JsonFormatter>());
+    formatter = std::make_unique<JsonFormatter>();
   } else {
-    logger->set_formatter(std::make_unique<TextFormatter>());
+    formatter = std::make_unique<TextFormatter>();
   }
+  auto queue = std::make_shared<LogQueue>(STDERR_FILENO, std::move(formatter));
+  auto logger = std::make_shared<spdlog::logger>("cachalot", std::move(queue));
   logger->set_level(spdlog::level::from_str(level));
+  logger->flush_on(spdlog::level::critical);  // what follows may be the end
   spdlog::set_default_logger(std::move(logger));
+}
+
+uint64_t NumDroppedLogMessages() {
+  uint64_t count = 0;
+  for (const auto& sink : spdlog::default_logger_raw()->sinks()) {
+    if (const auto* queue = dynamic_cast<const LogQueue*>(sink.get())) count += queue->num_dropped();
+  }
+  return count;
+}
+
+void OpenStandardFiles() {
+  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (fcntl(fd, F_GETFD) < 0 && errno == EBADF) open("/dev/null", O_RDWR);  // the lowest that is free: this one
+  }
 }
 
 std::string JsonLogLine(std::string_view time, std::string_view level, std::string_view message) {

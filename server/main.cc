@@ -7,9 +7,15 @@
 #include "server/cli/chat.h"
 #include "server/cli/inspect.h"
 #include "server/cli/serve.h"
+#include "server/cli/uncaught.h"
+#include "server/logging.h"
 #include "server/options.h"
 
+// NOTE: before other static objects: one of gRPC's opens a descriptor.
+[[gnu::constructor(101)]] static void BeforeAll() { cachalot::OpenStandardFiles(); }
+
 int main(int argc, char** argv) {
+  cachalot::ExitOnUncaught();
   const cachalot::Command command = cachalot::ParseCommandLine(std::vector<std::string>(argv + 1, argv + argc));
   if (const auto* serve = std::get_if<cachalot::ServeOptions>(&command)) return cachalot::Serve(*serve);
   if (const auto* chat = std::get_if<cachalot::ChatOptions>(&command)) return cachalot::Chat(*chat);

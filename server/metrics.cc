@@ -168,7 +168,8 @@ void Metrics::OnEnd(FinishReason reason, const GenerationSize& size, const Reque
   }
 }
 
-std::string Metrics::Render(const std::string& model_name, const EngineStats& stats, const ModelInfo& model) const {
+std::string Metrics::Render(const std::string& model_name, const EngineStats& stats, const ModelInfo& model,
+                            uint64_t dropped_log_messages) const {
   Page page(absl::StrCat("model_name=\"", LabelValue(model_name), "\",engine=\"0\""));
   RenderEngine(stats, model, &page);
   page.Header("vllm:request_success_total", "counter", "Answers that ended, by how.");
@@ -192,6 +193,7 @@ std::string Metrics::Render(const std::string& model_name, const EngineStats& st
   page.Add("vllm:request_generation_tokens", generation_tokens_, "Tokens of an answer.");
   page.Add("vllm:request_params_max_tokens", params_max_tokens_, "Tokens asked for at most.");
   page.Add("vllm:request_num_preemptions", num_preemptions_, "How often an answer was preempted.");
+  page.Counter("cachalot:log_messages_dropped_total", dropped_log_messages, "Log messages that nobody read in time.");
   return std::move(*page.text());
 }
 

@@ -54,7 +54,8 @@ class Metrics {
              const GenerationTimes& times);
 
   // The page, text format 0.0.4.
-  std::string Render(const std::string& model_name, const EngineStats& stats, const ModelInfo& model) const;
+  std::string Render(const std::string& model_name, const EngineStats& stats, const ModelInfo& model,
+                     uint64_t dropped_log_messages) const;
 
  private:
   static constexpr size_t kNumReasons = 5;  // FinishReason's values

@@ -1,56 +1,20 @@
-// CpuDevice: the queue, and what memory the machine or the container still has.
+// CpuDevice: the queue, and memory.
 #include "kernels/cpu/cpu_device.h"
 
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstring>
-#include <fstream>
-#include <limits>
-#include <optional>
-#include <string>
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "kernels/cpu/available_memory.h"
 
 namespace cachalot {
 namespace {
 
 constexpr size_t kHugePageBytes = size_t{2} << 20;
 constexpr size_t kPageBytes = 4096;
-
-// The number after `key` in a file of "key value" lines; a file of one number has the key "".
-std::optional<size_t> ReadNumber(const char* path, const std::string& key) {
-  std::ifstream file(path);
-  std::string word;
-  while (key.empty() || file >> word) {
-    if (!key.empty() && word != key) continue;
-    size_t value = 0;
-    if (file >> value) return value;
-    return std::nullopt;
-  }
-  return std::nullopt;
-}
-
-// What a control group leaves: its limit less what it uses, of which pages of files can be had back.
-size_t CgroupAvailable(const char* limit_path, const char* usage_path, const char* stat_path) {
-  const auto limit = ReadNumber(limit_path, "");
-  const auto usage = ReadNumber(usage_path, "");
-  if (!limit || !usage) return std::numeric_limits<size_t>::max();
-  const size_t files =
-      ReadNumber(stat_path, "inactive_file").value_or(0) + ReadNumber(stat_path, "active_file").value_or(0);
-  const size_t held = *usage - std::min(files, *usage);
-  return *limit - std::min(held, *limit);
-}
-
-size_t AvailableMemory() {
-  const size_t machine = ReadNumber("/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
-  const size_t v2 =
-      CgroupAvailable("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat");
-  const size_t v1 = CgroupAvailable("/sys/fs/cgroup/memory/memory.limit_in_bytes",
-                                    "/sys/fs/cgroup/memory/memory.usage_in_bytes", "/sys/fs/cgroup/memory/memory.stat");
-  return std::min({machine, v1, v2});
-}
 
 // Copies between a row-strided tensor and packed host memory.
 void CopyRows(char* dst, size_t dst_stride, const char* src, size_t src_stride, size_t row_bytes, int64_t rows) {

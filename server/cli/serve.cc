@@ -64,6 +64,7 @@ class ExitOnSignal {
 
 int Fail(const absl::Status& status) {
   const std::string line = absl::StrReplaceAll(status.message(), {{"\n", " "}});
+  spdlog::default_logger_raw()->flush();
   std::fprintf(stderr, "cachalot: %s\n", line.c_str());
   return 1;
 }

@@ -2,7 +2,6 @@
 #include "server/cli/serving.h"
 
 #include <spdlog/spdlog.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <thread>
@@ -12,12 +11,16 @@
 #include "absl/time/clock.h"
 #include "engine/inspect.h"
 #include "server/http/openai_error.h"
+#include "server/listener.h"
 #include "server/text/chat_template.h"
 
 namespace cachalot {
 namespace {
 
 constexpr absl::Duration kStopGrace = absl::Seconds(2);
+// Of a protocol: of the descriptors, so that one cannot take the other's; and of what memory each connection takes.
+constexpr double kConnectionShare = 0.45;
+constexpr int kMaxConnections = 16384;
 
 // Two carry 300,000 events a second; the rest of a machine is for the model.
 int NumIoThreads() { return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 8, 2, 8); }
@@ -31,15 +34,11 @@ Serving::Serving(const ServeOptions& options)
 Serving::~Serving() { Stop(); }
 
 absl::Status Serving::Bind() {
-  // As many connections as the system lets us have: by default a process begins with 1024 files.
-  rlimit files = {};
-  if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
-    files.rlim_cur = files.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &files);
-  }
-  if (absl::Status status = http_.Bind(); !status.ok()) return status;
-  if (options_.grpc_port < 0) return absl::OkStatus();
-  return GrpcServer::CheckPort(options_.host, options_.grpc_port);
+  RaiseFileLimit();
+  if (absl::Status status = http_.Bind(); !status.ok() || options_.grpc_port < 0) return status;
+  grpc_ = std::make_unique<GrpcServer>(
+      GrpcFrontOptions{.host = options_.host, .port = options_.grpc_port, .num_threads = NumIoThreads()});
+  return grpc_->Bind();
 }
 
 // NOTE: what is said about the tokenizer waits, so that a checkpoint that cannot be served gets one line.
@@ -101,12 +100,14 @@ absl::Status Serving::Start() {
   api_ = std::make_unique<OpenAiApi>(generator_.get(), &metrics_, options_.served_model_name, options_.engine.model_dir,
                                      std::string(Version()));
   api_->Register(&http_);
-  if (options_.grpc_port >= 0) {
-    auto grpc = GrpcServer::Start(options_.host, options_.grpc_port, generator_.get(), options_.served_model_name);
-    if (!grpc.ok()) return grpc.status();
-    grpc_ = *std::move(grpc);
+  // Everything else has its files open by now.
+  const int max_http = MaxConnections(kConnectionShare, 1, kMaxConnections);
+  if (grpc_ != nullptr) {
+    const int max_grpc = MaxConnections(kConnectionShare, GrpcFront::kFilesAConnection, kMaxConnections);
+    absl::Status status = grpc_->Start(max_grpc, generator_.get(), options_.served_model_name);
+    if (!status.ok()) return status;
   }
-  return http_.Start();
+  return http_.Start(max_http);
 }
 
 std::string Serving::ReadyLine() const {

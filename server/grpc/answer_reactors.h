@@ -3,30 +3,40 @@
 #define CACHALOT_SERVER_GRPC_ANSWER_REACTORS_H_
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <mutex>
 #include <optional>
 #include <utility>
 
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "server/grpc/call_reactor.h"
 #include "server/grpc/grpc_messages.h"
 #include "server/grpc/proto_calls.h"
+#include "server/request_error.h"
 
 namespace cachalot {
+
+// Log-probabilities that a response holds.
+template <typename Response>
+size_t NumScores(const Response& response) {
+  size_t count = 0;
+  for (const auto& logprob : response.logprobs()) count += 1 + logprob.top_size();
+  return count;
+}
 
 // Writes a Response (v1::CompleteResponse or v1::ChatResponse) an event. At most so many wait for a slow client, and
 // one an answer: later events are added to those.
 template <typename Response>
 class StreamReactor final : public CallReactor<grpc::ServerWriteReactor<grpc::ByteBuffer>> {
  public:
-  explicit StreamReactor(grpc::CallbackServerContext* context) : CallReactor(context) {}
+  StreamReactor(grpc::CallbackServerContext* context, LiveCalls* live_calls) : CallReactor(context, live_calls) {}
 
   void OnWriteDone(bool ok) override {
     if (!ok) return OnWriteFailed();
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       is_writing_ = false;
     }
     Advance();
@@ -34,26 +44,33 @@ class StreamReactor final : public CallReactor<grpc::ServerWriteReactor<grpc::By
 
  private:
   static constexpr size_t kMaxWaiting = 64;
+  // Of a response; with 20 alternatives each under a MiB, and clients take 4 by default.
+  static constexpr int kMaxMergedLogprobs = 1024;
 
   void OnWriteFailed() {
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       is_writing_ = false;
     }
     OnCancel();
   }
 
-  void Take(int index, GenerateEvent event) override {
+  absl::Status Take(int index, GenerateEvent event) override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    for (const TokenScore& score : event.scores) num_held_scores_ += 1 + score.top.size();
+    if (num_held_scores_ > kMaxHeldScores) {
+      return absl::ResourceExhaustedError("the client took its answer too slowly");
+    }
     Response* response = waiting_.size() < kMaxWaiting ? nullptr : LastWaiting(index);
-    if (response == nullptr) {
+    if (response == nullptr || response->logprobs_size() >= kMaxMergedLogprobs) {
       response = &waiting_.emplace_back(std::move(spare_));
       response->Clear();
       response->set_index(index);
     }
     Append(std::move(event), response);
+    return absl::OkStatus();
   }
 
-  Response* LastWaiting(int index) {
+  Response* LastWaiting(int index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     for (auto response = waiting_.rbegin(); response != waiting_.rend(); ++response) {
       if (response->index() == index) return &*response;
     }
@@ -65,7 +82,7 @@ class StreamReactor final : public CallReactor<grpc::ServerWriteReactor<grpc::By
     bool has_next = false, is_followed = false;
     std::optional<absl::Status> final_status;
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       if (is_writing_ || has_finished_) return;
       if (is_cancelled_) {
         final_status = absl::CancelledError("the call was cancelled");
@@ -76,6 +93,7 @@ class StreamReactor final : public CallReactor<grpc::ServerWriteReactor<grpc::By
         writing_.Swap(&waiting_.front());
         spare_ = std::move(waiting_.front());
         waiting_.pop_front();
+        num_held_scores_ -= NumScores(writing_);
         is_followed = !waiting_.empty();
         if (!is_followed && status_.has_value() && status_->ok()) final_status = status_;
       }
@@ -91,10 +109,11 @@ class StreamReactor final : public CallReactor<grpc::ServerWriteReactor<grpc::By
     }
   }
 
-  std::deque<Response> waiting_;  // guarded by mutex_
-  Response spare_;                // one that was written, for its memory; guarded by mutex_
-  bool is_writing_ = false;       // guarded by mutex_
-  Response writing_;              // whose is_writing_ it is, and so is buffer_
+  std::deque<Response> waiting_ ABSL_GUARDED_BY(mutex_);
+  Response spare_ ABSL_GUARDED_BY(mutex_);              // one that was written, for its memory
+  size_t num_held_scores_ ABSL_GUARDED_BY(mutex_) = 0;  // in waiting_
+  bool is_writing_ ABSL_GUARDED_BY(mutex_) = false;
+  Response writing_;  // whose is_writing_ it is, and so is buffer_
   grpc::ByteBuffer buffer_;
 };
 
@@ -103,22 +122,28 @@ template <typename Response>
 class UnaryReactor final : public CallReactor<grpc::ServerUnaryReactor> {
  public:
   // gRPC keeps `buffer` until OnDone.
-  UnaryReactor(grpc::CallbackServerContext* context, grpc::ByteBuffer* buffer)
-      : CallReactor(context), buffer_(buffer) {}
+  UnaryReactor(grpc::CallbackServerContext* context, LiveCalls* live_calls, grpc::ByteBuffer* buffer)
+      : CallReactor(context, live_calls), buffer_(buffer) {}
 
  private:
-  void Take(int index, GenerateEvent event) override {
+  absl::Status Take(int index, GenerateEvent event) override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    for (const TokenScore& score : event.scores) num_scores_ += 1 + score.top.size();
+    if (num_scores_ > kMaxHeldScores) {
+      return FieldError("logprobs", absl::StrCat("the answer has more than ", kMaxHeldScores,
+                                                 " log-probabilities: stream it, or ask for less at once"));
+    }
     while (response_.answers_size() <= index) response_.add_answers()->set_index(response_.answers_size() - 1);
     v1::Usage* usage = response_.mutable_usage();
     usage->set_prompt_tokens(std::max<int64_t>(usage->prompt_tokens(), event.usage.prompt_tokens));
     usage->set_completion_tokens(usage->completion_tokens() + event.usage.completion_tokens);
     Append(std::move(event), response_.mutable_answers(index));
+    return absl::OkStatus();
   }
 
   void Advance() override {
     absl::Status status;
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       if (has_finished_ || (!is_cancelled_ && !status_.has_value())) return;
       status = is_cancelled_ ? absl::CancelledError("the call was cancelled") : *status_;
       has_finished_ = true;
@@ -128,6 +153,7 @@ class UnaryReactor final : public CallReactor<grpc::ServerUnaryReactor> {
   }
 
   Response response_;  // guarded by mutex_ until has_finished_
+  size_t num_scores_ ABSL_GUARDED_BY(mutex_) = 0;
   grpc::ByteBuffer* const buffer_;
 };
 

@@ -15,6 +15,11 @@
 namespace cachalot {
 namespace {
 
+constexpr size_t kMaxAnswerBytes =
+    (4 << 20) - 1024;  // what clients take by default, and a little for what is around it
+
+constexpr size_t kLargeRequestBytes = 1 << 20;
+
 absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
   const std::chrono::system_clock::time_point deadline = context.deadline();
   return deadline == std::chrono::system_clock::time_point::max() ? absl::InfiniteFuture() : absl::FromChrono(deadline);
@@ -26,6 +31,14 @@ template <typename Request>
 absl::Status CachalotService::Parse(const Bytes& bytes, Request* request) const {
   if (absl::Status status = ParseMessage(bytes, request); !status.ok()) return status;
   return CheckModelName(request->model(), model_name_);
+}
+
+// What is made of a large request is many times its size: of these, one at a time.
+template <typename Work>
+auto CachalotService::OneIfLarge(const Bytes& bytes, const Work& work) const {
+  if (bytes.Length() <= kLargeRequestBytes) return work();
+  const MutexLock lock(&large_);
+  return work();
 }
 
 // --- Methods that generate ---
@@ -45,7 +58,7 @@ Reactor* CachalotService::Run(Reactor* reactor, Context* context, const Bytes& b
     return generator_->Prepare(*std::move(call));
   };
   int n = 0;
-  const absl::StatusOr<std::shared_ptr<const GeneratePlan>> plan = prepare(&n);
+  const absl::StatusOr<std::shared_ptr<const GeneratePlan>> plan = OneIfLarge(bytes, [&] { return prepare(&n); });
   if (plan.ok()) {
     reactor->Start(generator_, *plan, n);
   } else {
@@ -55,30 +68,35 @@ Reactor* CachalotService::Run(Reactor* reactor, Context* context, const Bytes& b
 }
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* CachalotService::Complete(Context* context, const Bytes* request) {
-  return Run<v1::CompleteRequest>(new StreamReactor<v1::CompleteResponse>(context), context, *request);
+  return Run<v1::CompleteRequest>(new StreamReactor<v1::CompleteResponse>(context, &live_calls_), context, *request);
 }
 
 grpc::ServerUnaryReactor* CachalotService::CompleteUnary(Context* context, const Bytes* request, Bytes* response) {
-  return Run<v1::CompleteRequest>(new UnaryReactor<v1::CompleteUnaryResponse>(context, response), context, *request);
+  return Run<v1::CompleteRequest>(new UnaryReactor<v1::CompleteUnaryResponse>(context, &live_calls_, response), context,
+                                  *request);
 }
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* CachalotService::Chat(Context* context, const Bytes* request) {
-  return Run<v1::ChatRequest>(new StreamReactor<v1::ChatResponse>(context), context, *request);
+  return Run<v1::ChatRequest>(new StreamReactor<v1::ChatResponse>(context, &live_calls_), context, *request);
 }
 
 grpc::ServerUnaryReactor* CachalotService::ChatUnary(Context* context, const Bytes* request, Bytes* response) {
-  return Run<v1::ChatRequest>(new UnaryReactor<v1::ChatUnaryResponse>(context, response), context, *request);
+  return Run<v1::ChatRequest>(new UnaryReactor<v1::ChatUnaryResponse>(context, &live_calls_, response), context,
+                              *request);
 }
 
 // --- Methods that are answered at once ---
 
 template <typename Request, typename Response>
 grpc::ServerUnaryReactor* CachalotService::Reply(Context* context, const Bytes& bytes, Bytes* buffer) const {
-  Request request;
-  Response response;
-  absl::Status status = Parse(bytes, &request);
-  if (status.ok()) status = Answer(request, &response);
-  if (status.ok()) *buffer = SerializeMessage(response);
+  const absl::Status status = OneIfLarge(bytes, [&] {
+    Request request;
+    Response response;
+    absl::Status answered = Parse(bytes, &request);
+    if (answered.ok()) answered = Answer(request, &response);
+    if (answered.ok()) *buffer = SerializeMessage(response);
+    return answered;
+  });
   grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
   reactor->Finish(ToGrpcStatus(status, context));
   return reactor;
@@ -107,20 +125,19 @@ absl::Status CachalotService::Answer(const v1::TokenizeRequest& request, v1::Tok
   }
   if (!ids.ok()) return ids.status();
   response->mutable_token_ids()->Add(ids->begin(), ids->end());
+  if (response->ByteSizeLong() > kMaxAnswerBytes) {
+    return FieldError("prompt", absl::StrCat("the prompt has ", ids->size(), " tokens, more than an answer of ",
+                                             kMaxAnswerBytes, " bytes holds: send it in parts"));
+  }
   response->set_max_model_len(generator_->model().max_model_len);
   return absl::OkStatus();
 }
 
 absl::Status CachalotService::Answer(const v1::DetokenizeRequest& request, v1::DetokenizeResponse* response) const {
-  const Tokenizer* const tokenizer = generator_->tokenizer();
-  if (tokenizer == nullptr) return FieldError("token_ids", "this model is served without a tokenizer");
-  const int vocab_size = generator_->model().vocab_size;
-  for (const int32_t token : request.token_ids()) {
-    if (token >= 0 && token < vocab_size) continue;
-    return FieldError("token_ids", absl::StrCat("token_ids holds ", token, "; token ids are 0 to ", vocab_size - 1));
-  }
-  const std::vector<int32_t> ids(request.token_ids().begin(), request.token_ids().end());
-  response->set_text(tokenizer->Decode(ids, /*skip_special=*/false));
+  absl::StatusOr<std::string> text = generator_->Detokenize(
+      {request.token_ids().data(), static_cast<size_t>(request.token_ids_size())}, "token_ids", kMaxAnswerBytes);
+  if (!text.ok()) return text.status();
+  response->set_text(*std::move(text));
   return absl::OkStatus();
 }
 

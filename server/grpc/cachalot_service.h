@@ -7,6 +7,8 @@
 
 #include "absl/status/status.h"
 #include "cachalot/v1/cachalot.grpc.pb.h"
+#include "server/grpc/live_calls.h"
+#include "server/mutex.h"
 #include "server/text/generator.h"
 
 namespace cachalot {
@@ -30,6 +32,9 @@ class CachalotService final : public internal::RawService {
   CachalotService(Generator* generator, std::string model_name)
       : generator_(generator), model_name_(std::move(model_name)) {}
 
+  // Those that generate.
+  LiveCalls& live_calls() { return live_calls_; }
+
   static constexpr const char* service_full_name() { return v1::Cachalot::service_full_name(); }
 
  private:
@@ -48,6 +53,8 @@ class CachalotService final : public internal::RawService {
   Reactor* Run(Reactor* reactor, Context* context, const Bytes& bytes) const;
   template <typename Request>
   absl::Status Parse(const Bytes& bytes, Request* request) const;
+  template <typename Work>
+  auto OneIfLarge(const Bytes& bytes, const Work& work) const;
 
   absl::Status Answer(const v1::TokenizeRequest& request, v1::TokenizeResponse* response) const;
   absl::Status Answer(const v1::DetokenizeRequest& request, v1::DetokenizeResponse* response) const;
@@ -57,6 +64,8 @@ class CachalotService final : public internal::RawService {
 
   Generator* const generator_;
   const std::string model_name_;
+  LiveCalls live_calls_;
+  mutable Mutex large_;  // held by the one large request that is being read
 };
 
 }  // namespace cachalot

@@ -1,72 +1,57 @@
 // Building and stopping grpc::Server.
 #include "server/grpc/grpc_server.h"
 
+#include <grpc/support/log.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <grpcpp/security/server_credentials.h>
+#include <grpcpp/resource_quota.h>
 #include <grpcpp/server_builder.h>
-#include <netdb.h>
-#include <sys/socket.h>
-#include <unistd.h>
+#include <grpcpp/server_posix.h>
+#include <spdlog/spdlog.h>
 
-#include <cerrno>
-#include <cstring>
+#include <algorithm>
 
-#include "absl/strings/match.h"
-#include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "server/grpc/http2_guard.h"
 
 namespace cachalot {
 namespace {
 
 constexpr int kMaxMessageBytes = 16 << 20;  // as the HTTP body limit
 
-std::string Address(const std::string& host, int port) {
-  return absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
+constexpr absl::Duration kGoodbye = absl::Milliseconds(200);  // for clients to take the last bytes, and to leave
+constexpr size_t kMaxMemory = 256 << 20;                      // of what connections and calls hold within gRPC
+constexpr int kMaxMetadataBytes = 16 << 10;                   // of a call
+
+// Few lines: by default gRPC logs errors alone.
+void Log(gpr_log_func_args* line) {
+  const auto level = line->severity == GPR_LOG_SEVERITY_ERROR ? spdlog::level::err : spdlog::level::info;
+  spdlog::log(level, "gRPC: {}", line->message);
 }
 
 }  // namespace
 
-absl::Status GrpcServer::CheckPort(const std::string& host, int port) {
-  addrinfo hints = {};
-  hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_PASSIVE;
-  addrinfo* found = nullptr;
-  if (const int error = getaddrinfo(host.c_str(), absl::StrCat(port).c_str(), &hints, &found); error != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("cannot resolve ", Address(host, port), ": ", gai_strerror(error)));
-  }
-  const int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  const int on = 1;
-  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
-  const int error = bind(fd, found->ai_addr, found->ai_addrlen) == 0 ? 0 : errno;
-  close(fd);
-  freeaddrinfo(found);
-  if (error == 0) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("cannot listen on ", Address(host, port), ": ", strerror(error)));
-}
-
-absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const std::string& host, int port, Generator* generator,
-                                                              std::string model_name) {
+absl::Status GrpcServer::Start(int max_connections, Generator* generator, std::string model_name) {
   // NOTE: Debian's Abseil looks for deadlocks at every lock that gRPC takes.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
+  gpr_set_log_function(Log);
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  std::unique_ptr<GrpcServer> result(new GrpcServer(generator, std::move(model_name)));
+  service_ = std::make_unique<CachalotService>(generator, std::move(model_name));
   grpc::ServerBuilder builder;
-  // NOTE: by default a second server on the same port would be let in silently.
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10'000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 300'000);  // finds clients that are gone without a word
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, Http2Guard::kMaxStreams);
+  builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
-  builder.AddListeningPort(Address(host, port), grpc::InsecureServerCredentials(), &result->port_);
-  builder.RegisterService(&result->service_);
-  result->server_ = builder.BuildAndStart();
-  if (result->server_ == nullptr) {
-    return absl::UnavailableError(absl::StrCat("cannot listen on ", Address(host, port), " for gRPC"));
-  }
-  result->SetServing(true);
-  return result;
+  builder.SetResourceQuota(grpc::ResourceQuota("cachalot").Resize(kMaxMemory));
+  builder.RegisterService(service_.get());
+  server_ = builder.BuildAndStart();
+  if (server_ == nullptr) return absl::InternalError("gRPC cannot be started");
+  SetServing(true);
+  return front_.Start(max_connections, [this](int fd) { grpc::AddInsecureChannelFromFd(server_.get(), fd); });
 }
 
 GrpcServer::~GrpcServer() { Stop(absl::ZeroDuration()); }
@@ -78,7 +63,13 @@ void GrpcServer::SetServing(bool is_serving) {
 }
 
 void GrpcServer::Stop(absl::Duration grace) {
-  if (server_ != nullptr) server_->Shutdown(absl::ToChronoTime(absl::Now() + grace));
+  front_.StopAccepting();
+  // NOTE: gRPC would wait for every connection to be closed by its client, and for streams that watch our health.
+  if (server_ != nullptr) {
+    service_->live_calls().AwaitNone(grace);
+    server_->Shutdown(absl::ToChronoTime(absl::Now() + std::min(grace, kGoodbye)));
+  }
+  front_.Stop(std::min(grace, kGoodbye));
 }
 
 }  // namespace cachalot

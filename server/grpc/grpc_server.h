@@ -6,29 +6,31 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "server/grpc/cachalot_service.h"
+#include "server/grpc/grpc_front.h"
 #include "server/text/generator.h"
 
 namespace cachalot {
 
-// Methods may be called from any thread.
+// Bind, Start, in the end Stop; from one thread. SetServing may be called from any.
 class GrpcServer {
  public:
-  // Unavailable, with one line, when `port` of `host` is taken: to be known before a slow load. 0 is always free.
-  static absl::Status CheckPort(const std::string& host, int port);
-
-  // Listens and serves at once; port 0: any free one. Unavailable when the port is taken. `generator` must outlive the
-  // server.
-  static absl::StatusOr<std::unique_ptr<GrpcServer>> Start(const std::string& host, int port, Generator* generator,
-                                                           std::string model_name);
-
+  explicit GrpcServer(GrpcFrontOptions options) : front_(std::move(options)) {}
   ~GrpcServer();  // cancels what is in flight
 
-  int port() const { return port_; }
+  // Takes the port without accepting connections: one in use is known before a slow load. InvalidArgument for a host
+  // that has no address, Unavailable when the port is taken.
+  absl::Status Bind() { return front_.Bind(); }
+  // The port bound.
+  int port() const { return front_.port(); }
+
+  // Serves from now on, `max_connections` at once. `generator` must outlive the server.
+  absl::Status Start(int max_connections, Generator* generator, std::string model_name);
+
   // What grpc.health.v1 answers, for the whole server and for cachalot.v1.Cachalot.
   void SetServing(bool is_serving);
 
@@ -36,11 +38,9 @@ class GrpcServer {
   void Stop(absl::Duration grace);
 
  private:
-  GrpcServer(Generator* generator, std::string model_name) : service_(generator, std::move(model_name)) {}
-
-  CachalotService service_;
+  std::unique_ptr<CachalotService> service_;
   std::unique_ptr<grpc::Server> server_;
-  int port_ = 0;
+  GrpcFront front_;
 };
 
 }  // namespace cachalot

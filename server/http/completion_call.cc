@@ -57,6 +57,7 @@ CompletionCall::CompletionCall(Generator* generator, const std::string& model_na
 
 // All prompts are checked before the first is started.
 absl::Status CompletionCall::Prepare(CompletionRequest request) {
+  MutexLock lock(&mutex_);  // of a call that nobody else knows yet
   for (auto& prompt : request.prompts) {
     GenerateCall call = request.call;
     call.prompt = std::move(prompt);
@@ -88,7 +89,7 @@ void CompletionCall::Start() {
   const int num_choices = static_cast<int>(plans_.size()) * num_answers_;
   for (int i = 0; i < num_choices; ++i) {
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       if (is_over_ || is_cancelled_) return;
     }
     auto generation =
@@ -96,20 +97,20 @@ void CompletionCall::Start() {
                           [call = shared_from_this(), i](GenerateEvent event) { call->OnEvent(i, std::move(event)); });
     if (!generation.ok()) {
       {
-        std::lock_guard lock(mutex_);
+        MutexLock lock(&mutex_);
         FailAnswer(generation.status());
       }
       return CancelAll();
     }
     bool is_unwanted;
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       generations_.push_back(*generation);
       is_unwanted = is_over_ || is_cancelled_;
     }
     if (is_unwanted) (*generation)->Cancel();
   }
-  std::lock_guard lock(mutex_);
+  MutexLock lock(&mutex_);
   if (view_.stream && !is_over_) BeginStream();
 }
 
@@ -117,7 +118,7 @@ void CompletionCall::Start() {
 void CompletionCall::CancelAll() {
   std::vector<std::shared_ptr<Generation>> generations;
   {
-    std::lock_guard lock(mutex_);
+    MutexLock lock(&mutex_);
     is_cancelled_ = true;
     generations.swap(generations_);
   }
@@ -127,7 +128,7 @@ void CompletionCall::CancelAll() {
 void CompletionCall::OnEvent(int choice_idx, GenerateEvent event) {
   bool has_failed = false;
   {
-    std::lock_guard lock(mutex_);
+    MutexLock lock(&mutex_);
     if (is_over_) return;
     const FinishReason reason = event.finish_reason;
     usage_.completion_tokens += static_cast<int64_t>(event.tokens.size());
@@ -180,8 +181,8 @@ void CompletionCall::FinishAnswer() {
   generations_.clear();
   if (!view_.stream) {
     // NOTE: of log-probabilities there may be megabytes, and this is the engine's output thread.
-    return responder_->RespondWith([self = shared_from_this()] {
-      return HttpResponse{.body = self->writer_.Whole(self->choices_, self->usage_), .headers = {}};
+    return responder_->RespondWith([self = shared_from_this(), choices = std::move(choices_), usage = usage_] {
+      return HttpResponse{.body = self->writer_.Whole(choices, usage), .headers = {}};
     });
   }
   bytes_.clear();

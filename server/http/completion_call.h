@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -12,6 +11,7 @@
 #include "server/http/answer_writer.h"
 #include "server/http/http_server.h"
 #include "server/http/openai_request.h"
+#include "server/mutex.h"
 #include "server/text/generator.h"
 
 namespace cachalot {
@@ -24,9 +24,6 @@ namespace cachalot {
 class CompletionCall : public std::enable_shared_from_this<CompletionCall> {
  public:
   static constexpr size_t kMaxBacklogBytes = 64 << 10;
-  // Log-probabilities (of tokens and of alternatives, about a hundred bytes each) that may wait, for a slow client or
-  // for the end of an answer that is no stream; more end the request.
-  static constexpr size_t kMaxHeldScores = 512 << 10;
 
   // Answers through `responder`, now or later. `generator` must outlive every generation.
   static void Run(Generator* generator, const std::string& model_name, CompletionRequest request,
@@ -41,12 +38,11 @@ class CompletionCall : public std::enable_shared_from_this<CompletionCall> {
   void CancelAll();
   void OnEvent(int choice_idx, GenerateEvent event);
 
-  // REQUIRES: mutex_ is held.
-  void StreamEvent(int choice_idx, GenerateEvent event);
-  void GatherEvent(int choice_idx, GenerateEvent event);
-  void BeginStream();
-  void FinishAnswer();
-  void FailAnswer(const absl::Status& status);
+  void StreamEvent(int choice_idx, GenerateEvent event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void GatherEvent(int choice_idx, GenerateEvent event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void BeginStream() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void FinishAnswer() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void FailAnswer(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   Generator* const generator_;
   const std::shared_ptr<HttpResponder> responder_;
@@ -55,15 +51,18 @@ class CompletionCall : public std::enable_shared_from_this<CompletionCall> {
   const AnswerWriter writer_;
   std::vector<std::shared_ptr<const GeneratePlan>> plans_;  // one a prompt
 
-  std::mutex mutex_;  // guards all below
-  std::vector<std::shared_ptr<Generation>> generations_;
-  std::vector<AnswerChoice> choices_;  // gathered so far; of a stream what waits for the client; prompt: to be shown
-  std::vector<Usage> choice_usages_;   // of each alone, as continuous usage tells them
-  size_t num_held_scores_ = 0;
-  int num_running_ = 0;
-  Usage usage_;        // of all
-  std::string bytes_;  // of a stream's next write
-  bool has_begun_ = false, is_over_ = false, is_cancelled_ = false;
+  Mutex mutex_;
+  std::vector<std::shared_ptr<Generation>> generations_ ABSL_GUARDED_BY(mutex_);
+  // Gathered so far; of a stream what waits for the client; prompt: to be shown.
+  std::vector<AnswerChoice> choices_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Usage> choice_usages_ ABSL_GUARDED_BY(mutex_);  // of each alone, as continuous usage tells them
+  size_t num_held_scores_ ABSL_GUARDED_BY(mutex_) = 0;
+  int num_running_ ABSL_GUARDED_BY(mutex_) = 0;
+  Usage usage_ ABSL_GUARDED_BY(mutex_);  // of all
+  std::string bytes_ ABSL_GUARDED_BY(mutex_);  // of a stream's next write
+  bool has_begun_ ABSL_GUARDED_BY(mutex_) = false;
+  bool is_over_ ABSL_GUARDED_BY(mutex_) = false;
+  bool is_cancelled_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace cachalot

@@ -34,6 +34,7 @@ constexpr size_t kMaxReadAheadBytes = 256 << 10;  // requests sent ahead of thei
 constexpr size_t kMaxWritePieces = 64;            // of one write
 constexpr int kMaxUnsentBytes = 128 << 10;        // in the socket
 constexpr absl::Duration kLingerTime = absl::Seconds(5);
+constexpr absl::Duration kDrainLingerTime = absl::Milliseconds(200);  // when the server waits for it to stop
 constexpr size_t kMaxLingerBytes = 64 << 20;
 
 std::string PercentDecode(std::string_view text) {
@@ -119,7 +120,7 @@ class HttpConnection::Responder : public HttpResponder, public std::enable_share
   void Write(std::string_view bytes) override {
     if (bytes.empty()) return;
     {
-      std::lock_guard lock(connection_->body_mutex_);
+      MutexLock lock(&connection_->body_mutex_);
       if (connection_->body_request_ != request_) return;
       connection_->body_ += bytes;
       if (connection_->body_.size() > bytes.size()) return;  // whoever wrote first has posted
@@ -127,12 +128,12 @@ class HttpConnection::Responder : public HttpResponder, public std::enable_share
     connection_->Post([](HttpConnection* connection) { connection->Pump(); });
   }
   size_t Backlog() const override {
-    std::lock_guard lock(connection_->body_mutex_);
+    MutexLock lock(&connection_->body_mutex_);
     return connection_->body_request_ == request_ ? connection_->body_.size() : 0;
   }
   void End() override {
     {
-      std::lock_guard lock(connection_->body_mutex_);
+      MutexLock lock(&connection_->body_mutex_);
       if (connection_->body_request_ == request_) connection_->body_request_ = 0;
     }
     connection_->Post([request = request_](HttpConnection* connection) { connection->End(request); });
@@ -178,6 +179,7 @@ void HttpConnection::Drain() {
   Post([](HttpConnection* self) {
     self->is_draining_ = true;
     if (self->state_ == State::kReading) self->CloseNow();
+    if (self->state_ == State::kLingering) self->SetDeadline(kDrainLingerTime, &HttpConnection::OnIdleTimeout);
   });
 }
 
@@ -256,6 +258,10 @@ bool HttpConnection::FeedParser() {
     return false;
   }
   if (!header_seen_ && parser_->is_header_done() && !OnHeader()) return false;
+  if (!body_share_.GrowTo(parser_->get().body().size())) {
+    Refuse((*context_->error_format)(503, "the server holds as many request bodies as it may"));
+    return false;
+  }
   if (parser_->is_done()) {
     Dispatch();
     return true;
@@ -272,6 +278,7 @@ void HttpConnection::BeginRequest() {
   parser_->header_limit(static_cast<uint32_t>(options_.max_header_bytes));
   parser_->body_limit(options_.max_body_bytes);
   parser_->eager(true);
+  body_share_ = BodyBudget::Share(context_->bodies);
   header_seen_ = false;
   SetDeadline(options_.header_timeout, &HttpConnection::OnRequestTimeout);
 }
@@ -308,17 +315,22 @@ void HttpConnection::Dispatch() {
   request.query = target.substr(std::min(question + 1, target.size()));
   request.body = std::move(message.body());
   request.client = absl::StrCat("http ", id_);
+  request.body_share = std::exchange(body_share_, {});
   auto responder = std::make_shared<Responder>(shared_from_this(), request_);
   if (is_draining_) return responder->Respond((*context_->error_format)(503, "the server is stopping"));
   context_->dispatch(std::move(request), std::move(responder));
 }
 
-void HttpConnection::Fail(int status, std::string_view message) {
+void HttpConnection::Fail(int status, std::string_view message) { Refuse((*context_->error_format)(status, message)); }
+
+void HttpConnection::Refuse(HttpResponse response) {
   parser_.reset();
+  body_share_ = {};
   ClearDeadline();
   BeginResponse();
   is_head_ = keep_alive_ = false;
-  Respond(request_, (*context_->error_format)(status, message));
+  if (response.status == 503) response.headers.emplace_back("Retry-After", "1");
+  Respond(request_, std::move(response));
 }
 
 void HttpConnection::OnRequestTimeout() { Fail(408, "the request did not come in time"); }
@@ -329,7 +341,7 @@ void HttpConnection::BeginResponse() {
   state_ = State::kResponding;
   ++request_;
   has_begun_ = has_ended_ = is_chunked_ = false;
-  std::lock_guard lock(body_mutex_);
+  MutexLock lock(&body_mutex_);
   body_.clear();
   body_request_ = request_;
 }
@@ -374,7 +386,7 @@ void HttpConnection::TakeBody() {
   if (!has_begun_) return;
   std::string bytes;
   {
-    std::lock_guard lock(body_mutex_);
+    MutexLock lock(&body_mutex_);
     bytes.swap(body_);
   }
   if (bytes.empty() || is_head_) return;
@@ -393,7 +405,7 @@ void HttpConnection::End(uint64_t request) {
 void HttpConnection::EndBody() {
   has_ended_ = true;
   on_disconnect_ = nullptr;
-  std::lock_guard lock(body_mutex_);
+  MutexLock lock(&body_mutex_);
   body_.clear();
   body_request_ = 0;
 }
@@ -463,16 +475,18 @@ void HttpConnection::Linger() {
   socket_.shutdown(asio::ip::tcp::socket::shutdown_send, ignored);
   state_ = State::kLingering;
   in_.consume(in_.size());
-  SetDeadline(kLingerTime, &HttpConnection::OnIdleTimeout);
+  SetDeadline(is_draining_ ? kDrainLingerTime : kLingerTime, &HttpConnection::OnIdleTimeout);
   ArmRead();
 }
 
 void HttpConnection::CloseNow() {
   if (state_ == State::kClosed) return;
   state_ = State::kClosed;
+  parser_.reset();
+  body_share_ = {};
   ClearDeadline();
   {
-    std::lock_guard lock(body_mutex_);
+    MutexLock lock(&body_mutex_);
     body_.clear();
     body_request_ = 0;
   }

@@ -13,12 +13,12 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 
 #include "server/http/http_server.h"
+#include "server/mutex.h"
 
 namespace cachalot {
 
@@ -26,6 +26,7 @@ namespace cachalot {
 struct HttpConnectionContext {
   const HttpOptions* options = nullptr;
   const HttpErrorFormat* error_format = nullptr;
+  BodyBudget* bodies = nullptr;
   HttpHandler dispatch;                                   // routes; answers 404 and 405 itself
   std::function<void(std::function<void()>)> run_slowly;  // on a thread where it may take long
   std::function<void(uint64_t id)> on_closed;             // called once, on the connection's strand
@@ -61,6 +62,7 @@ class HttpConnection : public std::enable_shared_from_this<HttpConnection> {
   bool OnHeader();
   void Dispatch();
   void Fail(int status, std::string_view message);
+  void Refuse(HttpResponse response);
   void OnPeerClosed();
 
   // Responding. Each call names its request: what comes late is dropped.
@@ -99,6 +101,7 @@ class HttpConnection : public std::enable_shared_from_this<HttpConnection> {
   std::array<char, 16 << 10> read_bytes_;
   boost::beast::flat_buffer in_;
   std::optional<Parser> parser_;  // of a request whose first byte has come
+  BodyBudget::Share body_share_;  // its body's
   bool header_seen_ = false;
   bool is_reading_ = false;
   std::atomic<bool> peer_closed_ = false;  // set on the strand
@@ -115,9 +118,9 @@ class HttpConnection : public std::enable_shared_from_this<HttpConnection> {
 
   // What Write calls have brought since the strand last looked. A token a write, for many connections: one lock here,
   // and one post for all that come before the socket can take more.
-  mutable std::mutex body_mutex_;
-  std::string body_;           // guarded by body_mutex_
-  uint64_t body_request_ = 0;  // guarded by body_mutex_: whose it is; 0: nobody's, not wanted
+  mutable Mutex body_mutex_;
+  std::string body_ ABSL_GUARDED_BY(body_mutex_);
+  uint64_t body_request_ ABSL_GUARDED_BY(body_mutex_) = 0;  // whose it is; 0: nobody's, not wanted
 
   boost::asio::steady_timer timer_;
   uint64_t deadline_ = 0;  // number of the deadline set last

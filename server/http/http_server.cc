@@ -6,29 +6,29 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/post.hpp>
-#include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
 #include <boost/asio/thread_pool.hpp>
-#include <condition_variable>
 #include <map>
-#include <mutex>
 #include <thread>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
 #include "server/http/http_connection.h"
+#include "server/listener.h"
+#include "server/mutex.h"
 
 namespace cachalot {
 namespace {
 
 namespace asio = boost::asio;
 using asio::ip::tcp;
-using boost::system::error_code;
 
 // What is in a larger body takes milliseconds to read, which an I/O thread has not.
 constexpr size_t kLargeBodyBytes = 64 << 10;
-constexpr absl::Duration kAcceptRetry = absl::Milliseconds(100);  // out of file descriptors
+// What is made of a still larger one is many times its size: of these, one at a time.
+constexpr size_t kHugeBodyBytes = 1 << 20;
 
 struct Route {
   std::string path;  // without the star
@@ -56,26 +56,25 @@ struct HttpServer::Impl {
       : options(std::move(options)), error_format(std::move(error_format)) {}
 
   void Dispatch(HttpRequest request, std::shared_ptr<HttpResponder> responder);
-  void Accept();
   void AddConnection(tcp::socket socket);
 
   const HttpOptions options;
   const HttpErrorFormat error_format;
+  BodyBudget bodies{options.max_held_bytes};
   std::vector<Route> routes;
 
   asio::io_context io;
   asio::executor_work_guard<asio::io_context::executor_type> work{io.get_executor()};
-  asio::strand<asio::io_context::executor_type> accept_strand{io.get_executor()};
-  tcp::acceptor acceptor{accept_strand};
-  asio::steady_timer accept_timer{accept_strand};
+  Listener listener{&io, options.host, options.port};
   std::shared_ptr<HttpConnectionContext> context = std::make_shared<HttpConnectionContext>();
   std::vector<std::thread> threads;
   asio::thread_pool workers{static_cast<size_t>(options.num_threads)};  // for what takes long
+  asio::strand<asio::thread_pool::executor_type> one_worker{workers.get_executor()};
 
-  std::mutex mutex;  // guards all below
-  std::condition_variable all_closed;
-  std::map<uint64_t, std::weak_ptr<HttpConnection>> connections;
-  uint64_t next_id = 0;
+  Mutex mutex;
+  CondVar all_closed;
+  std::map<uint64_t, std::weak_ptr<HttpConnection>> connections ABSL_GUARDED_BY(mutex);
+  uint64_t next_id ABSL_GUARDED_BY(mutex) = 0;
   std::atomic<bool> is_draining = false;
 };
 
@@ -88,13 +87,14 @@ void HttpServer::Impl::Dispatch(HttpRequest request, std::shared_ptr<HttpRespond
       return handler->second(std::move(request), std::move(responder));
     }
     if (handler != route.handlers.end()) {
-      asio::post(workers, [this, handler = &handler->second, request = std::move(request),
-                           responder = std::move(responder)]() mutable {
+      const bool is_huge = request.body.size() > kHugeBodyBytes;
+      auto task = [this, handler = &handler->second, request = std::move(request),
+                   responder = std::move(responder)]() mutable {
         if (is_draining) return responder->Respond(error_format(503, "the server is stopping"));
         if (!responder->IsWanted()) return responder->Close();
         (*handler)(std::move(request), std::move(responder));
-      });
-      return;
+      };
+      return is_huge ? asio::post(one_worker, std::move(task)) : asio::post(workers, std::move(task));
     }
     HttpResponse response = {.content_type = "", .body = "", .headers = {}};
     if (request.method != "OPTIONS") {
@@ -109,24 +109,10 @@ void HttpServer::Impl::Dispatch(HttpRequest request, std::shared_ptr<HttpRespond
   responder->Respond(error_format(404, absl::StrCat("there is no ", request.path, " here")));
 }
 
-void HttpServer::Impl::Accept() {
-  acceptor.async_accept(asio::make_strand(io), [this](error_code error, tcp::socket socket) {
-    if (!acceptor.is_open()) return;
-    if (!error) {
-      AddConnection(std::move(socket));
-      return Accept();
-    }
-    accept_timer.expires_after(absl::ToChronoNanoseconds(kAcceptRetry));
-    accept_timer.async_wait([this](error_code) {
-      if (acceptor.is_open()) Accept();
-    });
-  });
-}
-
 void HttpServer::Impl::AddConnection(tcp::socket socket) {
   std::shared_ptr<HttpConnection> connection;
   {
-    std::lock_guard lock(mutex);
+    MutexLock lock(&mutex);
     if (is_draining) return;
     const uint64_t id = next_id++;
     connection = std::make_shared<HttpConnection>(id, std::move(socket), context);
@@ -140,42 +126,24 @@ HttpServer::HttpServer(HttpOptions options, HttpErrorFormat error_format)
   Impl* impl = impl_.get();
   impl->context->options = &impl->options;
   impl->context->error_format = &impl->error_format;
+  impl->context->bodies = &impl->bodies;
   impl->context->dispatch = [impl](HttpRequest request, std::shared_ptr<HttpResponder> responder) {
     impl->Dispatch(std::move(request), std::move(responder));
   };
   impl->context->run_slowly = [impl](std::function<void()> task) { asio::post(impl->workers, std::move(task)); };
   impl->context->on_closed = [impl](uint64_t id) {
-    std::lock_guard lock(impl->mutex);
+    impl->listener.OnClosed();
+    MutexLock lock(&impl->mutex);
     impl->connections.erase(id);
-    if (impl->connections.empty()) impl->all_closed.notify_all();
+    if (impl->connections.empty()) impl->all_closed.NotifyAll();
   };
 }
 
 HttpServer::~HttpServer() { Stop(absl::ZeroDuration()); }
 
-absl::Status HttpServer::Bind() {
-  const HttpOptions& options = impl_->options;
-  const std::string name = absl::StrCat(options.host, ":", options.port);
-  error_code error;
-  tcp::resolver resolver(impl_->io);
-  const tcp::resolver::results_type found =
-      resolver.resolve(options.host, absl::StrCat(options.port), tcp::resolver::passive, error);
-  if (error || found.empty())
-    return absl::InvalidArgumentError(absl::StrCat("cannot resolve ", name, ": ", error.message()));
-  const tcp::endpoint endpoint = found.begin()->endpoint();
-  tcp::acceptor& acceptor = impl_->acceptor;
-  acceptor.open(endpoint.protocol(), error);
-  if (!error) acceptor.set_option(tcp::acceptor::reuse_address(true), error);
-  if (!error) acceptor.bind(endpoint, error);
-  if (error) return absl::UnavailableError(absl::StrCat("cannot listen on ", name, ": ", error.message()));
-  return absl::OkStatus();
-}
+absl::Status HttpServer::Bind() { return impl_->listener.Bind(); }
 
-int HttpServer::port() const {
-  error_code error;
-  const tcp::endpoint endpoint = impl_->acceptor.local_endpoint(error);
-  return error ? 0 : endpoint.port();
-}
+int HttpServer::port() const { return impl_->listener.port(); }
 
 void HttpServer::Handle(std::string method, std::string path, HttpHandler handler) {
   const bool is_prefix = absl::EndsWith(path, "/*");
@@ -190,14 +158,10 @@ void HttpServer::Handle(std::string method, std::string path, HttpHandler handle
   impl_->routes.push_back(std::move(route));
 }
 
-absl::Status HttpServer::Start() {
-  error_code error;
-  impl_->acceptor.listen(tcp::acceptor::max_listen_connections, error);
-  if (error) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot listen on ", impl_->options.host, ":", impl_->options.port, ": ", error.message()));
-  }
-  asio::post(impl_->accept_strand, [impl = impl_.get()] { impl->Accept(); });
+absl::Status HttpServer::Start(int max_connections) {
+  absl::Status status = impl_->listener.Start(
+      max_connections, [impl = impl_.get()](tcp::socket socket) { impl->AddConnection(std::move(socket)); });
+  if (!status.ok()) return status;
   for (int i = 0; i < impl_->options.num_threads; ++i) {
     impl_->threads.emplace_back([impl = impl_.get()] { impl->io.run(); });
   }
@@ -205,12 +169,8 @@ absl::Status HttpServer::Start() {
 }
 
 void HttpServer::StopAccepting() {
-  asio::post(impl_->accept_strand, [impl = impl_.get()] {
-    error_code ignored;
-    impl->acceptor.close(ignored);
-    impl->accept_timer.cancel();
-  });
-  std::lock_guard lock(impl_->mutex);
+  impl_->listener.Stop();
+  MutexLock lock(&impl_->mutex);
   impl_->is_draining = true;
   for (const auto& [id, weak] : impl_->connections) {
     if (const auto connection = weak.lock()) connection->Drain();
@@ -220,9 +180,10 @@ void HttpServer::StopAccepting() {
 void HttpServer::Stop(absl::Duration grace) {
   StopAccepting();
   {
-    std::unique_lock lock(impl_->mutex);
-    const auto all_closed = [this] { return impl_->connections.empty(); };
-    if (!impl_->threads.empty()) impl_->all_closed.wait_for(lock, absl::ToChronoNanoseconds(grace), all_closed);
+    const absl::Time deadline = absl::Now() + grace;
+    MutexLock lock(&impl_->mutex);
+    while (!impl_->connections.empty() && impl_->all_closed.WaitUntil(&impl_->mutex, deadline)) {
+    }
     for (const auto& [id, weak] : impl_->connections) {
       if (const auto connection = weak.lock()) connection->Close();
     }

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "server/http/body_budget.h"
 
 namespace cachalot {
 
@@ -21,6 +22,7 @@ struct HttpOptions {
   int num_threads = 2;
   size_t max_header_bytes = 32 << 10;                 // more: 431
   size_t max_body_bytes = 16 << 20;                   // more: 413
+  size_t max_held_bytes = 256 << 20;                  // of bodies of all requests; more: 503
   absl::Duration header_timeout = absl::Seconds(10);  // from a request's first byte; longer: 408
   absl::Duration body_timeout = absl::Seconds(60);    // from the end of the header; longer: 408
   absl::Duration idle_timeout = absl::Seconds(75);    // between requests; longer: closed
@@ -33,6 +35,7 @@ struct HttpRequest {
   std::string query;   // as sent, without '?'
   std::string body;
   std::string client;  // who sent it: the connection
+  BodyBudget::Share body_share = {};  // what the body counts for, as long as the request lives
 };
 
 struct HttpResponse {
@@ -90,8 +93,9 @@ class HttpServer {
   // 405; HEAD is answered by GET's handler, without the body, OPTIONS by the list of methods.
   void Handle(std::string method, std::string path, HttpHandler handler);
 
-  // Accepts connections from now on, on threads of its own. Unavailable when another process was faster.
-  absl::Status Start();
+  // Accepts connections from now on, `max_connections` at once, on threads of its own. Unavailable when another process
+  // was faster.
+  absl::Status Start(int max_connections);
 
   // Accepts no more connections and takes no more requests on those there are. Answers in progress go on.
   void StopAccepting();

@@ -5,10 +5,12 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "server/http/completion_call.h"
 #include "server/http/openai_error.h"
 #include "server/http/openai_request.h"
+#include "server/logging.h"
 #include "server/request_error.h"
 
 namespace cachalot {
@@ -17,6 +19,7 @@ namespace {
 using nlohmann::ordered_json;
 
 constexpr char kModelsPath[] = "/v1/models/";
+constexpr size_t kMaxTextBytes = 16 << 20;  // of /detokenize, as much as a body may have
 
 void RespondJson(const std::shared_ptr<HttpResponder>& responder, const ordered_json& json) {
   responder->Respond({.body = Dump(json), .headers = {}});
@@ -85,8 +88,11 @@ void OpenAiApi::Tokenize(HttpRequest request, Responder responder) const {
       chat != nullptr ? generator_->Tokenize(*chat)
                       : generator_->Tokenize(std::get<std::string>(call->prompt), call->add_special_tokens);
   if (!tokens.ok()) return responder->Respond(ErrorResponse(tokens.status()));
-  RespondJson(responder,
-              {{"count", tokens->size()}, {"max_model_len", generator_->model().max_model_len}, {"tokens", *tokens}});
+  // NOTE: of millions of tokens a JSON document would take a hundred megabytes.
+  responder->Respond(
+      {.body = absl::StrCat("{\"count\":", tokens->size(), ",\"max_model_len\":", generator_->model().max_model_len,
+                            ",\"tokens\":[", absl::StrJoin(*tokens, ","), "]}"),
+       .headers = {}});
 }
 
 void OpenAiApi::Detokenize(HttpRequest request, Responder responder) const {
@@ -94,17 +100,9 @@ void OpenAiApi::Detokenize(HttpRequest request, Responder responder) const {
   if (!call.ok()) return responder->Respond(ErrorResponse(call.status()));
   if (absl::Status status = CheckModelName(call->model, model_name_); !status.ok())
     return responder->Respond(ErrorResponse(status));
-  const Tokenizer* tokenizer = generator_->tokenizer();
-  if (tokenizer == nullptr) {
-    return responder->Respond(ErrorResponse(FieldError("tokens", "this model is served without a tokenizer")));
-  }
-  const int vocab_size = generator_->model().vocab_size;
-  for (const int32_t token : call->tokens) {
-    if (token >= 0 && token < vocab_size) continue;
-    return responder->Respond(ErrorResponse(
-        FieldError("tokens", absl::StrCat("tokens holds ", token, "; token ids are 0 to ", vocab_size - 1))));
-  }
-  RespondJson(responder, {{"prompt", tokenizer->Decode(call->tokens, /*skip_special=*/false)}});
+  absl::StatusOr<std::string> text = generator_->Detokenize(call->tokens, "tokens", kMaxTextBytes);
+  if (!text.ok()) return responder->Respond(ErrorResponse(text.status()));
+  RespondJson(responder, {{"prompt", *std::move(text)}});
 }
 
 void OpenAiApi::Models(HttpRequest, Responder responder) const {
@@ -142,9 +140,10 @@ void OpenAiApi::Health(HttpRequest, Responder responder) const {
 }
 
 void OpenAiApi::MetricsPage(HttpRequest, Responder responder) const {
-  responder->Respond({.content_type = "text/plain; version=0.0.4; charset=utf-8",
-                      .body = metrics_->Render(model_name_, generator_->stats(), generator_->model()),
-                      .headers = {}});
+  responder->Respond(
+      {.content_type = "text/plain; version=0.0.4; charset=utf-8",
+       .body = metrics_->Render(model_name_, generator_->stats(), generator_->model(), NumDroppedLogMessages()),
+       .headers = {}});
 }
 
 }  // namespace cachalot

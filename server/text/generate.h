@@ -2,6 +2,7 @@
 #ifndef CACHALOT_SERVER_TEXT_GENERATE_H_
 #define CACHALOT_SERVER_TEXT_GENERATE_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -98,6 +99,10 @@ struct GenerateEvent {
   absl::Status error;                                // when kError; with the engine's code
   Usage usage;                                       // in the last event
 };
+
+// Log-probabilities (of tokens and of alternatives, about a hundred bytes each) that may wait in the server, for a slow
+// client or for the end of an answer that is no stream; more end the request.
+inline constexpr size_t kMaxHeldScores = 512 << 10;
 
 // Called in order, from the engine's output thread, until the event with a finish reason. Must not block and must not
 // start generations; cancelling is allowed.

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "server/mutex.h"
 #include "server/request_error.h"
 #include "server/text/answer_stream.h"
 #include "server/text/generation_record.h"
@@ -105,7 +106,7 @@ class Generator::LiveGeneration : public Generation {
   void Cancel() override {
     std::optional<RequestId> id;
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       is_cancelled_ = true;
       id = id_;
     }
@@ -116,7 +117,7 @@ class Generator::LiveGeneration : public Generation {
   void SetId(RequestId id) {
     bool is_cancelled;
     {
-      std::lock_guard lock(mutex_);
+      MutexLock lock(&mutex_);
       id_ = id;
       is_cancelled = is_cancelled_;
     }
@@ -128,9 +129,9 @@ class Generator::LiveGeneration : public Generation {
   GenerationRecord record_;  // this and the next two: the output thread's
   AnswerStream stream_;
   EventSink sink_;
-  std::mutex mutex_;
-  std::optional<RequestId> id_;  // guarded by mutex_
-  bool is_cancelled_ = false;    // guarded by mutex_
+  Mutex mutex_;
+  std::optional<RequestId> id_ ABSL_GUARDED_BY(mutex_);
+  bool is_cancelled_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 Generator::Generator(Engine* engine, const Tokenizer* tokenizer, GeneratorOptions options)
@@ -167,6 +168,24 @@ absl::StatusOr<std::vector<int32_t>> Generator::Tokenize(std::string_view text, 
 absl::StatusOr<std::vector<int32_t>> Generator::Tokenize(const ChatPrompt& chat) const {
   ReasoningStart reasoning;
   return TokenizeChat(chat, &reasoning);
+}
+
+absl::StatusOr<std::string> Generator::Detokenize(std::span<const int32_t> ids, std::string_view field,
+                                                  size_t max_bytes) const {
+  if (tokenizer_ == nullptr) return FieldError(field, "this model is served without a tokenizer");
+  const absl::string_view name(field.data(), field.size());
+  size_t num_bytes = 0;
+  for (const int32_t token : ids) {
+    if (token < 0 || token >= model_.vocab_size) {
+      return FieldError(field, absl::StrCat(name, " holds ", token, "; token ids are 0 to ", model_.vocab_size - 1));
+    }
+    num_bytes += tokenizer_->num_token_bytes(token);
+  }
+  // NOTE: a token of three bytes in a request may be a hundred of text.
+  if (num_bytes > max_bytes) {
+    return FieldError(field, absl::StrCat("the text of ", name, " has ", num_bytes, " bytes, more than ", max_bytes));
+  }
+  return tokenizer_->Decode(ids, /*skip_special=*/false);
 }
 
 absl::StatusOr<std::vector<int32_t>> Generator::TokenizeChat(const ChatPrompt& chat, ReasoningStart* reasoning) const {

@@ -2,9 +2,12 @@
 #ifndef CACHALOT_SERVER_TEXT_GENERATOR_H_
 #define CACHALOT_SERVER_TEXT_GENERATOR_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -61,6 +64,10 @@ class Generator {
                                                 bool match_special = true) const;
   // Token ids of a chat, as its prompt would have them; fails as Prepare does.
   absl::StatusOr<std::vector<int32_t>> Tokenize(const ChatPrompt& chat) const;
+
+  // Text of token ids. InvalidArgument (`field`) for ids outside the vocabulary, text of more than `max_bytes` or no
+  // tokenizer.
+  absl::StatusOr<std::string> Detokenize(std::span<const int32_t> ids, std::string_view field, size_t max_bytes) const;
 
   // Ok while generations are started: the engine's health; Unavailable after BeginDrain() or Stop().
   absl::Status health() const;

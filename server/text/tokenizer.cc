@@ -41,7 +41,7 @@ class Tokenizer::ScratchLease {
  public:
   explicit ScratchLease(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {
     {
-      std::lock_guard lock(tokenizer_.mutex_);
+      MutexLock lock(&tokenizer_.mutex_);
       if (!tokenizer_.idle_scratch_.empty()) {
         scratch_ = std::move(tokenizer_.idle_scratch_.back());
         tokenizer_.idle_scratch_.pop_back();
@@ -51,7 +51,7 @@ class Tokenizer::ScratchLease {
   }
   ~ScratchLease() {
     scratch_->bpe.Trim();
-    std::lock_guard lock(tokenizer_.mutex_);
+    MutexLock lock(&tokenizer_.mutex_);
     tokenizer_.idle_scratch_.push_back(std::move(scratch_));
   }
   ScratchLease(const ScratchLease&) = delete;

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -14,6 +13,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "server/mutex.h"
 #include "server/text/added_tokens.h"
 #include "server/text/bpe.h"
 #include "server/text/pretokenizer.h"
@@ -62,6 +62,7 @@ class Tokenizer {
 
   // The bytes of a token: not always whole characters. Empty for an id that has no token.
   std::string TokenBytes(int32_t id) const;
+  size_t num_token_bytes(int32_t id) const { return BytesOf(id).size(); }
 
   // The bytes of all tokens, ill-formed UTF-8 replaced by U+FFFD. Ids without a token count as empty;
   // `skip_special` leaves out those with is_special().
@@ -117,8 +118,8 @@ class Tokenizer {
   size_t max_token_bytes_ = 0;
   bool add_bos_token_ = false;
 
-  mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Scratch>> idle_scratch_;  // guarded by mutex_
+  mutable Mutex mutex_;
+  mutable std::vector<std::unique_ptr<Scratch>> idle_scratch_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace cachalot

@@ -198,7 +198,7 @@ class HttpFrontEnd {
         api_(&generator_, &metrics_, "model", "model", "0"),
         server_({.port = 0}, HttpErrorResponse) {
     api_.Register(&server_);
-    if (!server_.Bind().ok() || !server_.Start().ok()) Die("cannot listen");
+    if (!server_.Bind().ok() || !server_.Start(100'000).ok()) Die("cannot listen");
   }
   ~HttpFrontEnd() {
     generator_.Stop();
@@ -322,8 +322,10 @@ void BenchGrpc(const Setup& setup, int num_connections) {
   InstantEngine engine(setup.num_connections, setup.num_tokens, setup.steps_ahead, setup.vocabulary);
   Metrics metrics;
   Generator generator(&engine, setup.tokenizer, {.metrics = &metrics});
-  auto server = GrpcServer::Start("127.0.0.1", 0, &generator, "model");
-  if (!server.ok()) Die(server.status().ToString());
+  GrpcServer server({});
+  absl::Status started = server.Bind();
+  if (started.ok()) started = server.Start(setup.num_connections, &generator, "model");
+  if (!started.ok()) Die(started.ToString());
   v1::CompleteRequest request;
   request.mutable_token_ids()->add_ids(1);
   request.mutable_sampling()->set_max_tokens(setup.num_tokens);
@@ -337,7 +339,7 @@ void BenchGrpc(const Setup& setup, int num_connections) {
   }
   const double cpu = CpuSeconds();
   for (const std::string& call : calls) {
-    fds.push_back(Connect((*server)->port()));
+    fds.push_back(Connect(server.port()));
     Send(fds.back(), call);
   }
   const Counts counts = CountEvents(fds, std::move(counters), [&](int64_t events) { engine.Seen(events); });
@@ -348,7 +350,7 @@ void BenchGrpc(const Setup& setup, int num_connections) {
                       static_cast<double>(counts.events) / static_cast<double>(counts.reads), " messages a read"));
   for (int fd : fds) close(fd);
   generator.Stop();
-  (*server)->Stop(absl::Seconds(1));
+  server.Stop(absl::Seconds(1));
 }
 
 int Main(int argc, char** argv) {

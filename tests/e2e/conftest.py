@@ -1,7 +1,9 @@
 """What the end-to-end tests share: the binary, a checkpoint with golden results, and a running server."""
 
 import json
+import os
 import re
+import resource
 import select
 import signal
 import struct
@@ -26,12 +28,26 @@ def pytest_addoption(parser):
 
 
 class Server:
-    """`cachalot serve` on free ports. Its log lines are in `log`; stop() returns its exit code."""
+    """`cachalot serve` on free ports. Its log lines are in `log`; stop() returns its exit code. Its limits:
+    `max_files`, one number or (soft, hard), `max_address_space`. `closed`: descriptors 0 to 2 are, and it is not awaited."""
 
-    def __init__(self, binary, checkpoint, *arguments, env=None):
+    def __init__(self, binary, checkpoint, *arguments, env=None, max_files=None, max_address_space=None, closed=False):
         command = [binary, "serve", "--model", checkpoint, "--port", "0", "--grpc-port", "0", "--device", "cpu", *arguments]
         self.log = []
-        self.process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, env=env)
+
+        def prepare():
+            if max_files:
+                limits = (max_files, max_files) if isinstance(max_files, int) else max_files
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            if max_address_space:
+                resource.setrlimit(resource.RLIMIT_AS, (max_address_space, max_address_space))
+            if closed:
+                os.closerange(0, 3)
+
+        command = [str(word) for word in command]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, env=env, preexec_fn=prepare)
+        if closed:
+            return
         match = self._wait_for_ready()
         self.port, self.model = int(match[2]), match[4]
         self.grpc_address = f"127.0.0.1:{match[3]}" if match[3] else None
@@ -107,8 +123,8 @@ def start(binary, checkpoint):
     """Starts servers of the test's own: start(*arguments, model_dir=...). They are killed after it if still running."""
     servers = []
 
-    def start(*arguments, model_dir=checkpoint, env=None):
-        servers.append(Server(binary, model_dir, *arguments, env=env))
+    def start(*arguments, model_dir=checkpoint, **options):
+        servers.append(Server(binary, model_dir, *arguments, **options))
         return servers[-1]
 
     yield start

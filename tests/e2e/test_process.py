@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -146,6 +148,67 @@ def test_a_second_signal_ends_it_at_once(start):
     begin = time.monotonic()
     assert server.stop() == -signal.SIGTERM
     assert time.monotonic() - begin < 2
+
+
+def test_a_log_that_nobody_reads_stops_nothing(start):
+    """A pipe holds 64 KiB, the queue before it a MiB: what is more is dropped and counted."""
+    server = start("--log-requests", "summary")
+    client, dropped = server.client(), 0
+    deadline = time.monotonic() + 60
+    while dropped == 0:
+        assert time.monotonic() < deadline
+        for _ in range(10):
+            client.completions.create(model=server.model, prompt="Hello", max_tokens=1, n=128)
+        page = httpx.get(f"{server.url}/metrics").text
+        dropped = int(re.search(r"^cachalot:log_messages_dropped_total\{.*\} (\d+)$", page, re.MULTILINE)[1])
+    client.completions.create(model=server.model, prompt="Hello", max_tokens=1)
+    assert server.stop() == 0
+
+
+def test_descriptors_that_are_closed_at_start_are_not_taken_by_sockets(start):
+    """What is printed to descriptor 2 must go nowhere; there is nobody then to tell the ports, so they are given."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = start("--grpc-port", "-1", "--port", str(port), closed=True)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+            break
+        except httpx.TransportError:
+            assert time.monotonic() < deadline and server.process.poll() is None
+            time.sleep(0.05)
+    links = [os.readlink(f"/proc/{server.process.pid}/fd/{fd}") for fd in range(3)]
+    assert links == ["/dev/null"] * 3
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "arguments", "expected"),
+    [
+        # Threads' stacks are 8 MiB each of address space.
+        (4 << 30, ["--threads", "2000"], "threads"),
+        (300 << 20, [], ""),
+    ],
+)
+def test_what_the_system_refuses_at_start_is_one_line(binary, checkpoint, limit, arguments, expected):
+    command = [str(binary), "serve", "--model", str(checkpoint), "--port", "0", "--grpc-port", "0", "--device", "cpu", *arguments]
+    set_limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # noqa: E731
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=set_limit)
+    assert result.returncode == 1, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("cachalot: ") and expected in result.stderr
+
+
+def test_the_cache_fits_the_address_space(start):
+    """A quarter of what is free, of an address space of 3 GB."""
+    server = start(max_address_space=3_000_000_000)
+    tokens = int(re.search(r"KV cache (\d+) tokens", "\n".join(server.log))[1])
+    page = httpx.get(f"{server.url}/metrics").text
+    bytes_per_token = int(re.search(r'kv_bytes_per_token="(\d+)"', page)[1])
+    assert 0 < tokens * bytes_per_token < 3_000_000_000 / 4
+    server.client().completions.create(model=server.model, prompt="Hello", max_tokens=4)
+    assert server.stop() == 0
 
 
 def test_logs_are_json_and_hold_no_prompts_unless_asked(start):

@@ -187,7 +187,7 @@ TEST_F(ChatCompletionsTest, SlowClientsGetLongerEvents) {
 
 // Log-probabilities cannot be joined: a client that lets too many of them wait loses its answer, and only it does.
 TEST_F(ChatCompletionsTest, TooManyLogprobsThatWaitEndTheRequest) {
-  const int num_tokens = static_cast<int>(CompletionCall::kMaxHeldScores) / 21 * 2;  // sockets hold some, too
+  const int num_tokens = static_cast<int>(kMaxHeldScores) / 21 * 2;  // sockets hold some, too
   Start({.tokens_per_delta = 4, .max_model_len = 1 << 20});
   RawHttpClient slow(server_->port(), /*receive_buffer_bytes=*/4096);
   slow.Send(RawRequest(
@@ -202,7 +202,7 @@ TEST_F(ChatCompletionsTest, TooManyLogprobsThatWaitEndTheRequest) {
 
 TEST_F(ChatCompletionsTest, TooManyLogprobsForOneAnswerAreRefused) {
   Start({.tokens_per_delta = 64, .max_model_len = 1 << 20});
-  const int num_tokens = static_cast<int>(CompletionCall::kMaxHeldScores) / 21 + 1000;
+  const int num_tokens = static_cast<int>(kMaxHeldScores) / 21 + 1000;
   const ClientResponse response =
       client_->Post("/v1/completions",
                     absl::StrCat(R"({"prompt":"x","ignore_eos":true,"logprobs":20,"max_tokens":)", num_tokens, "}"));

@@ -374,6 +374,56 @@ TEST_F(GrpcChatTest, WhatWaitsForASlowClientIsMerged) {
   RecordProperty("num_responses", num_responses);
 }
 
+// What waits is bounded: as over HTTP, a client that takes no log-probabilities loses its call.
+TEST_F(GrpcChatTest, LogprobsThatWaitForASlowClientAreBounded) {
+  constexpr int kTokens = static_cast<int>(kMaxHeldScores) / 21 * 4;  // sockets and windows hold some, too
+  Start({.script = {300, 303}, .max_model_len = kTokens + 100});
+  grpc::ClientContext context;
+  v1::CompleteRequest request = TextRequest("x", kTokens);
+  request.set_logprobs(20);
+  const auto reader = stub_->Complete(&context, request);
+  ASSERT_TRUE(engine_->AwaitCancels(1, absl::Seconds(60)));
+  int num_tokens = 0;
+  for (v1::CompleteResponse response; reader->Read(&response);) num_tokens += response.token_ids_size();
+  EXPECT_LT(num_tokens, kTokens);
+  const grpc::Status status = reader->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_NE(status.error_message().find("too slowly"), std::string::npos);
+}
+
+TEST_F(GrpcChatTest, LogprobsOfAUnaryAnswerAreBounded) {
+  constexpr int kTokens = static_cast<int>(kMaxHeldScores) / 21 + 1000;
+  Start({.script = {300, 303}, .max_model_len = kTokens + 100});
+  grpc::ClientContext context;
+  v1::CompleteRequest request = TextRequest("x", kTokens);
+  request.set_logprobs(20);
+  v1::CompleteUnaryResponse response;
+  const grpc::Status status = stub_->CompleteUnary(&context, request, &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(FieldOf(context), "logprobs");
+  EXPECT_TRUE(engine_->AwaitCancels(1));
+}
+
+// A client takes 4 MiB by default.
+TEST_F(GrpcChatTest, AnswersAreNoLargerThanClientsTake) {
+  Start();
+  v1::TokenizeRequest text;
+  v1::TokenizeResponse tokens;
+  for (const int megabytes : {1, 15}) {
+    grpc::ClientContext context;
+    text.set_text(std::string(megabytes << 20, 'x'));
+    const grpc::Status status = stub_->Tokenize(&context, text, &tokens);
+    EXPECT_EQ(status.error_code(), megabytes == 1 ? grpc::StatusCode::OK : grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_EQ(FieldOf(context), megabytes == 1 ? "" : "prompt");
+  }
+  v1::DetokenizeRequest ids;
+  v1::DetokenizeResponse written;
+  ids.mutable_token_ids()->Resize(1'000'000, 303);  // " world"
+  grpc::ClientContext context;
+  EXPECT_EQ(stub_->Detokenize(&context, ids, &written).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(FieldOf(context), "token_ids");
+}
+
 TEST_F(GrpcChatTest, ClientsThatGoAtAnyMoment) {
   Start({.script = Script("Hello world"), .step = absl::Microseconds(100)}, "v3");
   std::vector<std::thread> threads;

@@ -33,9 +33,9 @@ class GrpcTest : public testing::Test {
     generator_ = std::make_unique<Generator>(
         engine_.get(), tokenizer_.get(),
         GeneratorOptions{.chat_template = ChatTemplate::ParseName(chat_template), .sampling = sampling});
-    auto server = GrpcServer::Start("127.0.0.1", 0, generator_.get(), "model");
-    ASSERT_TRUE(server.ok()) << server.status();
-    server_ = std::move(*server);
+    server_ = std::make_unique<GrpcServer>(front_options_);
+    ASSERT_TRUE(server_->Bind().ok());
+    ASSERT_TRUE(server_->Start(max_connections_, generator_.get(), "model").ok());
     channel_ = grpc::CreateChannel(absl::StrCat("127.0.0.1:", server_->port()), grpc::InsecureChannelCredentials());
     stub_ = v1::Cachalot::NewStub(channel_);
   }
@@ -86,6 +86,8 @@ class GrpcTest : public testing::Test {
     return result;
   }
 
+  GrpcFrontOptions front_options_;
+  int max_connections_ = 100;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<FakeEngine> engine_;
   std::unique_ptr<Generator> generator_;

@@ -42,7 +42,7 @@ class HttpClientToServerTest : public testing::Test {
       held_ = std::move(responder);
     });
     EXPECT_TRUE(server_.Bind().ok());
-    EXPECT_TRUE(server_.Start().ok());
+    EXPECT_TRUE(server_.Start(100).ok());
   }
   HttpClient Client(const std::string& path = "") {
     return *HttpClient::Create(absl::StrCat("http://127.0.0.1:", server_.port(), path));

@@ -3,6 +3,7 @@
 
 #include <condition_variable>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -56,7 +57,7 @@ class HttpTest : public testing::Test {
       is_held_.notify_all();
     });
     ASSERT_TRUE(server_->Bind().ok());
-    ASSERT_TRUE(server_->Start().ok());
+    ASSERT_TRUE(server_->Start(max_connections_).ok());
   }
   void TearDown() override { held_ = nullptr; }
 
@@ -68,6 +69,7 @@ class HttpTest : public testing::Test {
   }
 
   HttpOptions options_;
+  int max_connections_ = 1000;
   std::unique_ptr<HttpServer> server_;
   std::mutex mutex_;
   std::condition_variable is_held_;
@@ -205,6 +207,58 @@ TEST_F(HttpTest, LimitsHeadersAndBodies) {
   EXPECT_EQ(client.Post("/echo", std::string(10'000, 'x')).status, 200);
 }
 
+// Bodies that are being sent count, and those that handlers hold; small ones have a quarter to themselves.
+TEST_F(HttpTest, LimitsBodiesInTotal) {
+  options_.max_body_bytes = 1 << 20;
+  options_.max_held_bytes = 2 << 20;
+  Start();
+  const auto begin = [this](size_t size) {
+    auto client = std::make_unique<RawHttpClient>(server_->port());
+    client->Send(absl::StrCat("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: ", size, "\r\n\r\n"));
+    return client;
+  };
+  // Promises alone count for nothing.
+  std::vector<std::unique_ptr<RawHttpClient>> promises;
+  for (int i = 0; i < 10; ++i) promises.push_back(begin(1 << 20));
+  RawHttpClient other(server_->port());
+  EXPECT_EQ(other.Post("/echo", std::string(1 << 20, 'x')).status, 200);
+  // Two of these would hold more than large bodies may: all but one are refused.
+  for (auto& client : promises) client->Send(std::string((1 << 20) - 1, 'x'));
+  std::vector<std::unique_ptr<RawHttpClient>> refused, held = std::move(promises);
+  while (held.size() > 1) {
+    for (auto& client : held) {
+      if (client->HasBytesWithin(absl::Milliseconds(10))) refused.push_back(std::move(client));
+    }
+    std::erase(held, nullptr);
+  }
+  for (const auto& client : refused) {
+    const ClientResponse response = client->ReadResponse();
+    EXPECT_EQ(response.status, 503);
+    EXPECT_EQ(response.headers.count("retry-after"), 1u);
+  }
+  EXPECT_EQ(other.Post("/echo", std::string(1000, 'x')).status, 200);
+  // What was refused or is over counts no more.
+  for (const auto& client : held) {
+    client->Send("x");
+    EXPECT_EQ(client->ReadResponse().status, 200);
+  }
+  EXPECT_EQ(other.Post("/echo", std::string(1 << 20, 'x')).status, 200);
+}
+
+TEST_F(HttpTest, ConnectionsThatAreTooManyWait) {
+  max_connections_ = 2;
+  Start();
+  std::optional<RawHttpClient> clients[3];
+  for (auto& client : clients) {
+    client.emplace(server_->port());
+    client->Send("GET /path/a HTTP/1.1\r\nHost: x\r\n\r\n");
+  }
+  for (int i = 0; i < 2; ++i) EXPECT_EQ(clients[i]->ReadResponse().status, 200);
+  EXPECT_FALSE(clients[2]->HasBytesWithin(absl::Milliseconds(200)));
+  clients[0].reset();
+  EXPECT_EQ(clients[2]->ReadResponse().status, 200);
+}
+
 TEST_F(HttpTest, HalfSentRequestsTimeOut) {
   options_.header_timeout = absl::Milliseconds(200);
   options_.body_timeout = absl::Milliseconds(200);
@@ -281,7 +335,7 @@ TEST_F(HttpTest, NoticesClientsThatLeave) {
       arrived.Notify();
     });
     ASSERT_TRUE(server.Bind().ok());
-    ASSERT_TRUE(server.Start().ok());
+    ASSERT_TRUE(server.Start(100).ok());
     RawHttpClient client(server.port());
     client.Send("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
     ASSERT_TRUE(arrived.Wait());
@@ -456,6 +510,20 @@ TEST_F(HttpTest, StopsAfterTheAnswersInProgress) {
   busy.Close();
   responder = nullptr;
   held_ = nullptr;
+  stopper.join();
+}
+
+// One that was answered and stays is not waited for: neither when that was long ago nor when it happens now.
+TEST_F(HttpTest, StopsWithoutThoseThatWereAnswered) {
+  Start();
+  RawHttpClient done(server_->port()), busy(server_->port());
+  done.Send("GET /path/a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+  EXPECT_EQ(done.ReadResponse().status, 200);
+  busy.Send("GET /hold HTTP/1.1\r\nHost: x\r\n\r\n");
+  const std::shared_ptr<HttpResponder> responder = Held();
+  std::thread stopper([this] { server_->Stop(absl::Hours(1)); });
+  responder->Respond({.body = "held", .headers = {}});
+  EXPECT_EQ(busy.ReadResponse().body, "held");
   stopper.join();
 }
 

@@ -1,9 +1,17 @@
-// Log lines as JSON: always valid, fields apart from the message.
+// Log lines as JSON: always valid, fields apart from the message. The queue: in order, and never in the way.
 #include "server/logging.h"
 
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <spdlog/pattern_formatter.h>
+#include <spdlog/spdlog.h>
+#include <unistd.h>
 
 #include <nlohmann/json.hpp>
+#include <utility>
+#include <vector>
+
+#include "server/log_queue.h"
 
 namespace cachalot {
 namespace {
@@ -21,6 +29,80 @@ TEST(LoggingTest, WhateverIsLoggedIsValidJson) {
     const json line = json::parse(JsonLogLine("T", "error", message), nullptr, /*allow_exceptions=*/false);
     EXPECT_TRUE(line.is_object() && line.contains("message")) << message;
   }
+}
+
+// A pipe and a queue that writes to it.
+class LogQueueTest : public testing::Test {
+ protected:
+  LogQueueTest() {
+    EXPECT_EQ(pipe(ends_), 0);
+    queue_ = std::make_shared<LogQueue>(ends_[1], std::make_unique<spdlog::pattern_formatter>("%v"));
+    logger_ = std::make_unique<spdlog::logger>("test", queue_);
+  }
+  ~LogQueueTest() override {
+    Stop();
+    close(ends_[0]);
+  }
+  void Stop() {
+    logger_ = nullptr;
+    if (std::exchange(queue_, nullptr) != nullptr) close(ends_[1]);
+  }
+  // What is in the pipe until there is no more, or `count` lines.
+  std::vector<std::string> ReadLines(size_t count = SIZE_MAX) {
+    std::vector<std::string> lines;
+    char byte;
+    for (std::string line; lines.size() < count && read(ends_[0], &byte, 1) == 1;) {
+      if (byte != '\n') {
+        line.push_back(byte);
+        continue;
+      }
+      lines.push_back(std::exchange(line, {}));
+    }
+    return lines;
+  }
+
+  int ends_[2];
+  std::shared_ptr<LogQueue> queue_;
+  std::unique_ptr<spdlog::logger> logger_;
+};
+
+TEST_F(LogQueueTest, WritesInOrderAndAtTheEnd) {
+  for (int i = 0; i < 100; ++i) logger_->info("{}", i);
+  logger_->info("{}", std::string(10'000, 'x'));
+  logger_->flush();
+  logger_->info("last");
+  Stop();
+  const std::vector<std::string> lines = ReadLines();
+  ASSERT_EQ(lines.size(), 102u);
+  for (int i = 0; i < 100; ++i) EXPECT_EQ(lines[i], std::to_string(i));
+  EXPECT_EQ(lines[100].size(), 10'000u);
+  EXPECT_EQ(lines[101], "last");
+}
+
+// Nobody reads: whoever logs goes on all the same, and so does whoever ends.
+TEST_F(LogQueueTest, APipeThatNobodyReads) {
+  const std::string text(1000, 'x');
+  for (int i = 0; i < 5000; ++i) logger_->info("{} {}", i, text);
+  const uint64_t dropped = queue_->num_dropped();
+  EXPECT_GT(dropped, 3000u);
+  EXPECT_LT(dropped, 4900u);
+  logger_->flush();
+  // There is room again: what was kept comes, then how many were not.
+  const std::vector<std::string> lines = ReadLines(5000 - dropped + 1);
+  ASSERT_EQ(lines.size(), 5000 - dropped + 1);
+  EXPECT_EQ(lines[0].substr(0, 3), "0 x");
+  EXPECT_EQ(lines.back(), "the log was not read fast enough: " + std::to_string(dropped) +
+                              " messages were dropped\tdropped=" + std::to_string(dropped));
+  for (int i = 0; i < 500; ++i) logger_->info("{}", text);
+  Stop();  // ends although it cannot write it all
+}
+
+TEST_F(LogQueueTest, APipeThatWasClosed) {
+  signal(SIGPIPE, SIG_IGN);
+  close(std::exchange(ends_[0], -1));
+  for (int i = 0; i < 1000; ++i) logger_->info("{}", i);
+  logger_->flush();
+  Stop();
 }
 
 }  // namespace

@@ -97,7 +97,7 @@ TEST(MetricsTest, OneGeneration) {
   stats.step_rows.Add(5);
   ModelInfo model;
   model.kv_cache_tokens = 512;
-  auto samples = Samples(metrics.Render("a \"b\"", stats, model));
+  auto samples = Samples(metrics.Render("a \"b\"", stats, model, 3));
   const std::string labels = "{model_name=\"a \\\"b\\\"\",engine=\"0\"";
   const auto sample = [&](const std::string& name, const std::string& more = "") {
     const auto found = samples.find(name + labels + more + "}");
@@ -126,6 +126,7 @@ TEST(MetricsTest, OneGeneration) {
   EXPECT_EQ(sample("vllm:iteration_tokens_total_bucket", ",le=\"1\""), 0);
   EXPECT_EQ(sample("vllm:iteration_tokens_total_bucket", ",le=\"8\""), 1);
   EXPECT_EQ(sample("vllm:iteration_tokens_total_sum"), 5);
+  EXPECT_EQ(sample("cachalot:log_messages_dropped_total"), 3);
 }
 
 }  // namespace

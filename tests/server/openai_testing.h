@@ -46,7 +46,7 @@ class OpenAiServerTest : public testing::Test {
     server_ = std::make_unique<HttpServer>(HttpOptions{.port = 0}, HttpErrorResponse);
     api_->Register(server_.get());
     ASSERT_TRUE(server_->Bind().ok());
-    ASSERT_TRUE(server_->Start().ok());
+    ASSERT_TRUE(server_->Start(100).ok());
     client_ = std::make_unique<RawHttpClient>(server_->port());
   }
 

@@ -5,6 +5,7 @@
 #include <arpa/inet.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -17,6 +18,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
 
 namespace cachalot {
 
@@ -78,6 +80,11 @@ class RawHttpClient {
   void ReadAtLeast(size_t size) {
     while (buffer_.size() < size && ReadSome()) {
     }
+  }
+  // True if the server sends something, or closes, in that time.
+  bool HasBytesWithin(absl::Duration timeout) {
+    pollfd readable = {.fd = fd_, .events = POLLIN, .revents = 0};
+    return poll(&readable, 1, static_cast<int>(absl::ToInt64Milliseconds(timeout))) != 0;
   }
   // True if the server closes without another byte.
   bool IsClosedByServer() {
