@@ -68,7 +68,7 @@ class CudaOps : public Ops {
     void* attention_out = nullptr;   // [T,H*V] bf16, before quantisation
     void* attention_plan = nullptr;  // attention_kernels.h: AttentionPlan's arrays
     float* attention_partials = nullptr;
-    float* processed_logits = nullptr;  // [L,W], what rows draw from
+    float* processed_logits = nullptr;  // [L,W], of rows that Sample reads more than once
   };
   absl::Status MakeWorkspace();
 
