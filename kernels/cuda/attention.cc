@@ -15,6 +15,18 @@ void CheckCache(const KvCache& cache, const SlotState& state, int64_t latent_dim
 
 }  // namespace
 
+CudaOps::StepRowsKey CudaOps::KeyOf(const StepRows& rows, const StepInput& input) {
+  return {rows.positions.data,    rows.slots.data,       input.seq_slot.data,
+          input.query_start.data, rows.positions.dim(0), input.seq_slot.dim(0)};
+}
+
+bool CudaOps::HasPlan(const StepRows& rows, const StepInput& input, int64_t num_heads) {
+  const bool is_step = KeyOf(rows, input) == step_rows_;
+  const bool has_plan = is_step && num_planned_heads_ == num_heads;
+  num_planned_heads_ = is_step ? num_heads : 0;
+  return has_plan;
+}
+
 void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& kv_up, const KvCache& cache,
                            const SlotState& state, const StepInput& input, const StepRows& rows, const RopeTable& rope,
                            float softmax_scale) {
@@ -72,6 +84,7 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   attention.softmax_scale = softmax_scale;
   attention.plan = workspace_.attention_plan;
   attention.partials = workspace_.attention_partials;
+  attention.has_plan = HasPlan(rows, input, num_heads);
   CHECK(LaunchAttention(stream_.get(), attention), "no tensor map of {} blocks", attention.num_blocks);
   stream_.Launched("attention");
 

@@ -561,6 +561,7 @@ __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
   constexpr int kWidth = 4 * kWarpSize, kQuarters = kLatentDim / kWidth, kBlockRows = 256 / kWarpSize / kQuarters;
   const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  if (blockIdx.x == 0 && threadIdx.x == 0) plan.header[1] = 0;  // for the next layer
   const int32_t num_pieces = plan.header[2] * (kRows / kBlockRows);
   for (int32_t piece = blockIdx.x; piece < num_pieces; piece += gridDim.x) {
     const QueryTile tile = plan.tiles[plan.split_tiles[piece / (kRows / kBlockRows)]];
@@ -599,8 +600,6 @@ __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
         *reinterpret_cast<const uint2*>(packed);
   }
 }
-
-// ---- Before and after.
 
 // A warp a (token, head): a pair of the rotated part each lane. kC, kR: C and R, where the compiler may know them.
 template <int kC, int kR>
@@ -676,7 +675,7 @@ bool LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
     LaunchPlainAttention(stream, a);
     return true;
   }
-  PlanAttention<<<1, kPlanThreads, 0, stream>>>(a);
+  if (!a.has_plan) PlanAttention<<<1, kPlanThreads, 0, stream>>>(a);
   if (!(a.is_fp8 ? LaunchMla<true>(stream, a) : LaunchMla<false>(stream, a))) return false;
   JoinSplits<<<4 * a.num_sms, 256, 0, stream>>>(a);
   return true;

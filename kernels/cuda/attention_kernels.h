@@ -34,6 +34,7 @@ struct AttentionArguments {
   int num_tokens = 0, num_sequences = 0, num_heads = 0, num_sms = 0;
   float softmax_scale = 0;
   void* plan = nullptr;       // AttentionPlanBytes
+  bool has_plan = false;      // made by the launch before, of the same rows and heads
   float* partials = nullptr;  // AttentionPartialsBytes
 };
 

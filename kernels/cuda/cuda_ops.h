@@ -70,9 +70,19 @@ class CudaOps : public Ops {
     void* attention_out = nullptr;   // [T,H*V] bf16, before quantisation
     void* attention_plan = nullptr;  // attention_kernels.h: AttentionPlan's arrays
     float* attention_partials = nullptr;
-    float* processed_logits = nullptr;  // [L,W], what rows draw from
+    float* processed_logits = nullptr;  // [L,W], of rows that Sample reads more than once
   };
   absl::Status MakeWorkspace();
+
+  // Attention's plan depends on a step's rows alone: the first layer makes it, the others find it in the workspace.
+  struct StepRowsKey {
+    const void *positions = nullptr, *slots = nullptr, *seq_slot = nullptr, *query_start = nullptr;
+    int64_t num_tokens = 0, num_sequences = 0;
+    bool operator==(const StepRowsKey&) const = default;
+  };
+  static StepRowsKey KeyOf(const StepRows& rows, const StepInput& input);
+  // Whether the workspace has the plan; from now on it has. Rows that BeginStep did not write may change unseen.
+  bool HasPlan(const StepRows& rows, const StepInput& input, int64_t num_heads);
 
   // kernels/cuda/gemm/gemm.cc: y = x * w^T for every group; `offsets` null: all rows of x for each group.
   void Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
@@ -91,6 +101,8 @@ class CudaOps : public Ops {
   WeightLoader& loader_;
   int num_sms_ = 0;
   Workspace workspace_;
+  StepRowsKey step_rows_;          // of the last BeginStep
+  int64_t num_planned_heads_ = 0;  // of the plan for them; 0: none
   std::vector<Buffer> buffers_;
   PendingWeights pending_;
   int64_t* measured_ = nullptr;  // MeasureWeights' count, while it runs

@@ -1,11 +1,10 @@
 // The latent path: normed c and rotated k_pe into the cache, q_latent normed.
+#include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/latent_kernels.h"
 
 namespace cachalot {
 namespace {
-
-constexpr int64_t kMaxSharedFloats = 10000;  // of a block without an opt-in
 
 KvLayout LayoutOf(KvDType dtype) {
   if (dtype == KvDType::kF32) return KvLayout::kF32;
@@ -39,7 +38,7 @@ void CudaOps::LatentNormRopeWrite(const KvCache& cache, const SlotState& state, 
   CHECK_SHAPE(rows.positions, num_rows);
   CHECK(has_q == (q_a_layernorm != nullptr));
   // NOTE: scales of an fp8 entry are stored by words.
-  CHECK(kv_lora_rank % 4 == 0 && rope_dim % 2 == 0 && kv_lora_rank + rope_dim <= kMaxSharedFloats,
+  CHECK(kv_lora_rank % 4 == 0 && rope_dim % 2 == 0 && kv_lora_rank <= kMaxLatentDim && rope_dim <= kMaxRopeDim,
         "kv_lora_rank {}, rope {}", kv_lora_rank, rope_dim);
   LatentArgs args = {};
   SetCache(args, cache, state);

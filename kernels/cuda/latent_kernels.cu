@@ -1,6 +1,7 @@
 // One block a row and part: the cache's entry, or the norm of q_a.
 #include <algorithm>
 
+#include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/latent_kernels.h"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rms_norm.cuh"
@@ -9,8 +10,8 @@
 namespace cachalot {
 namespace {
 
-constexpr int kPageTokens = 64;
 constexpr int kMinThreads = 128;
+constexpr int kHeld = kMaxLatentDim / kMinThreads;  // values of c that a thread holds
 
 // Where row t's entry goes; null for padding, and for what the host should not have asked for.
 __device__ uint8_t* EntryOf(const LatentArgs& a, int64_t t) {
@@ -48,25 +49,48 @@ __device__ void WriteEntry(const LatentArgs& a, const float* row, uint8_t* entry
   for (int i = threadIdx.x; i < a.kv_lora_rank + a.rope_dim; i += blockDim.x) StoreNumber(entry, i, type, row[i]);
 }
 
+// NOTE: a load whose type is looked up is waited for before the next: so bf16, the usual, is known beforehand.
+template <bool kIsBf16>
+__device__ __forceinline__ float LoadKv(const LatentArgs& a, int64_t i) {
+  if constexpr (kIsBf16) return __bfloat162float(static_cast<const bf16*>(a.kv.data)[i]);
+  return LoadNumber(a.kv.data, i, a.kv.type);
+}
+
+// c, normed, and k_pe, rotated, into `row`. Everything is asked for before anything is waited for: a step of few rows
+// is as long as its loads are one after the other.
+template <bool kIsBf16>
 __device__ void NormAndRope(const LatentArgs& a, int64_t t, float* row, double* shared) {
   const int rank = a.kv_lora_rank, half = a.rope_dim / 2;
   const int64_t source = t * a.kv.row_stride;
+  float v[kHeld], weight[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int c = threadIdx.x + i * blockDim.x;
+    if (c >= rank) break;
+    v[i] = LoadKv<kIsBf16>(a, source + c);
+    weight[i] = __ldg(a.kv_weight + c);
+  }
   const float* cos_sin = a.cos_sin + a.positions[t] * a.rope_stride;
   for (int i = threadIdx.x; i < half; i += blockDim.x) {
-    const float even = LoadNumber(a.kv.data, source + rank + 2 * i, a.kv.type);
-    const float odd = LoadNumber(a.kv.data, source + rank + 2 * i + 1, a.kv.type);
+    const float even = LoadKv<kIsBf16>(a, source + rank + 2 * i);
+    const float odd = LoadKv<kIsBf16>(a, source + rank + 2 * i + 1);
     const float cos = cos_sin[i], sin = cos_sin[half + i];
     row[rank + 2 * i] = even * cos - odd * sin;
     row[rank + 2 * i + 1] = even * sin + odd * cos;
   }
   double squares = 0.0;
-  for (int c = threadIdx.x; c < rank; c += blockDim.x) {
-    const float v = LoadNumber(a.kv.data, source + c, a.kv.type);
-    row[c] = v;
-    squares = fma(static_cast<double>(v), static_cast<double>(v), squares);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (static_cast<int>(threadIdx.x + i * blockDim.x) >= rank) break;
+    squares = fma(static_cast<double>(v[i]), static_cast<double>(v[i]), squares);
   }
   const float factor = NormFactor(BlockSum(squares, shared), rank, a.eps);
-  for (int c = threadIdx.x; c < rank; c += blockDim.x) row[c] = row[c] * factor * a.kv_weight[c];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int c = threadIdx.x + i * blockDim.x;
+    if (c >= rank) break;
+    row[c] = v[i] * factor * weight[i];
+  }
   __syncthreads();
 }
 
@@ -76,10 +100,15 @@ __global__ void __launch_bounds__(1024, 1) LatentKernel(LatentArgs a, bool is_ve
   __shared__ double shared[kWarpSize];
   const int64_t t = blockIdx.x;
   if (blockIdx.y == 0) {
-    uint8_t* entry = EntryOf(a, t);
-    if (entry == nullptr) return;
-    NormAndRope(a, t, row, shared);
-    WriteEntry(a, row, entry);
+    if (a.slots[t] < 0 || a.positions[t] < 0 || a.positions[t] >= a.rope_positions) return;
+    // NOTE: where the entry goes is looked up meanwhile.
+    uint8_t* const entry = EntryOf(a, t);
+    if (a.kv.type == NumberType::kBF16) {
+      NormAndRope<true>(a, t, row, shared);
+    } else {
+      NormAndRope<false>(a, t, row, shared);
+    }
+    if (entry != nullptr) WriteEntry(a, row, entry);
   } else if (is_vector_q) {
     NormRowVector(a.q, t, shared);
   } else {

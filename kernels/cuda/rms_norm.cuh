@@ -32,6 +32,7 @@ __device__ __forceinline__ float NormFactor(double squares, int n, float eps) {
 __device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, double* shared) {
   const int num_chunks = a.cols / kChunk;
   uint4 h[kNormChunks], delta[kNormChunks];
+  float weight[kNormChunks][kChunk];
 #pragma unroll
   for (int i = 0; i < kNormChunks; ++i) {
     const int chunk = threadIdx.x + i * blockDim.x;
@@ -39,6 +40,11 @@ __device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, d
     if (chunk >= num_chunks) continue;
     h[i] = *ChunkOf(a.h, t, chunk);
     if (a.delta.data != nullptr) delta[i] = *ChunkOf(a.delta, t, chunk);
+    // NOTE: on its way before it is needed: in a step of few rows it comes from memory.
+    const float4* w = reinterpret_cast<const float4*>(a.weight) + 2 * chunk;
+    const float4 w0 = __ldg(w), w1 = __ldg(w + 1);
+    weight[i][0] = w0.x, weight[i][1] = w0.y, weight[i][2] = w0.z, weight[i][3] = w0.w;
+    weight[i][4] = w1.x, weight[i][5] = w1.y, weight[i][6] = w1.z, weight[i][7] = w1.w;
   }
   double squares = 0.0;
 #pragma unroll
@@ -66,11 +72,8 @@ __device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, d
     float v[kChunk];
     UnpackBf16(h[i], v);
     if (is_valid) {
-      const float4* w = reinterpret_cast<const float4*>(a.weight) + 2 * chunk;
-      const float4 w0 = __ldg(w), w1 = __ldg(w + 1);
-      const float weight[kChunk] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) v[j] = v[j] * factor * weight[j];
+      for (int j = 0; j < kChunk; ++j) v[j] = v[j] * factor * weight[i][j];
     }
     EmitChunk(a.x, t, chunk, is_valid, v);
     if (is_valid && a.plain.data != nullptr) StoreChunk(a.plain, t, chunk, v);

@@ -192,11 +192,15 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) SelectInRegisters(SelectArg
   if (t >= a.num_rows) return;
   const bool is_there = a.slots[t] >= 0;
   const float* logits = a.logits + t * a.num_experts + lane * n;
-  float scores[kPerLane], biased[kPerLane];
+  float scores[kPerLane], biased[kPerLane], bias[kPerLane];
   float max = -INFINITY, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     scores[i] = i < n ? logits[i] : -INFINITY;
+    bias[i] = i < n && a.bias != nullptr ? __ldg(a.bias + lane * n + i) : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
     max = fmaxf(max, scores[i]);
   }
   if (a.is_softmax) max = WarpMax(max);
@@ -212,7 +216,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) SelectInRegisters(SelectArg
     biased[i] = -INFINITY;
     if (i >= n) continue;
     if (a.is_softmax) scores[i] /= sum;
-    biased[i] = a.bias != nullptr ? scores[i] + a.bias[lane * n + i] : scores[i];
+    biased[i] = scores[i] + bias[i];
   }
   const bool is_kept = a.n_group == 1 || IsInKeptGroup(a, n, biased);
   uint32_t keys[kPerLane];

@@ -26,7 +26,7 @@ CACHALOT_SAME_PLACE(choice);
 CACHALOT_SAME_PLACE(seed);
 #undef CACHALOT_SAME_PLACE
 static_assert(sizeof(BiasEntry) == sizeof(TokenBias) && offsetof(BiasEntry, bias) == offsetof(TokenBias, bias));
-static_assert(kTopLogits == kMaxTopLogprobs);
+static_assert(kTopLogits == kMaxTopLogprobs && kMaxTokenEntries == kMaxTokenBiases);
 
 void CheckSample(const SampleOutput& out, const SlotState& state, const Tensor& logits, const Tensor& mask,
                  const StepInput& input, const StepRows& rows, int num_valid_tokens) {
@@ -94,8 +94,11 @@ SampleArgs ArgsOf(const SampleOutput& out, const SlotState& state, const Tensor&
 void CudaOps::Sample(const SampleOutput& out, const SlotState& state, const Tensor& logits, const Tensor& mask,
                      const StepInput& input, const StepRows& rows, int num_valid_tokens) {
   CheckSample(out, state, logits, mask, input, rows, num_valid_tokens);
-  const int64_t capacity = int64_t{options_.limits.max_rows} * options_.limits.vocab_size;
-  CHECK(logits.num_elements() <= capacity, "logits {}, room for {}", logits.ToString(), capacity);
+  const OpLimits& limits = options_.limits;
+  const int64_t capacity = limits.max_rows * SampleWorkStride(limits.vocab_size);
+  CHECK(logits.dim(0) * SampleWorkStride(logits.dim(1)) <= capacity, "logits {}, room for {}", logits.ToString(),
+        capacity);
+  CHECK(limits.max_drafts <= kMaxLater, "{} drafts", limits.max_drafts);
   SampleArgs args = ArgsOf(out, state, logits, mask, input, rows);
   args.processed = workspace_.processed_logits;
   args.num_valid_tokens = num_valid_tokens;

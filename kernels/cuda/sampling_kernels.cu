@@ -1,7 +1,11 @@
-// Sampling kernels: one block a row of logits; then one block that verifies drafts.
+// Sampling kernels: one block a row of logits, which it reads once; then one block that verifies drafts. At 128 rows of
+// 129280 fp32 logits the floor is one reading of 66 MB: 15 us at 4.4 TB/s (with penalties 99 MB, 23 us). What filters
+// keep is decided from lists of the largest tokens and of the likely winners; where these are too short to tell (ties,
+// top_k of thousands, rows in order) the row is written out and read as often as it takes.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/sampling_kernels.h"
 #include "kernels/cuda/sampling_rank.cuh"
+#include "kernels/cuda/sampling_read.cuh"
 
 namespace cachalot {
 namespace {
@@ -10,48 +14,75 @@ namespace {
 constexpr float kNoiseSpan = 20.0f;
 constexpr float kLeastNoise = -2.83f;
 constexpr float kMostNoise = 16.7f;
-constexpr uint32_t kGeneratedMask = 0x7fff;  // of a count; the bit above is the prompt's
 
-// Lists a row's raw logits that may be among the 20 largest, in a pass that is made anyway; a floor of NaN lists none.
-struct TopCollector {
-  Shared& sh;
-  float floor;
+// What is no token.
+constexpr int32_t kUndecided = -1, kBannedOut = -2;
 
-  __device__ __forceinline__ void Add(int group, const float4& v) {
-    if (!(MaxOf(v) >= floor)) return;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float x = Element(v, j);
-      if (x >= floor && x > -INFINITY) AddToList(sh, x, static_cast<uint32_t>(4 * group + j));
-    }
+__device__ __forceinline__ int64_t WorkStride(const SampleArgs& args) { return SampleWorkStride(args.num_tokens); }
+__device__ __forceinline__ float* WorkRow(const SampleArgs& args, int l) {
+  return args.processed + l * WorkStride(args);
+}
+
+// Of raw logits, where fours are aligned.
+__device__ Row CopyOfRow(const SampleArgs& args, int l) {
+  const float* raw = args.logits + l * args.logits_stride;
+  float* copy = WorkRow(args, l);
+#pragma unroll 4
+  for (int id = threadIdx.x; id < WorkStride(args); id += kThreads)
+    copy[id] = id < args.num_tokens ? raw[id] : -INFINITY;
+  __syncthreads();
+  return {reinterpret_cast<const float4*>(copy), static_cast<int>(WorkStride(args) / 4)};
+}
+
+// [0, sh.top_count) of sh.top <- the list's tokens that may be among its 20 largest; more than kTopRoom are no use. One
+// warp: of the lanes' largest the 20th largest is a bound.
+__device__ void PickTop(Shared& sh, const List& list) {
+  const int lane = threadIdx.x, count = list.count;
+  uint32_t first = ~uint32_t{0};
+#pragma unroll 4
+  for (int i = lane; i < count; i += kWarpSize) first = min(first, static_cast<uint32_t>(list.keys[i] >> 32));
+  int before = 0;
+#pragma unroll 8
+  for (int i = 0; i < kWarpSize; ++i) before += __shfl_sync(0xffffffffu, first, i) < first ? 1 : 0;
+  // NOTE: of equals all have the rank of the first.
+  const uint32_t cut = __reduce_max_sync(0xffffffffu, before < kTopLogits ? first : 0);
+  if (lane == 0) sh.top_count = 0;
+  __syncwarp();
+#pragma unroll 4
+  for (int i = lane; i < count; i += kWarpSize) {
+    const uint64_t key = list.keys[i];
+    if (static_cast<uint32_t>(key >> 32) > cut) continue;
+    const int place = atomicAdd(&sh.top_count, 1);
+    if (place < kTopRoom) sh.top[place] = key;
   }
-};
+}
 
-// The 20 largest raw logits: the list holds all that reach the 20th, or has overflown.
-__device__ void WriteTop(Shared& sh, const SampleArgs& args, int l, const Row& raw, float max, float log_sum) {
-  const uint64_t* keys = sh.list;
-  int count = sh.list_count;
-  if (count > kRankedSize) {
-    const Source source = {raw, -INFINITY, count <= kListSize};
-    const uint64_t cut = Descend(sh, source, {false, 0, 0}, kTopLogits, RankKey(max, 0), kLastKey);
-    if (threadIdx.x == 0) sh.top_count = 0;
-    __syncthreads();
-    ForEachKey(sh, source, [&](uint64_t key) {
-      if (key > cut) return;
-      const int i = atomicAdd(&sh.top_count, 1);
-      if (i < kTopLogits) sh.top[i] = key;
-    });
-    __syncthreads();
-    keys = sh.top;
-    count = min(sh.top_count, kTopLogits);
-  }
+// Of a row of any order; spoils the list.
+__device__ __noinline__ void PickTopSlowly(Shared& sh, const Row& row) {
+  const Source source = {row, -INFINITY, false};
+  const uint64_t cut = Descend(sh, source, {false, 0, 0}, kTopLogits, 0, kLastKey);
+  if (threadIdx.x == 0) sh.top_count = 0;
+  __syncthreads();
+  ForEachKey(sh, source, [&](uint64_t key) {
+    if (key <= cut) sh.top[atomicAdd(&sh.top_count, 1)] = key;
+  });
+  __syncthreads();
+}
+
+// The 20 largest raw logits.
+__device__ void WriteTop(Shared& sh, const SampleArgs& args, int l, float log_sum) {
+  const List& list = sh.raw;
+  const bool is_listed = list.count <= kListSize && (list.count >= kTopLogits || sh.reading.raw_floor == -INFINITY);
+  if (threadIdx.x < kWarpSize && is_listed) PickTop(sh, list);
+  __syncthreads();
+  if (!is_listed || sh.top_count > kTopRoom) PickTopSlowly(sh, CopyOfRow(args, l));
   int32_t* ids = args.top_tokens + l * args.top_tokens_stride;
   float* logprobs = args.top_logprobs + l * args.top_logprobs_stride;
-  const int i = threadIdx.x;
+  const int i = threadIdx.x, count = sh.top_count;
   if (i < count) {
-    const uint64_t key = keys[i];
+    const uint64_t key = sh.top[i];
     int rank = 0;
-    for (int j = 0; j < count; ++j) rank += keys[j] < key ? 1 : 0;
+    for (int j = 0; j < count; ++j) rank += sh.top[j] < key ? 1 : 0;
     if (rank < kTopLogits) {
       ids[rank] = static_cast<int32_t>(static_cast<uint32_t>(key));
       logprobs[rank] = LogitOfKey(key) - log_sum;
@@ -60,143 +91,6 @@ __device__ void WriteTop(Shared& sh, const SampleArgs& args, int l, const Row& r
     ids[i] = -1;
     logprobs[i] = -INFINITY;
   }
-  __syncthreads();
-}
-
-// A row that samples: what shapes it.
-struct Draw {
-  const float* raw;
-  float* processed;
-  const uint16_t* counts;  // null: no penalties
-  const uint32_t* mask;    // null: all are allowed
-  const BiasEntry *banned, *biased;
-  int num_banned, num_biased;
-  int first_later, last_later;  // rows of the sequence after this one
-  float divisor;
-  bool is_banning;
-  int num_valid;
-  const int32_t* row_tokens;
-
-  __device__ bool IsShaped() const { return counts != nullptr || mask != nullptr || num_biased > 0 || is_banning; }
-};
-
-__device__ __forceinline__ float Penalized(float logit, uint32_t count, const DrawParams& p) {
-  if (count == 0) return logit;
-  const int generated = static_cast<int>(count & kGeneratedMask);
-  logit = logit > 0 ? logit / p.repetition_penalty : logit * p.repetition_penalty;
-  logit -= p.frequency_penalty * static_cast<float>(generated);
-  return generated > 0 ? logit - p.presence_penalty : logit;
-}
-
-__device__ __forceinline__ bool IsAllowed(const Draw& draw, int id) {
-  return draw.mask == nullptr || (draw.mask[id / 32] >> (id % 32) & 1) != 0;
-}
-
-// One token's logit to draw from, but for bans.
-__device__ void ProcessToken(const Draw& draw, const DrawParams& p, int id, float logit, uint32_t count) {
-  if (draw.counts != nullptr) logit = Penalized(logit, count, p);
-  draw.processed[id] = IsAllowed(draw, id) ? logit / draw.divisor : -INFINITY;
-}
-
-// Tokens that are not like others: biased ones, later drafts, banned ones.
-__device__ void ProcessSpecialTokens(const Draw& draw, const DrawParams& p) {
-  __syncthreads();
-  for (int i = threadIdx.x; i < draw.num_biased; i += kThreads) {
-    const BiasEntry entry = draw.biased[i];
-    if (entry.token < 0 || entry.token >= draw.num_valid) continue;
-    const uint32_t count = draw.counts != nullptr ? draw.counts[entry.token] : 0;
-    ProcessToken(draw, p, entry.token, draw.raw[entry.token] + entry.bias, count);
-  }
-  __syncthreads();
-  // NOTE: BeginStep counted every row of the sequence; what follows this row (drafts) is not in its past.
-  for (int row = draw.first_later + threadIdx.x; draw.counts != nullptr && row < draw.last_later; row += kThreads) {
-    const int token = draw.row_tokens[row];
-    if (token < 0 || token >= draw.num_valid) continue;
-    uint32_t count = draw.counts[token];
-    for (int other = draw.first_later; other < draw.last_later; ++other) {
-      if (draw.row_tokens[other] == token && (count & kGeneratedMask) != 0) --count;
-    }
-    float logit = draw.raw[token];
-    for (int i = 0; i < draw.num_biased; ++i) {
-      if (draw.biased[i].token == token) {
-        logit += draw.biased[i].bias;
-        break;
-      }
-    }
-    ProcessToken(draw, p, token, logit, count);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; draw.is_banning && i < draw.num_banned; i += kThreads) {
-    const int token = draw.banned[i].token;
-    if (token >= 0 && token < draw.num_valid) draw.processed[token] = -INFINITY;
-  }
-  __syncthreads();
-}
-
-// Four ids' logits to draw from; special tokens come after. NOTE: what is only read goes through __ldg, so that loads
-// need not wait for the stores before them.
-__device__ __forceinline__ void ProcessGroup(const Draw& draw, const DrawParams& p, int group, const float4& v,
-                                             bool is_aligned) {
-  const int id = 4 * group;
-  float x[4] = {v.x, v.y, v.z, v.w};
-  const bool is_whole = is_aligned && id + 4 <= draw.num_valid;
-  if (id >= draw.num_valid) return;
-  if (draw.counts != nullptr) {
-    uint32_t counts[4] = {};
-    if (is_whole && (reinterpret_cast<uintptr_t>(draw.counts) & 7) == 0) {
-      const ushort4 c = __ldg(reinterpret_cast<const ushort4*>(draw.counts + id));
-      counts[0] = c.x, counts[1] = c.y, counts[2] = c.z, counts[3] = c.w;
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (id + j < draw.num_valid) counts[j] = draw.counts[id + j];
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = Penalized(x[j], counts[j], p);
-  }
-  const uint32_t allowed = draw.mask != nullptr ? __ldg(draw.mask + id / 32) >> (id % 32) : 0xfu;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (draw.divisor != 1.0f) x[j] /= draw.divisor;
-    if ((allowed >> j & 1) == 0) x[j] = -INFINITY;
-  }
-  if (is_whole) {
-    *reinterpret_cast<float4*>(draw.processed + id) = make_float4(x[0], x[1], x[2], x[3]);
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (id + j < draw.num_valid) draw.processed[id + j] = x[j];
-  }
-}
-
-__device__ void Process(const Row& raw, const Draw& draw, const DrawParams& p, TopCollector top) {
-  const bool is_aligned = raw.is_aligned && (reinterpret_cast<uintptr_t>(draw.processed) & 15) == 0;
-  ForEachGroup<4>(raw, [&](int group, const float4& v) {
-    top.Add(group, v);
-    ProcessGroup(draw, p, group, v, is_aligned);
-  });
-  ProcessSpecialTokens(draw, p);
-}
-
-// Of a row that nothing shapes.
-__device__ Stats StatsOfRaw(Shared& sh, const Row& raw, const Draw& draw, TopCollector top) {
-  Running running;
-  ForEachGroup<4>(raw, [&](int group, const float4& v) {
-    top.Add(group, v);
-    float4 x = v;
-    Divide(x, draw.divisor);
-    const int num_valid = draw.num_valid - 4 * group;
-    if (num_valid < 4) {
-      x.x = num_valid > 0 ? x.x : -INFINITY;
-      x.y = num_valid > 1 ? x.y : -INFINITY;
-      x.z = num_valid > 2 ? x.z : -INFINITY;
-      x.w = -INFINITY;
-    }
-    running.Add(group, x);
-  });
-  return BlockStats(sh, running);
 }
 
 __device__ Stats StatsOf(Shared& sh, const Row& row) {
@@ -209,8 +103,8 @@ __device__ Stats StatsOf(Shared& sh, const Row& row) {
 __device__ float FloorOfTop(Shared& sh, const Stats& stats, int k) {
   if (k > kThreads) return -INFINITY;
   __syncthreads();
-  sh.list[threadIdx.x] = RankKey(stats.thread_max, threadIdx.x);
-  if (threadIdx.x == 0) sh.list_count = kThreads;
+  sh.list.keys[threadIdx.x] = RankKey(stats.thread_max, threadIdx.x);
+  if (threadIdx.x == 0) sh.list.count = kThreads;
   __syncthreads();
   const uint64_t key = Descend(sh, {{}, 0, true}, {false, 0, 0}, k, RankKey(stats.max, 0), kLastKey);
   return LogitOfKey(key);
@@ -223,8 +117,8 @@ __device__ __forceinline__ float MassScale(float sum) {
 }
 
 // The nucleus of the source's tokens up to `cut`: the last key that top_p keeps.
-__device__ uint64_t NucleusCut(Shared& sh, const Source& source, const Stats& stats, const DrawParams& p,
-                               bool has_top_k, uint64_t cut) {
+__device__ __noinline__ uint64_t NucleusCut(Shared& sh, const Source& source, const Stats& stats, const DrawParams& p,
+                                            bool has_top_k, uint64_t cut) {
   const Weighing weighing = {true, stats.max, MassScale(stats.sum)};
   double total = static_cast<double>(stats.sum) * static_cast<double>(weighing.scale);
   if (has_top_k) {
@@ -245,24 +139,6 @@ __device__ uint64_t NucleusCut(Shared& sh, const Source& source, const Stats& st
   return min(cut, Descend(sh, source, weighing, wanted, RankKey(stats.max, 0), high));
 }
 
-// Philox4x32-10 (Salmon et al., SC'11) of the counter {group, position, choice, 0}.
-__device__ __forceinline__ uint4 Philox(uint32_t group, uint32_t position, uint32_t choice, uint64_t seed) {
-  uint32_t x0 = group, x1 = position, x2 = choice, x3 = 0;
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint32_t low0 = 0xD2511F53u * x0, high0 = __umulhi(0xD2511F53u, x0);
-    const uint32_t low1 = 0xCD9E8D57u * x2, high1 = __umulhi(0xCD9E8D57u, x2);
-    x0 = high1 ^ x1 ^ key0;
-    x1 = low1;
-    x2 = high0 ^ x3 ^ key1;
-    x3 = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return make_uint4(x0, x1, x2, x3);
-}
-
 // The arg-max of noisy logits, kept as a key that rises with the value and falls with the id.
 struct Race {
   uint64_t best = 0;
@@ -272,8 +148,7 @@ struct Race {
     const float r = static_cast<float>(bits >> 9);
     const float rest = ((8388607.0f - r) + 0.5f) * 0x1p-23f;  // 1 - u, exactly
     if (rest > __expf(x - bound + (0.01f + 1e-6f * fabsf(bound)))) return;
-    const float value = x - logf(-logf((r + 0.5f) * 0x1p-23f));
-    const uint32_t rising = Rising(value);
+    const uint32_t rising = Rising(x + Noise(bits));
     const uint64_t key = static_cast<uint64_t>(rising) << 32 | ~id;
     if (key <= best) return;
     best = key;
@@ -281,8 +156,8 @@ struct Race {
   }
 };
 
-__device__ int32_t GumbelArgMax(Shared& sh, const Source& source, uint64_t cut, const Stats& stats, const DrawParams& p,
-                                uint32_t position) {
+__device__ __noinline__ int32_t GumbelArgMax(Shared& sh, const Source& source, uint64_t cut, const Stats& stats,
+                                             const DrawParams& p, uint32_t position) {
   __syncthreads();
   // NOTE: the largest logit is always kept, so the winner is no worse than it with the least noise.
   if (threadIdx.x == 0) sh.best = Rising(stats.max + kLeastNoise);
@@ -290,13 +165,13 @@ __device__ int32_t GumbelArgMax(Shared& sh, const Source& source, uint64_t cut, 
   const volatile uint32_t* shared_best = &sh.best;
   Race race;
   if (source.is_listed) {
-    for (int i = threadIdx.x; i < sh.list_count; i += kThreads) {
-      const uint64_t key = sh.list[i];
+    for (int i = threadIdx.x; i < sh.list.count; i += kThreads) {
+      const uint64_t key = sh.list.keys[i];
       const uint32_t id = static_cast<uint32_t>(key);
       const float x = LogitOfKey(key), bound = FloatOfRising(*shared_best);
       if (key > cut || x + kMostNoise < bound) continue;
       const uint4 words = Philox(id / 4, position, p.choice, p.seed);
-      race.Enter(sh, x, id, id % 4 == 0 ? words.x : id % 4 == 1 ? words.y : id % 4 == 2 ? words.z : words.w, bound);
+      race.Enter(sh, x, id, WordOf(words, id), bound);
     }
   } else {
     ForEachGroup<4>(source.row, [&](int group, const float4& v) {
@@ -308,7 +183,7 @@ __device__ int32_t GumbelArgMax(Shared& sh, const Source& source, uint64_t cut, 
       for (int j = 0; j < 4; ++j) {
         const float x = Element(v, j);
         if (!(x > -INFINITY) || RankKey(x, id + j) > cut) continue;
-        race.Enter(sh, x, id + j, j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w, bound);
+        race.Enter(sh, x, id + j, WordOf(words, id + j), bound);
       }
     });
   }
@@ -320,7 +195,7 @@ __device__ int32_t GumbelArgMax(Shared& sh, const Source& source, uint64_t cut, 
 // top_k, then top_p of what it leaves, then min_p; then noise.
 __device__ int32_t FilterAndDraw(Shared& sh, const Row& row, const Stats& stats, const DrawParams& p,
                                  uint32_t position) {
-  const bool has_top_k = p.top_k > 0 && p.top_k < row.count, has_top_p = p.top_p < 1;
+  const bool has_top_k = p.top_k > 0 && p.top_k < 4 * row.num_groups, has_top_p = p.top_p < 1;
   const float least = p.min_p > 0 ? stats.max + logf(p.min_p) : -INFINITY;
   Source source = {row, -INFINITY, false};
   uint64_t cut = kKeepAll;
@@ -331,7 +206,7 @@ __device__ int32_t FilterAndDraw(Shared& sh, const Row& row, const Stats& stats,
       source.floor = FloorOfTop(sh, stats, p.top_k);
     } else {
       // Tokens below (1 - top_p) / n of the mass cannot add up to what the nucleus leaves out.
-      const float share = (1 - fmaxf(p.top_p, 0.0f)) * stats.sum / static_cast<float>(row.count);
+      const float share = (1 - fmaxf(p.top_p, 0.0f)) * stats.sum / static_cast<float>(4 * row.num_groups);
       source.floor = stats.max + logf(share) - 1e-3f;
     }
     if (!has_top_k || !has_top_p) source.floor = fmaxf(source.floor, fmaxf(stats.max - kNoiseSpan, least));
@@ -347,66 +222,332 @@ __device__ int32_t FilterAndDraw(Shared& sh, const Row& row, const Stats& stats,
   return GumbelArgMax(sh, source, cut, stats, p, position);
 }
 
-__device__ Draw MakeDraw(const SampleArgs& args, int l, int slot, const DrawParams& p, uint32_t position) {
-  Draw draw = {};
-  draw.raw = args.logits + l * args.logits_stride;
-  draw.processed = args.processed + static_cast<int64_t>(l) * args.num_tokens;
-  const bool has_penalties = p.presence_penalty != 0 || p.frequency_penalty != 0 || p.repetition_penalty != 1;
-  if (has_penalties && args.counts != nullptr) draw.counts = args.counts + slot * args.counts_stride;
-  if (args.mask != nullptr) draw.mask = args.mask + l * args.mask_stride;
-  if (args.token_biases != nullptr) {
-    draw.banned = reinterpret_cast<const BiasEntry*>(args.token_biases + slot * args.token_biases_stride);
-    draw.num_banned = p.num_banned;
-    draw.biased = draw.banned + p.num_banned;
-    draw.num_biased = p.num_biased;
+// The token of a row in any order, by as many readings as it takes. kBannedOut where bans leave nothing.
+__device__ __noinline__ int32_t DrawSlowly(Shared& sh, float* work, int stride) {
+  const Shape& shape = sh.shape;
+  const DrawParams& p = sh.params;
+  const float divisor = p.temperature == 0 ? 1.0f : p.temperature;
+#pragma unroll 4
+  for (int id = threadIdx.x; id < stride; id += kThreads) {
+    work[id] = id < shape.num_valid ? ShapedToken(sh, shape, id, shape.raw[id]) / divisor : -INFINITY;
   }
-  draw.first_later = args.row_token[l] + 1;
-  draw.last_later = args.query_start[args.row_seq[l] + 1];
-  draw.row_tokens = args.tokens;
-  draw.divisor = p.temperature == 0 ? 1.0f : p.temperature;
-  draw.is_banning = draw.num_banned > 0 && static_cast<int32_t>(position) - p.prompt_tokens < p.min_tokens;
-  draw.num_valid = args.num_valid_tokens;
-  return draw;
+  __syncthreads();
+  for (int i = threadIdx.x; shape.IsShaped() && i < sh.num_extras; i += kThreads) {
+    work[sh.extras[i].token] = sh.extras[i].logit / divisor;
+  }
+  __syncthreads();
+  const Row row = {reinterpret_cast<const float4*>(work), stride / 4};
+  const Stats stats = StatsOf(sh, row);
+  if (stats.max == -INFINITY) return shape.is_banning ? kBannedOut : 0;
+  // NOTE: a greedy row was not divided by its temperature: no tie is made.
+  if (p.temperature == 0) return static_cast<int32_t>(static_cast<uint32_t>(stats.best));
+  return FilterAndDraw(sh, row, stats, p, sh.draws.position);
 }
 
-// The token of a row that samples; `raw_stats` are of its raw logits. Writes the 20 largest on the way.
-__device__ int32_t DrawToken(Shared& sh, const SampleArgs& args, int l, int slot, const Row& raw,
-                             const Stats& raw_stats, float log_sum) {
-  const float top_floor = sh.floor;
-  ClearList(sh);
+// What draws from the lists know.
+struct Listed {
+  Stats stats;
+  float floor;  // sh.list has all tokens above, by falling logit / temperature
+  bool is_all;  // nothing is below
+};
+
+// sh.list <- the tokens that can be drawn, divided by the temperature (greedy: by 1).
+__device__ Listed MakeDrawList(Shared& sh, float divisor) {
+  const Shape& shape = sh.shape;
+  const Reading& reading = sh.reading;
+  const List& from = shape.IsShaped() ? sh.shaped : sh.raw;
+  Listed listed;
+  listed.floor = reading.floor / divisor;
+  listed.is_all = reading.floor == -INFINITY;
+  ClearList(sh.list);
+  uint64_t best = kKeepAll;
+  for (int i = threadIdx.x; i < from.count; i += kThreads) {
+    const uint32_t id = static_cast<uint32_t>(from.keys[i]);
+    const float logit = LogitOfKey(from.keys[i]), divided = logit / divisor;
+    if (id >= static_cast<uint32_t>(shape.num_valid)) continue;
+    best = min(best, from.keys[i]);
+    // NOTE: division may make a tie with what lies below.
+    if (divided > listed.floor) AddToList(sh.list, divided, id);
+  }
+  best = BlockMinKey(sh, best);
+  listed.stats.best = best;
+  if (best == kKeepAll) return listed;
+  listed.stats.max = LogitOfKey(best) / divisor;
+  const Total& drawn = reading.drawn;
+  listed.stats.sum = drawn.sum * exp2f(drawn.reference - LogitOfKey(best) * (kLog2e / divisor));
+  return listed;
+}
+
+// The sum of 2^(logit * scale - reference) of the tokens that rank before one. Reads the row's end first: it was read
+// last.
+template <bool kShaped>
+__device__ __noinline__ float MassBefore(Shared& sh, uint64_t key) {
+  constexpr int kStride = kAhead * kThreads;
+  const Shape shape = sh.shape;
+  const Draws draws = sh.draws;
+  const float reference = sh.reading.drawn.reference;
+  const int num_groups = shape.num_valid / 4;
+  // NOTE: who is near in single precision is compared after division.
+  const float exponent = LogitOfKey(key) * kLog2e - reference;
+  const float doubt = 0.01f + 1e-6f * (fabsf(reference) + fabsf(exponent));
+  const float most = exponent + doubt;
+  float sum = 0;
+  const auto add_doubtful = [&](int id, float x) {
+    if (RankKey(x / draws.temperature, static_cast<uint32_t>(id)) < key) {
+      sum += Exp2Approximately(fmaf(x, draws.scale, -reference));
+    }
+  };
+  float4 x[kAhead];
+  uint2 counts[kAhead];
+  const auto load = [&](int j, int base) {
+    const int group = base + j * kThreads;
+    x[j] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    if (group < 0 || group >= num_groups) return;
+    x[j] = LoadRaw(shape, group);
+    counts[j] = kShaped ? LoadCounts(shape, group) : make_uint2(0, 0);
+  };
+  const int last = (num_groups + kStride - 1) / kStride * kStride - kStride + static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) load(j, last);
+#pragma unroll 1
+  for (int base = last; base >= 0; base -= kStride) {
+    uint32_t doubtful = 0;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int group = min(base + j * kThreads, num_groups);
+      const float4 v = kShaped ? Shaped(sh, group, x[j], counts[j]) : x[j];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float own = fmaf(Element(v, k), draws.scale, -reference);
+        sum += own > most ? Exp2Approximately(own) : 0.0f;
+        if (fabsf(own - exponent) <= doubt) doubtful |= 1u << j;
+      }
+      load(j, base - kStride);
+    }
+#pragma unroll 1
+    for (; doubtful != 0; doubtful &= doubtful - 1) {
+      const int group = base + (__ffs(static_cast<int>(doubtful)) - 1) * kThreads;
+      const float4 raw = LoadRaw(shape, group);
+      const float4 v = kShaped ? Shaped(sh, group, raw, LoadCounts(shape, group)) : raw;
+#pragma unroll 1
+      for (int k = 0; k < 4; ++k) {
+        const float own = fmaf(Element(v, k), draws.scale, -reference);
+        if (!(own > most) && fabsf(own - exponent) <= doubt) add_doubtful(4 * group + k, Element(v, k));
+      }
+    }
+  }
+  const auto add = [&](int id, float logit) {
+    const float own = fmaf(logit, draws.scale, -reference);
+    if (own > most) {
+      sum += Exp2Approximately(own);
+    } else if (fabsf(own - exponent) <= doubt) {
+      add_doubtful(id, logit);
+    }
+  };
+#pragma unroll 1
+  for (int id = 4 * num_groups + threadIdx.x; id < shape.num_valid; id += kThreads) {
+    add(id, ShapedToken(sh, shape, id, shape.raw[id]));
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; kShaped && i < sh.num_extras; i += kThreads) add(sh.extras[i].token, sh.extras[i].logit);
+  return BlockSum(sh, sum);
+}
+
+// The sum of the listed masses of tokens that rank before one, in units of 1 / weighing.scale.
+__device__ uint64_t ListedMassBefore(Shared& sh, const Weighing& weighing, uint64_t key) {
+  const int lane = threadIdx.x % kWarpSize;
+  uint64_t mass = 0;
+  for (int i = threadIdx.x; i < sh.list.count; i += kThreads) {
+    if (sh.list.keys[i] < key) mass += weighing.Of(sh.list.keys[i]);
+  }
+  mass = WarpSum(mass);
+  __syncthreads();
+  if (lane == 0) sh.keys[threadIdx.x / kWarpSize] = mass;
+  __syncthreads();
+  return WarpSum(lane < kWarps ? sh.keys[lane] : uint64_t{0});
+}
+
+// What top_p asks for, and whether the list has it.
+struct Nucleus {
+  Weighing weighing;
+  uint64_t wanted;
+  bool is_listed;
+};
+
+constexpr int kMaxTries = 4;  // then sorting the list costs less
+
+// The first of the likely winners, best first, that top_p and min_p keep.
+__device__ int32_t DrawFromRace(Shared& sh, const Listed& listed, const Nucleus& nucleus, float least) {
+  const int count = sh.race_count;
+  if (count > kRaceSize) return kUndecided;
+  const bool has_top_p = sh.params.top_p < 1;
+  const Reading& reading = sh.reading;
+  const float wanted = sh.params.top_p * reading.drawn.sum;
+  const bool is_sure = reading.above_sure < wanted;
+  const float sure = reading.sure_exponent + 0.01f + 1e-6f * fabsf(reading.sure_exponent);
+  uint64_t last = kKeepAll, out = kKeepAll;  // who ranks behind `out` is not kept
+  for (int tries = 0; tries < kMaxTries || !nucleus.is_listed; ++tries) {
+    uint64_t best = 0;
+    int index = 0;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      if (sh.race[i] < last && sh.race[i] > best) best = sh.race[i], index = i;
+    }
+    last = ~BlockMinKey(sh, ~best);
+    if (last == 0) return kUndecided;
+    if (best == last) sh.bin = index;
+    __syncthreads();
+    const float logit = sh.race_logits[sh.bin];
+    const uint32_t id = ~static_cast<uint32_t>(last);
+    const uint64_t key = RankKey(logit, id);
+    if (!(logit >= least) || key >= out) continue;
+    if (!has_top_p) return static_cast<int32_t>(id);
+    if (nucleus.is_listed) {
+      if (logit > listed.floor && ListedMassBefore(sh, nucleus.weighing, key) < nucleus.wanted) {
+        return static_cast<int32_t>(id);
+      }
+      out = key;
+      continue;
+    }
+    if (logit > listed.floor || (is_sure && logit * kLog2e > sure)) return static_cast<int32_t>(id);
+    const float before = sh.shape.IsShaped() ? MassBefore<true>(sh, key) : MassBefore<false>(sh, key);
+    if (before < wanted) return static_cast<int32_t>(id);
+    out = key;
+  }
+  return kUndecided;
+}
+
+// The winner of the list's tokens that the filters keep.
+__device__ int32_t DrawFromSorted(Shared& sh, const Listed& listed, float least, bool has_top_k) {
+  const DrawParams& p = sh.params;
+  const Stats& stats = listed.stats;
+  int kept = sh.list.count;
+  if (has_top_k || p.top_p < 1) {
+    SortList(sh);
+    if (has_top_k) kept = min(kept, p.top_k);
+    if (p.top_p < 1) {
+      const Weighing weighing = {true, stats.max, MassScale(stats.sum)};
+      const double total = static_cast<double>(stats.sum) * static_cast<double>(weighing.scale);
+      const auto total_of = [&](uint64_t mass) { return has_top_k ? static_cast<double>(mass) : total; };
+      kept = min(kept, NucleusOfSorted(sh, weighing, kept, p.top_p, total_of));
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) sh.list.count = kept;
+  const uint64_t cut = p.min_p > 0 ? RankKey(least, ~uint32_t{0}) : kKeepAll;
+  return GumbelArgMax(sh, {{}, listed.floor, true}, cut, stats, p, sh.draws.position);
+}
+
+// The token of a row, if what was listed while it was read can tell.
+__device__ __noinline__ int32_t DrawFromLists(Shared& sh) {
+  const DrawParams& p = sh.params;
+  const Shape& shape = sh.shape;
+  const bool is_greedy = p.temperature == 0, has_top_k = p.top_k > 0 && p.top_k < shape.num_valid;
+  Listed listed = {{}, INFINITY, false};
+  if ((shape.IsShaped() ? sh.shaped : sh.raw).count <= kListSize) {
+    listed = MakeDrawList(sh, is_greedy ? 1.0f : p.temperature);
+  }
+  const Stats& stats = listed.stats;
+  if (is_greedy && stats.best != kKeepAll) return static_cast<int32_t>(static_cast<uint32_t>(stats.best));
+  if (listed.is_all && stats.best == kKeepAll) return 0;
+  if (is_greedy || !(sh.reading.drawn.sum > 0 && sh.reading.drawn.sum < INFINITY)) return kUndecided;
+  Nucleus nucleus = {};
+  if (stats.best == kKeepAll) {
+    return has_top_k || p.min_p > 0 ? kUndecided : DrawFromRace(sh, listed, nucleus, -INFINITY);
+  }
+  const float least = p.min_p > 0 ? stats.max + logf(p.min_p) : -INFINITY;
+  if (has_top_k) {
+    if (sh.list.count < p.top_k && !listed.is_all) return kUndecided;
+    return DrawFromSorted(sh, listed, least, true);
+  }
+  if (p.top_p < 1) {
+    nucleus.weighing = {true, stats.max, MassScale(stats.sum)};
+    const double total = static_cast<double>(stats.sum) * static_cast<double>(nucleus.weighing.scale);
+    nucleus.wanted = __double2ull_ru(fmax(static_cast<double>(p.top_p) * total, 1.0));
+    nucleus.is_listed = ListedMassBefore(sh, nucleus.weighing, kKeepAll) >= nucleus.wanted;
+  }
+  const int32_t token = DrawFromRace(sh, listed, nucleus, least);
+  if (token != kUndecided) return token;
+  if (!nucleus.is_listed && !listed.is_all && !(least > listed.floor)) return kUndecided;
+  return DrawFromSorted(sh, listed, least, false);
+}
+
+__device__ void Read(Shared& sh, int num_tokens, bool has_fours) {
+  const bool is_shaped = sh.shape.IsShaped() && has_fours;
+  if (sh.draws.temperature == 0 || !has_fours) {
+    is_shaped ? ReadRow<true, false>(sh, num_tokens) : ReadRow<false, false>(sh, num_tokens);
+  } else {
+    is_shaped ? ReadRow<true, true>(sh, num_tokens) : ReadRow<false, true>(sh, num_tokens);
+  }
+}
+
+// sh.params, sh.shape and sh.draws <- of row l.
+__device__ __noinline__ void Prepare(Shared& sh, const SampleArgs& args, int l, int slot) {
+  // NOTE: the row's sample is on its way while parameters are looked up.
+  const int num_groups = args.num_valid_tokens / 4, segment = num_groups / (kAhead * kThreads) * kThreads;
+  const float* raw = args.logits + l * args.logits_stride;
+  for (int j = 0; j < kAhead && segment > 0; ++j) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(raw + 4 * (j * segment + static_cast<int>(threadIdx.x))));
+  }
+  const uint32_t position = static_cast<uint32_t>(args.positions[args.row_token[l]]) + 1;
+  const bool is_scored = args.row_target[l] >= 0;
   constexpr int kWords = sizeof(DrawParams) / sizeof(uint32_t);
   if (threadIdx.x < kWords) {
     const uint8_t* params = args.params + slot * args.params_stride;
     reinterpret_cast<uint32_t*>(&sh.params)[threadIdx.x] = reinterpret_cast<const uint32_t*>(params)[threadIdx.x];
   }
   __syncthreads();
-  const DrawParams& p = sh.params;
-  const uint32_t position = static_cast<uint32_t>(args.positions[args.row_token[l]]) + 1;
-  Draw draw = MakeDraw(args, l, slot, p, position);
-  Row row = MakeRow(draw.raw, draw.num_valid, draw.divisor);
-  Stats stats;
-  if (draw.IsShaped()) {
-    Process(raw, draw, p, {sh, top_floor});
-    WriteTop(sh, args, l, raw, raw_stats.max, log_sum);
-    row = MakeRow(draw.processed, draw.num_valid, 1.0f);
-    stats = StatsOf(sh, row);
-  } else {
-    stats = StatsOfRaw(sh, raw, draw, {sh, top_floor});
-    WriteTop(sh, args, l, raw, raw_stats.max, log_sum);
+  if (threadIdx.x == 0) {
+    const DrawParams& p = sh.params;
+    Shape shape = MakeShape(args, l, slot, p, position);
+    if (is_scored) shape.counts = nullptr, shape.mask = nullptr, shape.num_biased = 0, shape.is_banning = false;
+    const float temperature = is_scored ? 0 : p.temperature;
+    sh.shape = shape;
+    sh.draws = {kLog2e / temperature, temperature, position, p.choice, p.seed};
   }
-  if (draw.is_banning && stats.max == -INFINITY) {
-    draw.is_banning = false;
-    Process(raw, draw, p, {sh, NAN});
-    stats = StatsOf(sh, row);
-  }
-  if (stats.max == -INFINITY) return 0;
-  // NOTE: a greedy row was not divided by its temperature: no tie is made.
-  if (p.temperature == 0) return static_cast<int32_t>(static_cast<uint32_t>(stats.best));
-  return FilterAndDraw(sh, row, stats, p, position);
+  __syncthreads();
+  if ((reinterpret_cast<uintptr_t>(sh.shape.raw) & 15) == 0) return;
+  const Row copy = CopyOfRow(args, l);
+  if (threadIdx.x == 0) sh.shape.raw = reinterpret_cast<const float*>(copy.values);
+  __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads, 1) SampleKernel(SampleArgs args) {
-  __shared__ Shared sh;
+__device__ void StopBanning(Shared& sh) {
+  __syncthreads();
+  if (threadIdx.x == 0) sh.shape.is_banning = false;
+  __syncthreads();
+}
+
+// The 20 largest logits, and the token.
+__device__ int32_t ScoreAndDraw(Shared& sh, const SampleArgs& args, int l, int slot, float* log_sum) {
+  Prepare(sh, args, l, slot);
+  // NOTE: rows of counts that are no multiple of four are read token by token.
+  const bool has_fours = (reinterpret_cast<uintptr_t>(sh.shape.counts) & 7) == 0;
+  while (true) {
+    if (sh.shape.IsShaped()) MakeExtras(sh);
+    Read(sh, args.num_tokens, has_fours);
+    // NOTE: bans that leave nothing do not hold.
+    if (!has_fours || !sh.shape.is_banning || sh.shaped.count > 0 || sh.reading.floor > -INFINITY) break;
+    StopBanning(sh);
+  }
+  const Total& raw = sh.reading.raw;
+  *log_sum = static_cast<float>(raw.reference * kLn2 + log(static_cast<double>(raw.sum)));
+  WriteTop(sh, args, l, *log_sum);
+  const int32_t target = args.row_target[l];
+  if (target >= 0) return target;
+  int32_t token = has_fours ? DrawFromLists(sh) : kUndecided;
+  if (token != kUndecided) return token;
+  while (true) {
+    token = DrawSlowly(sh, WorkRow(args, l), static_cast<int>(WorkStride(args)));
+    if (token != kBannedOut) return token;
+    StopBanning(sh);
+    if (sh.shape.raw == WorkRow(args, l)) CopyOfRow(args, l);
+    MakeExtras(sh);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 1) SampleKernel(const __grid_constant__ SampleArgs args) {
+  extern __shared__ __align__(16) uint8_t memory[];
+  Shared& sh = *reinterpret_cast<Shared*>(memory);
   const int l = blockIdx.x;
   const int slot = args.row_token[l] < 0 ? -1 : args.seq_slot[args.row_seq[l]];
   if (slot < 0) {
@@ -417,19 +558,11 @@ __global__ void __launch_bounds__(kThreads, 1) SampleKernel(SampleArgs args) {
     if (threadIdx.x == 0) args.out_tokens[l] = 0, args.out_logprobs[l] = 0;
     return;
   }
-  const Row raw = MakeRow(args.logits + l * args.logits_stride, args.num_tokens, 1.0f);
-  const Stats stats = StatsOf(sh, raw);
-  const float log_sum = stats.max + logf(stats.sum);
-  int32_t token = args.row_target[l];
-  if (token < 0) {
-    token = DrawToken(sh, args, l, slot, raw, stats, log_sum);
-  } else {
-    MakeList(sh, {raw, sh.floor, false}, 0, kKeepAll);
-    WriteTop(sh, args, l, raw, stats.max, log_sum);
-  }
+  float log_sum;
+  const int32_t token = ScoreAndDraw(sh, args, l, slot, &log_sum);
   if (threadIdx.x == 0) {
     args.out_tokens[l] = token;
-    args.out_logprobs[l] = raw.values[token] - log_sum;
+    args.out_logprobs[l] = args.logits[l * args.logits_stride + token] - log_sum;
   }
 }
 
@@ -474,7 +607,10 @@ __global__ void VerifyDraftsKernel(SampleArgs args) {
 }  // namespace
 
 void LaunchSample(const SampleArgs& args, cudaStream_t stream) {
-  SampleKernel<<<args.num_rows, kThreads, 0, stream>>>(args);
+  static const cudaError_t configured =
+      cudaFuncSetAttribute(SampleKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  (void)configured;  // NOTE: where it failed, the launch fails too
+  SampleKernel<<<args.num_rows, kThreads, sizeof(Shared), stream>>>(args);
 }
 
 void LaunchVerifyDrafts(const SampleArgs& args, cudaStream_t stream) {

@@ -10,6 +10,9 @@ namespace cachalot {
 
 inline constexpr int kTopLogits = 20;
 inline constexpr int64_t kMaxSampledVocab = 1 << 18;  // ids a row; sums of masses are made for it
+inline constexpr int kMaxTokenEntries = 1024;         // kMaxTokenBiases
+inline constexpr int kMaxLater = 256;                 // drafts of a sequence
+constexpr int64_t SampleWorkStride(int64_t num_tokens) { return (num_tokens + 3) / 4 * 4; }
 
 // SlotParams of ops_types.h, byte for byte.
 struct DrawParams {
@@ -56,7 +59,7 @@ struct SampleArgs {
   const int32_t *seq_slot, *seq_start, *query_start;
   const int32_t *row_token, *row_seq, *row_target;
   const int32_t *tokens, *positions;  // of the step's rows
-  float* processed;                   // workspace [L, W]
+  float* processed;                   // workspace [L, SampleWorkStride(W)]
   int32_t num_rows, num_tokens, num_valid_tokens, num_sequences;
 };
 

@@ -99,6 +99,8 @@ void CudaOps::BeginStep(const StepRows& rows, const SlotState& state, const Step
   args.num_rows = num_rows;
   SetSlots(args, state);
   SetInput(args, input);
+  step_rows_ = KeyOf(rows, input);
+  num_planned_heads_ = 0;
   LaunchBeginStep(stream_.get(), args);
   stream_.Launched("BeginStep");
 }

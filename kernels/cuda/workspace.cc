@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/sampling_kernels.h"
 
 namespace cachalot {
 namespace {
@@ -32,7 +33,7 @@ std::array<size_t, kNumParts> PartBytes(const OpLimits& limits, int num_sms) {
   bytes[kAttentionOut] = tokens * heads * limits.v_head_dim * kBf16;
   bytes[kAttentionPlan] = AttentionPlanBytes(limits.max_tokens, limits.max_sequences, limits.num_heads, num_sms);
   bytes[kAttentionPartials] = AttentionPartialsBytes(num_sms);
-  bytes[kProcessedLogits] = static_cast<size_t>(limits.max_rows) * limits.vocab_size * kF32;
+  bytes[kProcessedLogits] = static_cast<size_t>(limits.max_rows) * SampleWorkStride(limits.vocab_size) * kF32;
   for (size_t& part : bytes) part = (part / kAlignment + 1) * kAlignment;
   return bytes;
 }

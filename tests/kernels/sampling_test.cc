@@ -31,6 +31,32 @@ using Ints = std::vector<int32_t>;
 // Draws for each target and vocabulary: more of them where there is one target.
 int Rounds() { return testing::TestTargets().size() > 1 ? 40 : 120; }
 
+Shaping RandomShaping(Random& random, int vocab) {
+  Shaping s;
+  s.params = Entering(2, random.Below(4) == 0 ? 0.0f : static_cast<float>(0.2 + 1.8 * random.Uniform()));
+  s.params.seed = random.Next();
+  s.params.top_k = random.Below(2) == 0 ? 0 : 1 + random.Below(50);
+  s.params.top_p = random.Below(2) == 0 ? 1.0f : static_cast<float>(0.3 + 0.69 * random.Uniform());
+  s.params.min_p = random.Below(2) == 0 ? 0.0f : static_cast<float>(0.3 * random.Uniform());
+  s.params.repetition_penalty = 1.7f;
+  s.params.frequency_penalty = 0.5f;
+  s.params.presence_penalty = -0.25f;
+  s.params.min_tokens = random.Below(5);
+  std::set<int> ids;
+  while (static_cast<int>(ids.size()) < std::min(vocab / 2, 40)) ids.insert(random.Below(vocab));
+  for (int id : ids) {
+    // NOTE: some ids are both banned and biased; some biased ones are in the past (2 and 3) too.
+    if (random.Below(3) != 0) s.biased.push_back({id, static_cast<float>(3 * random.Normal())});
+    if (random.Below(3) == 0) s.banned.push_back(id);
+  }
+  s.params.num_biased = static_cast<uint16_t>(s.biased.size());
+  s.params.num_banned = static_cast<uint16_t>(s.banned.size());
+  for (int id = 0; id < vocab; ++id) s.allowed.push_back(random.Below(4) != 0);
+  s.prompt = {{1, 1}, {2, 1}};
+  s.generated = {{3, 1}, {2, 1}};
+  return s;
+}
+
 class SamplingTest : public ::testing::Test {
  protected:
   void TearDown() override { testing::UseTarget(""); }
@@ -165,6 +191,68 @@ TEST_F(SamplingTest, TheEndsOfTheRanges) {
     }
   }
   EXPECT_GT(compared, 100);
+}
+
+// Rows whose largest tokens lie together, at either end or among the first: no part of such a row is like the whole.
+TEST_F(SamplingTest, RealVocabularyInOrder) {
+  const int vocab = 129280;
+  std::vector<std::vector<double>> kinds(4, Logits(vocab, 17, 2));
+  std::sort(kinds[0].begin(), kinds[0].end());
+  std::sort(kinds[1].rbegin(), kinds[1].rend());
+  for (int id = 0; id < 3000; ++id) kinds[2][id] += 12;
+  for (int id = vocab - 7; id < vocab; ++id) kinds[3][id] += 200;
+  int compared = 0;
+  for (const std::vector<double>& logits : kinds) {
+    std::vector<SlotParams> params;
+    Ints want;
+    for (int i = 0; i < 12; ++i) {
+      SlotParams p = Entering(4, std::array{0.0f, 0.7f, 1.5f}[i % 3]);
+      p.seed = 77 + i;
+      p.top_k = std::array{0, 40, 0, 2500}[i % 4];
+      p.top_p = std::array{1.0f, 0.95f, 0.3f}[i / 4];
+      p.min_p = i % 5 == 0 ? 0.02f : 0.0f;
+      const auto [token, is_clear] = Draw(logits, p, 4);
+      if (!is_clear) continue;
+      params.push_back(p);
+      want.push_back(token);
+    }
+    compared += static_cast<int>(want.size());
+    EXPECT_EQ(Tokens(logits, params), want) << "like " << logits[0];
+  }
+  EXPECT_GT(compared, 40);
+}
+
+// All that shapes a row of the real vocabulary, alone and in company: the same bits.
+TEST_F(SamplingTest, RealVocabularyShapedAloneAsInCompany) {
+  const int vocab = 129280;
+  Random random(41);
+  const std::vector<double> logits = Logits(vocab, 43, 1.5);
+  Shaping s = RandomShaping(random, vocab);
+  s.params.temperature = 0.9f;
+  s.params.min_tokens = 0;
+  Owned mask = StepWorld::Zeroed(DType::kU32, {1, vocab / 32});
+  for (int id = 0; id < vocab; ++id) mask.data<uint32_t>()[id / 32] |= uint32_t{s.allowed[id]} << id % 32;
+  int compared = 0;
+  for (const float top_p : {1.0f, 0.95f, 0.5f}) {
+    for (const int top_k : {0, 30}) {
+      s.params.top_p = top_p;
+      s.params.top_k = top_k;
+      s.params.min_p = 0;
+      const auto [want, is_clear] = Draw(s.Shape(logits, 2), s.params, 4);
+      if (!is_clear) continue;
+      ++compared;
+      EXPECT_EQ(Tokens(logits, {s.params}, mask, -1, s.Entries()), Ints{want}) << top_p << " " << top_k;
+      const float alone = step_->logprobs.data<float>()[0];
+      Owned masks = StepWorld::Zeroed(DType::kU32, {5, vocab / 32});
+      for (int64_t l = 0; l < 5; ++l) std::memcpy(masks->row<uint32_t>(l), mask->data, mask->num_bytes());
+      std::vector<SlotParams> company(5, s.params);
+      for (SlotParams& p : company) p.seed = random.Next();
+      company[3] = s.params;
+      EXPECT_EQ(Tokens(logits, company, masks, -1, s.Entries())[3], want) << top_p << " " << top_k;
+      EXPECT_EQ(step_->logprobs.data<float>()[3], alone);
+    }
+  }
+  EXPECT_GE(compared, 4);
 }
 
 // Many equal logits, zeros of both signs, next to nothing that is possible, and wide gaps: filters cut by id.
@@ -324,32 +412,6 @@ TEST_F(SamplingTest, PenaltiesSeeNoLaterDraft) {
     EXPECT_TRUE(is_clear);
     EXPECT_EQ(step.out_tokens.data<int32_t>()[i], want) << "row " << i;
   }
-}
-
-Shaping RandomShaping(Random& random, int vocab) {
-  Shaping s;
-  s.params = Entering(2, random.Below(4) == 0 ? 0.0f : static_cast<float>(0.2 + 1.8 * random.Uniform()));
-  s.params.seed = random.Next();
-  s.params.top_k = random.Below(2) == 0 ? 0 : 1 + random.Below(50);
-  s.params.top_p = random.Below(2) == 0 ? 1.0f : static_cast<float>(0.3 + 0.69 * random.Uniform());
-  s.params.min_p = random.Below(2) == 0 ? 0.0f : static_cast<float>(0.3 * random.Uniform());
-  s.params.repetition_penalty = 1.7f;
-  s.params.frequency_penalty = 0.5f;
-  s.params.presence_penalty = -0.25f;
-  s.params.min_tokens = random.Below(5);
-  std::set<int> ids;
-  while (static_cast<int>(ids.size()) < std::min(vocab / 2, 40)) ids.insert(random.Below(vocab));
-  for (int id : ids) {
-    // NOTE: some ids are both banned and biased; some biased ones are in the past (2 and 3) too.
-    if (random.Below(3) != 0) s.biased.push_back({id, static_cast<float>(3 * random.Normal())});
-    if (random.Below(3) == 0) s.banned.push_back(id);
-  }
-  s.params.num_biased = static_cast<uint16_t>(s.biased.size());
-  s.params.num_banned = static_cast<uint16_t>(s.banned.size());
-  for (int id = 0; id < vocab; ++id) s.allowed.push_back(random.Below(4) != 0);
-  s.prompt = {{1, 1}, {2, 1}};
-  s.generated = {{3, 1}, {2, 1}};
-  return s;
 }
 
 // Mask, bans, biases, penalties and every filter together, and each of them shown to matter.
