@@ -205,7 +205,9 @@ absl::Status EngineImpl::WarmUp() {
   if (!graphs.ok()) return graphs.status();
   if (!graphs->empty()) spdlog::info("{}", *graphs);
   auto sequence = std::make_unique<Sequence>();
-  sequence->num_prompt_tokens = std::clamp(model_info_.max_model_len - 2, 1, 5);  // more rows than a decode step's
+  // More rows than a decode step's; on a GPU a long chunk, which has kernels of its own.
+  sequence->num_prompt_tokens =
+      std::clamp(model_info_.max_model_len - 2, 1, backend_->is_gpu() ? Runner::kLongChunkRows : 5);
   sequence->tokens.assign(sequence->num_prompt_tokens, 0);
   sequence->sampling.max_tokens = std::min(2, model_info_.max_model_len - sequence->num_prompt_tokens);
   sequence->sampling.ignore_eos = true;

@@ -36,6 +36,10 @@ class Runner {
   static int64_t StateBytes(const OpLimits& limits, int rope_dim);
   static constexpr int64_t kStateBytesPerBlock = 3 * sizeof(int32_t);
 
+  // A prompt's chunk of so many rows is long (LongChunks). Measured on an H200 at V3's dimensions: from here on to make
+  // keys and values of all that it sees costs no more than to absorb its queries, however long its context is.
+  static constexpr int kLongChunkRows = 128;
+
   // Before the first step: has the device make graphs of decode steps of every size, where it replays graphs. What was
   // made, for a log; empty where it does not.
   absl::StatusOr<std::string> Prepare();
@@ -51,6 +55,7 @@ class Runner {
  private:
   struct Shape {  // of a step, padded to the device's bucket
     int T, S, L;
+    LongChunks long_chunks = {};
   };
   struct Pending {
     uint64_t step;
@@ -71,6 +76,7 @@ class Runner {
   Tensor PackedInput(Shape shape) const;  // the device's input arrays as one run of bytes
   Tensor PackedOutput(Shape shape) const;
   Shape PaddedShape(int num_tokens, int num_sequences, int num_rows) const;
+  static LongChunks LongChunksOf(const StepPlan& plan);
   std::function<void()> StepBody(Shape shape, int set);
   void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;
   void UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set);
