@@ -232,7 +232,8 @@ absl::Status EngineImpl::WarmUp() {
   if (!graphs.ok()) return graphs.status();
   if (!graphs->empty()) spdlog::info("{}", *graphs);
   auto sequence = std::make_unique<Sequence>();
-  // More rows than a decode step's; on a GPU, enough to know how long the longest steps may take.
+  // More rows than a decode step's; on a GPU, enough to know how long the longest steps may take, and a long chunk,
+  // which has kernels of its own.
   const int num_tokens = backend_->is_gpu() ? std::min(options_.max_batch_tokens, kWarmUpTokens) : 5;
   sequence->num_prompt_tokens = std::clamp(model_info_.max_model_len - 2, 1, num_tokens);
   sequence->tokens.assign(sequence->num_prompt_tokens, 0);

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "kernels/long_chunks.h"
 #include "kernels/tensor.h"
 
 namespace cachalot {
@@ -20,10 +21,11 @@ struct StepKey {
   int32_t num_sequences = 0;  // S
   int32_t num_rows = 0;       // L, rows of logits
   int32_t kind = 0;           // which body of its caller this is
+  LongChunks long_chunks = {};
   friend bool operator==(const StepKey&, const StepKey&) = default;
   template <typename H>
   friend H AbslHashValue(H h, const StepKey& k) {
-    return H::combine(std::move(h), k.num_tokens, k.num_sequences, k.num_rows, k.kind);
+    return H::combine(std::move(h), k.num_tokens, k.num_sequences, k.num_rows, k.kind, k.long_chunks);
   }
 };
 

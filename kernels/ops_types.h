@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/long_chunks.h"
 #include "kernels/tensor.h"
 
 namespace cachalot {
@@ -124,6 +125,8 @@ struct StepInput {
   Tensor row_token;    // [L] i32 which of the T rows; -1: padding. Rows of one sequence that sample are consecutive
   Tensor row_seq;      // [L] i32 which of the S sequences
   Tensor row_target;   // [L] i32 score this token (prompt log-probabilities); -1: sample
+  // Not uploaded. A backend may launch other kernels for them, or take no notice.
+  LongChunks long_chunks = {};
 };
 
 // Every row of a step, written by BeginStep.

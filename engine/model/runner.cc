@@ -179,7 +179,9 @@ absl::Status Runner::MakeStaging() {
 
 StepInput Runner::InputAt(void* base, Shape shape) const {
   Packer packer(base);
-  return PackInput(&packer, shape.T, shape.S, shape.L);
+  StepInput input = PackInput(&packer, shape.T, shape.S, shape.L);
+  input.long_chunks = shape.long_chunks;
+  return input;
 }
 
 SampleOutput Runner::OutputAt(void* base, Shape shape) const {
@@ -259,7 +261,13 @@ Runner::Shape Runner::PaddedShape(int num_tokens, int num_sequences, int num_row
   const OpLimits& limits = options_.limits;
   return {std::min(device_.Bucket(num_tokens), limits.max_tokens),
           std::min(device_.Bucket(num_sequences), limits.max_sequences),
-          std::min(device_.Bucket(num_rows), limits.max_tokens)};
+          std::min(device_.Bucket(num_rows), limits.max_tokens), LongChunks()};
+}
+
+LongChunks Runner::LongChunksOf(const StepPlan& plan) {
+  LongChunkFinder finder(kLongChunkRows);
+  for (const SequenceStep& sequence : plan.sequences) finder.Add(sequence.start, sequence.num_rows);
+  return finder.found();
 }
 
 std::function<void()> Runner::StepBody(Shape shape, int set) {
@@ -325,14 +333,15 @@ void Runner::Launch(const StepPlan& plan) {
   const int num_sequences = static_cast<int>(plan.sequences.size());
   const int num_rows = static_cast<int>(plan.logits_rows.size());
   CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= plan.num_rows);
-  const Shape shape = PaddedShape(plan.num_rows, num_sequences, num_rows);
+  Shape shape = PaddedShape(plan.num_rows, num_sequences, num_rows);
+  shape.long_chunks = LongChunksOf(plan);
   const int set = next_set_;
   next_set_ = (next_set_ + 1) % kMaxStepsInFlight;
 
   UploadBlockUpdates(plan.block_updates, set);
   UploadTokenBiases(plan.sequences, set);
   FillInput(plan, shape, InputAt(staging_[set].input, shape));
-  device_.Submit({shape.T, shape.S, shape.L, kStep + set}, StepBody(shape, set));
+  device_.Submit({shape.T, shape.S, shape.L, kStep + set, shape.long_chunks}, StepBody(shape, set));
   pending_.push_back({plan.step, shape, num_rows, num_sequences, set, device_.Record()});
 }
 

@@ -35,6 +35,10 @@ class Runner {
   // the cache's blocks not included.
   static int64_t StateBytes(const OpLimits& limits, Backend& backend);
 
+  // A prompt's chunk of so many rows is long (LongChunks). Measured on an H200 at V3's dimensions: from here on to make
+  // keys and values of all that it sees costs no more than to absorb its queries, however long its context is.
+  static constexpr int kLongChunkRows = 128;
+
   // Before the first step: has the device make graphs of decode steps of every size, where it replays graphs. What was
   // made, for a log; empty where it does not.
   absl::StatusOr<std::string> Prepare();
@@ -50,6 +54,7 @@ class Runner {
  private:
   struct Shape {  // of a step, padded to the device's bucket
     int T, S, L;
+    LongChunks long_chunks = {};
   };
   struct Pending {
     uint64_t step;
@@ -72,6 +77,7 @@ class Runner {
   Tensor PackedInput(Shape shape) const;  // the device's input arrays as one run of bytes
   Tensor PackedOutput(Shape shape) const;
   Shape PaddedShape(int num_tokens, int num_sequences, int num_rows) const;
+  static LongChunks LongChunksOf(const StepPlan& plan);
   std::function<void()> StepBody(Shape shape, int set);
   void Sample(const StepArrays& step, const SampleOutput& output);
   void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;

@@ -1,6 +1,8 @@
-// MlaAttention: queries absorbed through W_UK, attention in the latent space, results projected through W_UV.
+// MlaAttention: queries absorbed through W_UK, attention in the latent space, results projected through W_UV; long
+// prefill chunks with keys and values made of the latents instead (prefill_attention_kernels.h).
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/prefill_attention_kernels.h"
 
 namespace cachalot {
 namespace {
@@ -11,6 +13,10 @@ void CheckCache(const KvCache& cache, const SlotState& state, int64_t latent_dim
   CHECK(cache.blocks.is_contiguous());
   CHECK_SHAPE(state.block_table, -1, -1);
   static_assert(kBlockTokens == kPageTokens);
+}
+
+Activation FirstRows(const Activation& x, int64_t num_rows) {
+  return {x.values.Rows(0, num_rows), x.scales.empty() ? Tensor() : x.scales.Rows(0, num_rows)};
 }
 
 }  // namespace
@@ -32,39 +38,20 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
                            float softmax_scale) {
   const auto* up = dynamic_cast<const CudaKvUp*>(&kv_up);
   CHECK(up != nullptr, "this weight was not made by MakeKvUp");
-  const int64_t num_tokens = q.dim(0), num_heads = up->w_uk().num_groups;
-  const int64_t nope_dim = up->w_uk().cols, v_dim = up->w_uv().rows, num_sequences = input.seq_slot.dim(0);
-  const int64_t latent_dim = up->cols(), rope_dim = rope.cos_sin.dim(1), entry_dim = latent_dim + rope_dim;
+  const int64_t num_tokens = q.dim(0), num_heads = up->w_uk().num_groups, num_sequences = input.seq_slot.dim(0);
+  const int64_t latent_dim = up->cols(), rope_dim = rope.cos_sin.dim(1);
   CHECK(latent_dim == options_.limits.kv_lora_rank && rope_dim == options_.limits.qk_rope_head_dim &&
             num_heads <= options_.limits.num_heads,
         "kv_b of {} heads and {} latents, rope of {}", num_heads, latent_dim, rope_dim);
-  CHECK_SHAPE(q, num_tokens, num_heads * (nope_dim + rope_dim));
-  CheckActivation(out, num_tokens, num_heads * v_dim);
+  CHECK_SHAPE(q, num_tokens, num_heads * (up->w_uk().cols + rope_dim));
+  CheckActivation(out, num_tokens, num_heads * up->w_uv().rows);
   CheckCache(cache, state, latent_dim, rope_dim);
   CHECK_SHAPE(input.query_start, num_sequences + 1);
   CHECK_SHAPE(rows.positions, num_tokens);
   CHECK_SHAPE(rows.slots, num_tokens);
   if (num_tokens == 0) return;
 
-  RopeQueriesArguments rotation;
-  rotation.q = RefOf(q);
-  rotation.q_absorbed = workspace_.q_absorbed;
-  rotation.out = workspace_.latent_out;
-  rotation.cos_sin = rope.cos_sin.as<float>();
-  rotation.positions = rows.positions.as<int32_t>();
-  rotation.slots = rows.slots.as<int32_t>();
-  rotation.num_tokens = static_cast<int>(num_tokens);
-  rotation.num_heads = static_cast<int>(num_heads);
-  rotation.nope_dim = static_cast<int>(nope_dim);
-  rotation.latent_dim = static_cast<int>(latent_dim);
-  rotation.rope_dim = static_cast<int>(rope_dim);
-  LaunchRopeQueries(stream_.get(), rotation);
-  const Tensor absorbed(workspace_.q_absorbed, DType::kBF16, {num_tokens, num_heads * entry_dim});
-  Multiply(absorbed, entry_dim, Activation{q, Tensor()}, nope_dim + rope_dim, up->w_uk(), nullptr);
-
   AttentionArguments attention;
-  attention.q = workspace_.q_absorbed;
-  attention.out = workspace_.latent_out;
   attention.cache = cache.blocks.as<uint8_t>();
   attention.num_blocks = cache.blocks.dim(0);
   attention.token_bytes = cache.blocks.dim(2);
@@ -85,16 +72,90 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   attention.plan = workspace_.attention_plan;
   attention.partials = workspace_.attention_partials;
   attention.has_plan = HasPlan(rows, input, num_heads);
+
+  // NOTE: what is absorbed comes first: rows of long chunks among its own it spoils, and both work in the same memory.
+  PrefillArguments prefill;
+  if (!TakesLongChunks(input.long_chunks, attention, out, q, *up, rope, &prefill)) {
+    Absorb(out, q, *up, rope, attention);
+    return;
+  }
+  attention.num_tokens = input.long_chunks.other_rows;
+  attention.max_rows = input.long_chunks.min_rows;
+  if (attention.num_tokens > 0) {
+    Absorb(FirstRows(out, attention.num_tokens), q.Rows(0, attention.num_tokens), *up, rope, attention);
+  }
+  CHECK(LaunchPrefillAttention(stream_.get(), prefill), "no tensor map of {} rows", num_tokens);
+  stream_.Launched("prefill attention");
+}
+
+// `prefill` is complete where they are taken.
+bool CudaOps::TakesLongChunks(const LongChunks& chunks, const AttentionArguments& a, const Activation& out,
+                              const Tensor& q, const CudaKvUp& up, const RopeTable& rope, PrefillArguments* prefill) {
+  if (chunks.min_rows == 0 || workspace_.prefill_window == 0 || up.w_uk().cols != kPrefillNopeDim ||
+      up.w_uv().rows != kPrefillValueDim) {
+    return false;
+  }
+  CHECK(chunks.first_row < a.num_tokens && chunks.other_rows <= a.num_tokens && chunks.num_keys > 0,
+        "long chunks of {} keys from row {} on", chunks.num_keys, chunks.first_row);
+  PlacePrefillWorkspace(workspace_.attention, options_.limits.max_tokens, options_.limits.max_sequences,
+                        options_.limits.num_heads, workspace_.prefill_window, prefill);
+  prefill->q = RefOf(q);
+  prefill->out = RefOf(out, options_.scale_rule);
+  prefill->w_uk = up.w_uk();
+  prefill->w_uv = up.w_uv();
+  prefill->cache = a.cache;
+  prefill->token_bytes = a.token_bytes;
+  prefill->is_fp8 = a.is_fp8;
+  prefill->block_table = a.block_table;
+  prefill->table_stride = a.table_stride;
+  prefill->seq_slot = a.seq_slot;
+  prefill->query_start = a.query_start;
+  prefill->positions = a.positions;
+  prefill->slots = a.slots;
+  prefill->cos_sin = rope.cos_sin.as<float>();
+  prefill->num_tokens = a.num_tokens;
+  prefill->num_sequences = a.num_sequences;
+  prefill->num_heads = a.num_heads;
+  prefill->num_sms = a.num_sms;
+  prefill->long_chunks = chunks;
+  prefill->softmax_scale = a.softmax_scale;
+  return CanPrefill(*prefill);
+}
+
+void CudaOps::Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up, const RopeTable& rope,
+                     AttentionArguments attention) {
+  const int64_t num_tokens = q.dim(0), num_heads = attention.num_heads, nope_dim = up.w_uk().cols;
+  const int64_t v_dim = up.w_uv().rows, latent_dim = attention.latent_dim, rope_dim = attention.rope_dim;
+  const int64_t entry_dim = latent_dim + rope_dim;
+  const Tensor absorbed(workspace_.attention, DType::kBF16, {num_tokens, num_heads * entry_dim});
+  const Tensor latents(static_cast<uint8_t*>(workspace_.attention) + workspace_.latent_out_offset, DType::kBF16,
+                       {num_tokens, num_heads * latent_dim});
+  RopeQueriesArguments rotation;
+  rotation.q = RefOf(q);
+  rotation.q_absorbed = absorbed.data;
+  rotation.out = latents.data;
+  rotation.cos_sin = rope.cos_sin.as<float>();
+  rotation.positions = attention.positions;
+  rotation.slots = attention.slots;
+  rotation.num_tokens = static_cast<int>(num_tokens);
+  rotation.num_heads = static_cast<int>(num_heads);
+  rotation.nope_dim = static_cast<int>(nope_dim);
+  rotation.latent_dim = static_cast<int>(latent_dim);
+  rotation.rope_dim = static_cast<int>(rope_dim);
+  LaunchRopeQueries(stream_.get(), rotation);
+  Multiply(absorbed, entry_dim, Activation{q, Tensor()}, nope_dim + rope_dim, up.w_uk(), nullptr);
+
+  attention.q = absorbed.data;
+  attention.out = latents.data;
   CHECK(LaunchAttention(stream_.get(), attention), "no tensor map of {} blocks", attention.num_blocks);
   stream_.Launched("attention");
 
-  const Activation latents{Tensor(workspace_.latent_out, DType::kBF16, {num_tokens, num_heads * latent_dim}), Tensor()};
   if (out.values.dtype != DType::kF8E4M3) {
-    Multiply(out.values, v_dim, latents, latent_dim, up->w_uv(), nullptr);
+    Multiply(out.values, v_dim, Activation{latents, Tensor()}, latent_dim, up.w_uv(), nullptr);
     return;
   }
   const Tensor values(workspace_.attention_out, DType::kBF16, {num_tokens, num_heads * v_dim});
-  Multiply(values, v_dim, latents, latent_dim, up->w_uv(), nullptr);
+  Multiply(values, v_dim, Activation{latents, Tensor()}, latent_dim, up.w_uv(), nullptr);
   LaunchQuantize(stream_.get(), RefOf(out, options_.scale_rule), RefOf(values), num_tokens, num_heads * v_dim);
   stream_.Launched("quantize");
 }

@@ -65,7 +65,8 @@ __device__ int32_t BlockScan(int32_t value, int32_t* total) {
 }
 
 __device__ int32_t NumQueries(const AttentionArguments& a, int32_t s) {
-  return a.seq_slot[s] < 0 ? 0 : a.query_start[s + 1] - a.query_start[s];
+  const int32_t rows = a.query_start[s + 1] - a.query_start[s];
+  return a.seq_slot[s] < 0 || rows >= a.max_rows ? 0 : rows;
 }
 
 // first_tile[s]: the tiles of sequences before s; returns their number.

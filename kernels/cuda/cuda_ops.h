@@ -17,6 +17,9 @@
 
 namespace cachalot {
 
+struct AttentionArguments;
+struct PrefillArguments;
+
 class CudaOps : public Ops {
  public:
   // Unimplemented for dimensions that the attention kernels are not made for. `device`, `stream` and `loader` must
@@ -65,8 +68,10 @@ class CudaOps : public Ops {
   // stream, so each may use all of its own.
   struct Workspace {
     float* router_logits = nullptr;  // [T,E]
-    void* q_absorbed = nullptr;      // [T,H,C+R] bf16
-    void* latent_out = nullptr;      // [T,H,C] bf16
+    // q_absorbed [T,H,C+R] bf16 and latent_out [T,H,C] bf16; then PlacePrefillWorkspace's, of a window of so many tiles
+    void* attention = nullptr;
+    size_t latent_out_offset = 0;
+    int prefill_window = 0;          // 0: this model has no attention of long chunks
     void* attention_out = nullptr;   // [T,H*V] bf16, before quantisation
     void* attention_plan = nullptr;  // attention_kernels.h: AttentionPlan's arrays
     float* attention_partials = nullptr;
@@ -87,6 +92,12 @@ class CudaOps : public Ops {
   // kernels/cuda/gemm/gemm.cc: y = x * w^T for every group; `offsets` null: all rows of x for each group.
   void Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
                 const WeightRef& w, const int32_t* offsets);
+
+  // kernels/cuda/attention.cc
+  bool TakesLongChunks(const LongChunks& chunks, const AttentionArguments& a, const Activation& out, const Tensor& q,
+                       const CudaKvUp& up, const RopeTable& rope, PrefillArguments* prefill);
+  void Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up, const RopeTable& rope,
+              AttentionArguments attention);
 
   // kernels/cuda/weights.cc: groups of alike parts, stacked by rows. Without data when there is no room, or
   // when they are only measured.

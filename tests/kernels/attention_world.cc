@@ -33,9 +33,11 @@ struct InputMemory {
   Owned slot, start, query_start, params, tokens;
   StepInput input;
 
-  explicit InputMemory(const std::vector<Chunk>& chunks) {
+  InputMemory(const std::vector<Chunk>& chunks, int32_t long_chunk_rows) {
     std::vector<int32_t> slots, starts, begins = {0};
+    LongChunkFinder long_chunks(long_chunk_rows);
     for (const Chunk& chunk : chunks) {
+      long_chunks.Add(chunk.start, chunk.count);
       slots.push_back(chunk.slot);
       starts.push_back(chunk.is_decode ? -1 : chunk.start);
       begins.push_back(begins.back() + chunk.count);
@@ -46,7 +48,7 @@ struct InputMemory {
     query_start = Owned(DType::kI32, {n + 1}).Set(begins);
     params = Owned(DType::kU8, {n, sizeof(SlotParams)});
     tokens = Owned(DType::kI32, {begins.back()});
-    input = {slot, start, query_start, params, tokens, Tensor(), Tensor(), Tensor()};
+    input = {slot, start, query_start, params, tokens, Tensor(), Tensor(), Tensor(), long_chunks.found()};
   }
 };
 
@@ -136,7 +138,7 @@ OwnedActivation AttentionWorld::Attend(const std::vector<Chunk>& chunks, DType q
   const int64_t rows = static_cast<int64_t>(slots.size());
   Owned slot_rows(DType::kI32, {rows}), position_rows(DType::kI32, {rows});
   OwnedActivation out(options_.activation, rows, dims_.heads * dims_.value);
-  const InputMemory memory(chunks);
+  const InputMemory memory(chunks, long_chunk_rows_);
   backend_->ops().MlaAttention(out.view(), q, *kv_up_, cache_, state_, memory.input,
                                StepRows{Tensor(), position_rows.Set(positions), slot_rows.Set(slots)}, RopeTable{rope_},
                                kScale);

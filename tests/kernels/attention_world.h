@@ -2,6 +2,7 @@
 #ifndef CACHALOT_TESTS_KERNELS_ATTENTION_WORLD_H_
 #define CACHALOT_TESTS_KERNELS_ATTENTION_WORLD_H_
 
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -33,6 +34,9 @@ class AttentionWorld {
   void UseThreads(int num_threads);
   void UseGpuOracle();  // the CPU backend that rounds and sums as the GPU
 
+  // Sequences of so many rows are told to the backend as long chunks from here on.
+  void UseLongChunks(int32_t min_rows) { long_chunk_rows_ = min_rows; }
+
   // Writes random entries at positions [0, count) of a slot.
   void Write(int32_t slot, int64_t count);
   // Writes an entry with `scale` times larger values: one that a softmax over many keys hears.
@@ -63,6 +67,7 @@ class AttentionWorld {
   int64_t pages_;
   Owned blocks_, table_, rope_;
   BackendOptions options_;
+  int32_t long_chunk_rows_ = std::numeric_limits<int32_t>::max();
   KvCache cache_;
   SlotState state_;
   std::unique_ptr<Backend> backend_;

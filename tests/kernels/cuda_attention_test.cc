@@ -24,6 +24,21 @@ constexpr Dims kDims[] = {{128, 128, 64, 128, 512}, {16, 128, 64, 128, 512}, {5,
 constexpr int32_t kContexts[] = {1, 63, 64, 65, 700};
 constexpr int32_t kNumSlots = 5;
 
+// The first, middle and last row of every chunk that is not padding.
+std::vector<int64_t> SomeRows(const std::vector<Chunk>& chunks) {
+  std::vector<int64_t> rows;
+  int64_t first = 0;
+  for (const Chunk& chunk : chunks) {
+    if (chunk.slot >= 0) {
+      rows.push_back(first);
+      if (chunk.count > 2) rows.push_back(first + chunk.count / 2);
+      if (chunk.count > 1) rows.push_back(first + chunk.count - 1);
+    }
+    first += chunk.count;
+  }
+  return rows;
+}
+
 using Case = std::tuple<Dims, KvDType, ActivationFormat>;
 
 class CudaAttentionTest : public ::testing::TestWithParam<Case> {
@@ -33,21 +48,6 @@ class CudaAttentionTest : public ::testing::TestWithParam<Case> {
     auto world = std::make_unique<AttentionWorld>(dims, kv_dtype, weight, kNumSlots, 768, format);
     for (int32_t slot = 0; slot < kNumSlots; ++slot) world->Write(slot, kContexts[slot]);
     return world;
-  }
-
-  // The first, middle and last row of every chunk that is not padding.
-  static std::vector<int64_t> SomeRows(const std::vector<Chunk>& chunks) {
-    std::vector<int64_t> rows;
-    int64_t first = 0;
-    for (const Chunk& chunk : chunks) {
-      if (chunk.slot >= 0) {
-        rows.push_back(first);
-        if (chunk.count > 2) rows.push_back(first + chunk.count / 2);
-        if (chunk.count > 1) rows.push_back(first + chunk.count - 1);
-      }
-      first += chunk.count;
-    }
-    return rows;
   }
 };
 
@@ -134,6 +134,53 @@ TEST(CudaAttentionOracleTest, SameBits) {
   }
 }
 
+// Steps of long chunks: every sequence one, decode rows and padding too; or only those of 60 rows, wherever they stand.
+TEST(CudaLongChunksTest, EverySequenceOrSome) {
+  const std::vector<std::vector<Chunk>> steps = {
+      {{3, 0, 65}, {4, 613, 87}, {1, 5, 58}, {2, 0, 64}, {0, 0, 1}, {-1, 0, 3}},
+      {{4, 0, 129}},
+      {{4, 200, 500}},
+      {{1, 62, 1, true}, {4, 440, 260}, {3, 63, 2, true}, {2, 1, 33}, {0, 0, 1, true}, {-1, 0, 4}},
+      {{-1, 0, 2, true}, {2, 63, 1, true}, {3, 1, 64}, {4, 300, 128}}};
+  for (const Dims& dims : {Dims{16, 128, 64, 128, 512}, Dims{5, 128, 64, 128, 512}}) {
+    for (KvDType kv_dtype : {KvDType::kBF16, KvDType::kFP8}) {
+      for (ActivationFormat format : {ActivationFormat::kBF16, ActivationFormat::kFP8}) {
+        AttentionWorld world(dims, kv_dtype, DType::kF8E4M3, kNumSlots, 768, format);
+        for (int32_t slot = 0; slot < kNumSlots; ++slot) world.Write(slot, kContexts[slot]);
+        for (int32_t min_rows : {1, 60}) {
+          world.UseLongChunks(min_rows);
+          for (const std::vector<Chunk>& chunks : steps) world.Check(chunks, SomeRows(chunks), DType::kBF16);
+        }
+      }
+    }
+  }
+}
+
+// Padding gives zeros whichever kernel has it.
+TEST(CudaLongChunksTest, Padding) {
+  for (ActivationFormat format : {ActivationFormat::kBF16, ActivationFormat::kFP8}) {
+    AttentionWorld world({5, 128, 64, 128, 512}, KvDType::kBF16, DType::kBF16, 1, 768, format);
+    world.Write(0, 300);
+    world.UseLongChunks(60);
+    const OwnedActivation out = world.Attend({{-1, 0, 2}, {0, 0, 300}, {-1, 0, 5}, {-1, 0, 70}}, DType::kBF16);
+    for (int64_t row = 0; row < 377; ++row) {
+      if (row >= 2 && row < 302) continue;
+      EXPECT_EQ(testing::Values(out.view().values.Rows(row, 1)), std::vector<double>(5 * 128, 0.0)) << row;
+    }
+  }
+}
+
+// More keys than the window has: sequences that lie across its borders, one of them across two.
+TEST(CudaLongChunksTest, SeveralPasses) {
+  for (KvDType kv_dtype : {KvDType::kBF16, KvDType::kFP8}) {
+    AttentionWorld world({15, 128, 64, 128, 512}, kv_dtype, DType::kF8E4M3, 4, 9000, ActivationFormat::kBF16);
+    for (auto [slot, length] : {std::pair{0, 9000}, {1, 300}, {2, 5000}, {3, 2500}}) world.Write(slot, length);
+    world.UseLongChunks(100);
+    const std::vector<Chunk> chunks = {{1, 299, 1, true}, {1, 200, 99}, {2, 4900, 100}, {0, 8850, 150}, {3, 2350, 150}};
+    world.Check(chunks, SomeRows(chunks), DType::kBF16);
+  }
+}
+
 // Every position that the model has. A few keys are large: a mean over so many hears no single one of the others.
 TEST(CudaAttentionLongTest, LongestContext) {
   constexpr int32_t kContext = 163840;
@@ -144,6 +191,8 @@ TEST(CudaAttentionLongTest, LongestContext) {
       world.WriteLarge(0, position, 3);
     }
     world.Check({{0, kContext - 4, 4, true}}, {0, 3}, DType::kBF16);
+    world.Check({{0, kContext - 40, 40}}, {39}, DType::kBF16);
+    world.UseLongChunks(40);
     world.Check({{0, kContext - 40, 40}}, {39}, DType::kBF16);
   }
 }

@@ -87,6 +87,11 @@ TEST_F(CudaDeviceTest, ReplaysWhatWasPrepared) {
   device().Submit({1, 1, 1, 8}, body);  // not prepared: runs as it is
   ASSERT_TRUE(device().Wait(device().Record(), absl::Seconds(10)).ok());
   EXPECT_EQ(runs, prepared + 1);
+  StepKey long_chunk = key;
+  long_chunk.long_chunks = {.min_rows = 1, .first_row = 0, .other_rows = 0, .num_keys = 128};
+  device().Submit(long_chunk, body);  // nor this
+  ASSERT_TRUE(device().Wait(device().Record(), absl::Seconds(10)).ok());
+  EXPECT_EQ(runs, prepared + 2);
 }
 
 // Small and large, at any address, and columns of a wider matrix; what lies beside them stays.

@@ -85,8 +85,9 @@ StepRows DeviceCall::operator()(const StepRows& rows) const {
 }
 
 StepInput DeviceCall::operator()(const StepInput& input) const {
-  return {(*this)(input.seq_slot), (*this)(input.seq_start), (*this)(input.query_start), (*this)(input.seq_params),
-          (*this)(input.tokens),   (*this)(input.row_token), (*this)(input.row_seq),     (*this)(input.row_target)};
+  return {(*this)(input.seq_slot),   (*this)(input.seq_start),  (*this)(input.query_start),
+          (*this)(input.seq_params), (*this)(input.tokens),     (*this)(input.row_token),
+          (*this)(input.row_seq),    (*this)(input.row_target), input.long_chunks};
 }
 
 SlotState DeviceCall::operator()(const SlotState& state) const {
