@@ -73,8 +73,9 @@ absl::Status CompletionCall::Prepare(CompletionRequest request) {
   }
   // NOTE: what a stream may hold depends on its client; what a whole answer will at least, is known.
   if (const int top = request.call.sampling.logprobs; request.call.echo && top >= 0 && !view_.stream) {
-    const int64_t num_scores = (usage_.prompt_tokens - static_cast<int64_t>(plans_.size())) * num_answers_ * (1 + top);
-    if (num_scores > static_cast<int64_t>(kMaxHeldScores)) return TooManyScores();
+    const int64_t num_prompts = static_cast<int64_t>(plans_.size());  // whose first tokens have no log-probability
+    const int64_t num_scores = num_prompts + (usage_.prompt_tokens - num_prompts) * (1 + top);
+    if (num_scores * num_answers_ > static_cast<int64_t>(kMaxHeldScores)) return TooManyScores();
   }
   choices_.resize(num_running_);
   choice_usages_.resize(num_running_);

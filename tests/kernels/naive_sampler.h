@@ -46,7 +46,8 @@ inline std::vector<double> Filtered(const std::vector<double>& logits, const Slo
     const double probability = std::exp(logits[order[i]] - logits[order[0]]) / total;
     if (before >= p.top_p) break;
     before += probability;
-    if (std::exp(logits[order[i]] - logits[order[0]]) >= p.min_p) kept[order[i]] = logits[order[i]];
+    if (logits[order[i]] - logits[order[0]] >= std::log(static_cast<double>(p.min_p)))
+      kept[order[i]] = logits[order[i]];
   }
   return kept;
 }
