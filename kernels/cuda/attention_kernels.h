@@ -32,7 +32,7 @@ struct AttentionArguments {
   const int32_t* slots = nullptr;        // [T]
   int latent_dim = 0, rope_dim = 0;      // C, R
   int num_tokens = 0, num_sequences = 0, num_heads = 0, num_sms = 0;
-  int max_rows = 0x7fffffff;  // sequences with so many or more are left out
+  int max_rows = INT32_MAX;  // sequences with so many or more are left out
   float softmax_scale = 0;
   void* plan = nullptr;       // AttentionPlanBytes
   bool has_plan = false;      // made by the launch before, of the same rows and heads

@@ -68,10 +68,11 @@ class CudaOps : public Ops {
   // stream, so each may use all of its own.
   struct Workspace {
     float* router_logits = nullptr;  // [T,E]
-    // q_absorbed [T,H,C+R] bf16 and latent_out [T,H,C] bf16; then PlacePrefillWorkspace's, of a window of so many tiles
+    // Absorbed queries [T,H,C+R] bf16 and, behind them, means of latents [T,H,C] bf16; then, in the same memory, what
+    // long chunks take: PlacePrefillWorkspace.
     void* attention = nullptr;
     size_t latent_out_offset = 0;
-    int prefill_window = 0;          // 0: this model has no attention of long chunks
+    int prefill_window = 0;          // key tiles; 0: this model has no attention of long chunks
     void* attention_out = nullptr;   // [T,H*V] bf16, before quantisation
     void* attention_plan = nullptr;  // attention_kernels.h: AttentionPlan's arrays
     float* attention_partials = nullptr;
