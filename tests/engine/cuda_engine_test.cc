@@ -11,6 +11,7 @@
 #include <numeric>
 #include <sstream>
 
+#include "engine/model/runner.h"
 #include "kernels/ops_types.h"
 #include "tests/engine/golden.h"
 
@@ -121,10 +122,10 @@ void Print(const std::string& what, const Agreement& a) {
 }
 
 // NOTE: what a step computes together decides how it cuts its sums, and both devices are to cut them alike: so requests
-// that fill whole steps come first, and all texts are there when the first of them begins. Chunks that are scored are
-// as long as max_sequences and 64 rows at most, which LongChunks are not by default.
+// that fill whole steps come first, and all texts are there when the first of them begins. By default no chunk is as
+// long as LongChunks are: of those the oracle knows nothing.
 std::vector<Answer> Score(EngineOptions options, const std::vector<std::vector<int32_t>>& texts,
-                          int max_batch_tokens = 256) {
+                          int max_batch_tokens = Runner::kLongChunkRows - 1) {
   constexpr int kNumFillers = 4;
   options.max_batch_tokens = max_batch_tokens;
   Request filler = Greedy(std::vector<int32_t>(options.max_batch_tokens, 3), 1);
