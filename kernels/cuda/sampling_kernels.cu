@@ -18,6 +18,8 @@ constexpr float kMostNoise = 16.7f;
 // What is no token.
 constexpr int32_t kUndecided = -1, kBannedOut = -2;
 
+constexpr int kTopKOfShortList = 100;  // which is nearly always that long
+
 __device__ __forceinline__ int64_t WorkStride(const SampleArgs& args) { return SampleWorkStride(args.num_tokens); }
 __device__ __forceinline__ float* WorkRow(const SampleArgs& args, int l) {
   return args.processed + l * WorkStride(args);
@@ -502,7 +504,7 @@ __device__ __noinline__ void Prepare(Shared& sh, const SampleArgs& args, int l, 
     if (is_scored) shape.counts = nullptr, shape.mask = nullptr, shape.num_biased = 0, shape.is_banning = false;
     const float temperature = is_scored ? 0 : p.temperature;
     sh.shape = shape;
-    sh.draws = {kLog2e / temperature, temperature, position, p.choice, p.seed};
+    sh.draws = {kLog2e / temperature, temperature, position, p.choice, p.seed, p.top_k > kTopKOfShortList ? 3 : 0};
   }
   __syncthreads();
   if ((reinterpret_cast<uintptr_t>(sh.shape.raw) & 15) == 0) return;

@@ -71,6 +71,7 @@ struct Draws {
   float scale, temperature;  // scale: log2(e) / temperature
   uint32_t position, choice;
   uint64_t seed;
+  int floor_rank;  // in a warp's sample, of what the lists' floors are made of: larger for longer lists
 };
 
 struct Shared {

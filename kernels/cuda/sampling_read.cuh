@@ -134,13 +134,13 @@ struct Reader {
 
   // Sums kBatch fours. A bit each: those that belong in lists; kAhead bits further: those that may win.
   __device__ __forceinline__ uint32_t Meet(const int (&groups)[kBatch], const float4* x, const uint2* counts) {
-    float largest[kBatch], most = -INFINITY;
+    float most = -INFINITY;
     uint32_t marks = 0;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      largest[j] = MaxOf(x[j]);
-      most = fmaxf(most, largest[j]);
-      if (largest[j] > out.raw_floor) marks |= 1u << j;
+      const float largest = MaxOf(x[j]);
+      most = fmaxf(most, largest);
+      if (largest > out.raw_floor) marks |= 1u << j;
     }
     if (most > out.raw_floor) {
       raw.MakeRoomFor(most);
@@ -148,25 +148,30 @@ struct Reader {
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) raw.Add(x[j]);
-    if (!kShaped && !kDraws) return marks;
-    float4 logits[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) logits[j] = kShaped ? Shaped(sh, groups[j], x[j], counts[j]) : x[j];
-    if (kShaped) {
+    if constexpr (kShaped) {
+      float4 logits[kBatch];
       most = -INFINITY;
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        largest[j] = MaxOf(logits[j]);
-        most = fmaxf(most, largest[j]);
-        if (largest[j] > out.floor) marks |= 1u << j;
+        logits[j] = Shaped(sh, groups[j], x[j], counts[j]);
+        const float largest = MaxOf(logits[j]);
+        most = fmaxf(most, largest);
+        if (largest > out.floor) marks |= 1u << j;
       }
       if (kDraws && most > out.floor) MeetLarge(most);
+      if constexpr (kDraws) marks |= MeetDrawn(groups, logits, most);
+    } else if constexpr (kDraws) {
+      marks |= MeetDrawn(groups, x, most);
     }
-    if (!kDraws) return marks;
+    return marks;
+  }
+  // `most`: the largest of the logits.
+  __device__ __forceinline__ uint32_t MeetDrawn(const int (&groups)[kBatch], const float4* logits, float most) {
     float4 e[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) e[j] = drawn.AddBoth(logits[j], sure);
-    if (!(drawn.ExponentOf(most) + race_exponent >= kLeastRest)) return marks;
+    if (!(drawn.ExponentOf(most) + race_exponent >= kLeastRest)) return 0;
+    uint32_t marks = 0;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const uint4 words = NoiseOf(groups[j]);
@@ -272,15 +277,21 @@ struct Reader {
   }
 };
 
-// The warps' maxima.
-__device__ __forceinline__ void WriteWarpMax(float x, float* maxima) {
-  x = WarpMax(x);
-  if (threadIdx.x % kWarpSize == 0) maxima[threadIdx.x / kWarpSize] = x;
+// Of every warp its largest value, and of its lanes' values the one that `rank` others are not less than.
+__device__ __forceinline__ void WriteWarpRange(float x, int rank, float* maxima, float* ranked) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  float largest = WarpMax(x);
+  if (lane == 0) maxima[warp] = largest;
+  for (; rank > 0; --rank) {
+    const uint32_t owners = __ballot_sync(0xffffffffu, x == largest);
+    if (lane == __ffs(static_cast<int>(owners)) - 1) x = -INFINITY;
+    largest = WarpMax(x);
+  }
+  if (lane == 0) ranked[warp] = largest;
 }
-// The least of them, and the largest.
-__device__ __forceinline__ float2 RangeOf(const float* maxima) {
-  const float x = maxima[threadIdx.x % kWarps];
-  return {-WarpMax(-x), WarpMax(x)};
+// The least of what is ranked, and the largest of all.
+__device__ __forceinline__ float2 RangeOf(const float* maxima, const float* ranked) {
+  return {-WarpMax(-ranked[threadIdx.x % kWarps]), WarpMax(maxima[threadIdx.x % kWarps])};
 }
 
 // A guess from a sample of tokens: an exponent above which there is somewhat less than top_p of the mass. `e`:
@@ -323,7 +334,7 @@ __device__ __forceinline__ void ReadRow(Shared& sh, int num_tokens) {
   Reading& out = reader.out;
   const int num_groups = shape.num_valid / 4;
   // Fours of a thread lie far apart, so that the first of them are a sample of the row. About 430 tokens are above the
-  // least of the warps' maxima in an eighth of the row.
+  // least of the warps' maxima in an eighth of the row, at least 500 above the least of their fourth values.
   const int segment = num_groups / (kAhead * kThreads) * kThreads;
   // The thread's fours of a round; the last round has what is left.
   struct Round {
@@ -358,13 +369,14 @@ __device__ __forceinline__ void ReadRow(Shared& sh, int num_tokens) {
     const int group = min(round_at(threadIdx.x).GroupOf(j), num_groups);
     drawn_max = fmaxf(drawn_max, MaxOf(Shaped(sh, group, x[j], counts[j])));
   }
-  WriteWarpMax(raw_max, sh.floats);
-  if (kShaped) WriteWarpMax(drawn_max, sh.more_floats);
+  WriteWarpRange(raw_max, sh.draws.floor_rank, sh.floats, sh.floats + kWarps);
+  if (kShaped) WriteWarpRange(drawn_max, sh.draws.floor_rank, sh.more_floats, sh.more_floats + kWarps);
   __syncthreads();
   const auto reference_of = [](float largest, float scale) {
     return largest > -INFINITY ? largest * scale : kNoReference;
   };
-  const float2 raw_range = RangeOf(sh.floats), range = kShaped ? RangeOf(sh.more_floats) : raw_range;
+  const float2 raw_range = RangeOf(sh.floats, sh.floats + kWarps);
+  const float2 range = kShaped ? RangeOf(sh.more_floats, sh.more_floats + kWarps) : raw_range;
   out.raw_floor = raw_range.x, out.floor = range.x;
   reader.raw.reference = reference_of(raw_range.y, kLog2e);
   reader.drawn.reference = reference_of(range.y, sh.draws.scale);
