@@ -61,16 +61,13 @@ std::optional<Failure> HeaderFailure(const http::fields& header, unsigned versio
   if (num_hosts > 1 || (num_hosts == 0 && version >= 11)) return Failure(400, "a request has one Host header");
   // NOTE: what is said to have another coding has a length that we do not know, or is not what was sent.
   if (num_codings > 0 && version < 11) return Failure(400, "HTTP/1.0 has no Transfer-Encoding");
-  const bool is_chunked = boost::beast::iequals(header[http::field::transfer_encoding], "chunked");
-  if (num_codings > 1 || (num_codings == 1 && !is_chunked)) {
-    return Failure(501, "the only transfer coding known here is chunked");
-  }
+  const bool is_chunked = num_codings == 1 && boost::beast::iequals(header[http::field::transfer_encoding], "chunked");
+  if (num_codings > 0 && !is_chunked) return Failure(501, "the only transfer coding known here is chunked");
   const auto [begin, end] = header.equal_range(http::field::content_encoding);
   const bool is_plain = std::all_of(begin, end, [](const auto& field) {
     return field.value().empty() || boost::beast::iequals(field.value(), "identity");
   });
-  if (!is_plain) return Failure(415, "bodies are taken without a Content-Encoding");
-  return std::nullopt;
+  return is_plain ? std::nullopt : std::optional(Failure(415, "bodies are taken without a Content-Encoding"));
 }
 
 // The answer to bytes that are no request, or none that we take.

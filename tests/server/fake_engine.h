@@ -31,17 +31,6 @@ struct FakeEngineOptions {
   int max_waiting = 4096;
 };
 
-// Defaults of sampling that a checkpoint may have; none is the usual one.
-inline SamplingParams UnusualSampling() {
-  SamplingParams sampling;
-  sampling.temperature = 0.6f;
-  sampling.top_k = 20;
-  sampling.top_p = 0.95f;
-  sampling.min_p = 0.1f;
-  sampling.repetition_penalty = 1.2f;
-  return sampling;
-}
-
 class FakeEngine : public Engine {
  public:
   static constexpr int32_t kEos = 1;

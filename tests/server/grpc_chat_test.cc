@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "tests/server/grpc_testing.h"
+#include "tests/server/unusual_sampling.h"
 
 namespace cachalot {
 namespace {

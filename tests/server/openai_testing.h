@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -48,6 +50,19 @@ class OpenAiServerTest : public testing::Test {
     ASSERT_TRUE(server_->Bind().ok());
     ASSERT_TRUE(server_->Start(100).ok());
     client_ = std::make_unique<RawHttpClient>(server_->port());
+  }
+
+  static nlohmann::json Parse(const std::string& text) {
+    nlohmann::json value = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+    EXPECT_FALSE(value.is_discarded()) << text;
+    return value;
+  }
+  // The answer to POST /v1/completions, which must be 200.
+  nlohmann::json Complete(const nlohmann::json& body) {
+    const ClientResponse response = client_->Post("/v1/completions", body.dump());
+    EXPECT_EQ(response.status, 200) << response.body;
+    EXPECT_EQ(response.headers.at("content-type"), "application/json");
+    return Parse(response.body);
   }
 
   std::vector<int32_t> Ids(std::string_view text) { return *tokenizer_->Encode(text); }
