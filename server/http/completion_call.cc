@@ -22,7 +22,7 @@ AnswerView ViewOf(const Generator& generator, const CompletionRequest& request) 
 }
 
 absl::Status TooManyScores() {
-  return FieldError("logprobs", absl::StrCat("the answer has more than ", CompletionCall::kMaxHeldScores,
+  return FieldError("logprobs", absl::StrCat("the answer has more than ", kMaxHeldScores,
                                              " log-probabilities: stream it, or ask for less at once"));
 }
 

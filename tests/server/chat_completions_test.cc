@@ -233,7 +233,7 @@ TEST_F(ChatCompletionsTest, TooManyLogprobsOfPromptsAreRefusedBeforeTheWork) {
     text.insert(text.size() - 1, more);
     return client_->Post("/v1/completions", text);
   };
-  const int most = static_cast<int>(CompletionCall::kMaxHeldScores) / 4 / 2;  // of two answers with three alternatives
+  const int most = static_cast<int>(kMaxHeldScores) / 4 / 2;  // of two answers with three alternatives
   const ClientResponse refused = post(most + 1, 2, R"(,"logprobs":3)");
   EXPECT_EQ(refused.status, 400);
   EXPECT_EQ(json::parse(refused.body)["error"]["param"], "logprobs");

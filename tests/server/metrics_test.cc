@@ -76,7 +76,7 @@ TEST(MetricsTest, GaugesAndCountersKeepTheirDigits) {
   stats.prompt_tokens = 1016106;
   stats.blocks_total = 1'000'003;
   stats.blocks_used = 333'335;
-  const std::string page = Metrics().Render("m", stats, {});
+  const std::string page = Metrics().Render("m", stats, {}, 0);
   EXPECT_NE(page.find("vllm:prompt_tokens_total{model_name=\"m\",engine=\"0\"} 1016106\n"), std::string::npos);
   EXPECT_NE(page.find("vllm:kv_cache_usage_perc{model_name=\"m\",engine=\"0\"} 0.333333999998"), std::string::npos);
 }
