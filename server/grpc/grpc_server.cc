@@ -1,6 +1,7 @@
 // Building and stopping grpc::Server.
 #include "server/grpc/grpc_server.h"
 
+#include <google/protobuf/stubs/logging.h>
 #include <grpc/support/log.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
@@ -30,12 +31,19 @@ void Log(gpr_log_func_args* line) {
   spdlog::log(level, "gRPC: {}", line->message);
 }
 
+// What Protobuf has to say is of requests that it cannot parse: their senders are told.
+void LogOfProtobuf(google::protobuf::LogLevel, const char*, int, const std::string& message) {
+  spdlog::debug("Protobuf: {}", message);
+}
+
 }  // namespace
 
 absl::Status GrpcServer::Start(int max_connections, Generator* generator, std::string model_name) {
   // NOTE: Debian's Abseil looks for deadlocks at every lock that gRPC takes.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
+  // NOTE: otherwise they write to stderr themselves, and wait there for whoever reads it.
   gpr_set_log_function(Log);
+  google::protobuf::SetLogHandler(LogOfProtobuf);
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   service_ = std::make_unique<CachalotService>(generator, std::move(model_name));

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 
+import grpc
 import httpx
 import openai
 import pytest
@@ -163,6 +164,17 @@ def test_a_log_that_nobody_reads_stops_nothing(start):
         dropped = int(re.search(r"^cachalot:log_messages_dropped_total\{.*\} (\d+)$", page, re.MULTILINE)[1])
     client.completions.create(model=server.model, prompt="Hello", max_tokens=1)
     assert server.stop() == 0
+
+
+def test_libraries_write_to_our_log(start):
+    """Protobuf complains of a request's text, by itself on stderr."""
+    server = start("--log-format", "json", "--log-level", "debug")
+    with grpc.insecure_channel(server.grpc_address) as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary("/cachalot.v1.Cachalot/Tokenize")(b"\x0a\x01\xff", timeout=20)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert server.stop() == 0
+    lines = [json.loads(line) for line in server.log + server.process.stderr.read().decode().splitlines()]
+    assert any(line["message"].startswith("Protobuf: ") for line in lines)
 
 
 def test_descriptors_that_are_closed_at_start_are_not_taken_by_sockets(start):
