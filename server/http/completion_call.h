@@ -58,7 +58,7 @@ class CompletionCall : public std::enable_shared_from_this<CompletionCall> {
   std::vector<Usage> choice_usages_ ABSL_GUARDED_BY(mutex_);  // of each alone, as continuous usage tells them
   size_t num_held_scores_ ABSL_GUARDED_BY(mutex_) = 0;
   int num_running_ ABSL_GUARDED_BY(mutex_) = 0;
-  Usage usage_ ABSL_GUARDED_BY(mutex_);  // of all
+  Usage usage_ ABSL_GUARDED_BY(mutex_);        // of all
   std::string bytes_ ABSL_GUARDED_BY(mutex_);  // of a stream's next write
   bool has_begun_ ABSL_GUARDED_BY(mutex_) = false;
   bool is_over_ ABSL_GUARDED_BY(mutex_) = false;

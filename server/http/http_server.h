@@ -34,7 +34,7 @@ struct HttpRequest {
   std::string path;    // percent-decoded, without the query
   std::string query;   // as sent, without '?'
   std::string body;
-  std::string client;  // who sent it: the connection
+  std::string client;                 // who sent it: the connection
   BodyBudget::Share body_share = {};  // what the body counts for, as long as the request lives
 };
 
