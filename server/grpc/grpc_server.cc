@@ -2,6 +2,7 @@
 #include "server/grpc/grpc_server.h"
 
 #include <google/protobuf/stubs/logging.h>
+#include <grpc/grpc.h>
 #include <grpc/support/log.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
@@ -11,6 +12,9 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <latch>
+#include <thread>
+#include <vector>
 
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
@@ -31,6 +35,16 @@ void Log(gpr_log_func_args* line) {
   spdlog::log(level, "gRPC: {}", line->message);
 }
 
+// gRPC aborts without a word where it gets no thread: as many as it begins with are made here before, all at once, and
+// where the system refuses one the program ends as everywhere else.
+void TryThreads() {
+  constexpr int kNumThreads = 12;
+  std::latch all(kNumThreads);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kNumThreads; ++i) threads.emplace_back([&all] { all.arrive_and_wait(); });
+  for (std::thread& thread : threads) thread.join();
+}
+
 // What Protobuf has to say is of requests that it cannot parse: their senders are told.
 void LogOfProtobuf(google::protobuf::LogLevel, const char*, int, const std::string& message) {
   spdlog::debug("Protobuf: {}", message);
@@ -44,6 +58,9 @@ absl::Status GrpcServer::Start(int max_connections, Generator* generator, std::s
   // NOTE: otherwise they write to stderr themselves, and wait there for whoever reads it.
   gpr_set_log_function(Log);
   google::protobuf::SetLogHandler(LogOfProtobuf);
+  TryThreads();
+  // NOTE: without an end: gRPC's own, at its last object's, waits for threads of its that may never have been made.
+  grpc_init();
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   service_ = std::make_unique<CachalotService>(generator, std::move(model_name));
