@@ -18,6 +18,7 @@
 #include "engine/model/random_checkpoint.h"
 #include "engine/model/runner.h"
 #include "engine/schedule/scheduler.h"
+#include "engine/step_shapes.h"
 #include "engine/validation.h"
 
 namespace cachalot {
@@ -77,6 +78,7 @@ class EngineImpl : public Engine {
   ModelInfo model_info_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Backend> backend_;
+  std::unique_ptr<StepShapes> shapes_;
   std::unique_ptr<Runner> runner_;
   std::unique_ptr<BlockPool> pool_;
   std::unique_ptr<Scheduler> scheduler_;
@@ -179,6 +181,7 @@ absl::Status EngineImpl::Load(int valid_tokens) {
   log.reset();
   if (!runner.ok()) return runner.status();
   runner_ = *std::move(runner);
+  shapes_ = std::make_unique<StepShapes>(runner_options.limits, backend_->device());
   if (plan->weights > 0) {
     const double seconds = absl::ToDoubleSeconds(absl::Now() - begin), gigabytes = plan->weights * 1e-9;
     spdlog::info("{:.2f} GB of weights in {:.1f} s: {:.2f} GB/s", gigabytes, seconds, gigabytes / seconds);
@@ -201,7 +204,7 @@ absl::Status EngineImpl::Load(int valid_tokens) {
 
 // A real step or two: everything that serving will touch has been touched before anybody is told that we are ready.
 absl::Status EngineImpl::WarmUp() {
-  const auto graphs = runner_->Prepare();
+  const auto graphs = runner_->Prepare(shapes_->Decode());
   if (!graphs.ok()) return graphs.status();
   if (!graphs->empty()) spdlog::info("{}", *graphs);
   auto sequence = std::make_unique<Sequence>();
@@ -215,7 +218,7 @@ absl::Status EngineImpl::WarmUp() {
   while (true) {
     const StepPlan plan = scheduler.Plan(absl::Now());
     if (plan.empty()) return absl::OkStatus();
-    runner_->Launch(plan);
+    runner_->Launch(plan, shapes_->Of(plan));
     auto result = runner_->Wait(kStepTimeout);
     if (!result.ok()) return result.status();
     Scheduler::Deltas deltas;
@@ -333,7 +336,7 @@ void EngineImpl::RunSteps() {
   while (TakeInbox(is_idle, &deltas)) {
     absl::Time begin = absl::Now();
     const StepPlan plan = scheduler_->Plan(begin);
-    if (!plan.empty()) runner_->Launch(plan);
+    if (!plan.empty()) runner_->Launch(plan, shapes_->Of(plan));
     host_time_ += absl::Now() - begin;
     // NOTE: a commit frees blocks and slots, so only a turn that neither planned nor committed has nothing to do: then
     // nothing waits either, and no deadline need wake us.

@@ -2,6 +2,7 @@
 #include "engine/memory_plan.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/match.h"
@@ -9,6 +10,7 @@
 #include "engine/model/activations.h"
 #include "engine/model/runner.h"
 #include "engine/model/tensor_table.h"
+#include "engine/step_shapes.h"
 
 namespace cachalot {
 namespace {
@@ -18,8 +20,8 @@ constexpr int64_t kMiB = int64_t{1} << 20;
 // Large allocations of CUDA are multiples of this.
 constexpr int64_t kAllocationBytes = 2 * kMiB;
 constexpr int64_t kRowAlignment = 16;
-// Kernels' code and the driver's own; a graph of a thousand kernels; allocations other than weights that are rounded
-// up.
+// Kernels' code and the driver's own; the graphs of a step of a thousand kernels; allocations other than weights that
+// are rounded up.
 constexpr int64_t kCodeReserve = 256 * kMiB, kGraphReserve = 8 * kMiB;
 constexpr int kNumOtherAllocations = 64;
 
@@ -117,7 +119,8 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
   const int64_t weights = DeviceWeightBytes(config, checkpoint, demand.limits);
   const int64_t activations = ActivationBuffers::Bytes(config, backend.value_dtype(), demand.limits, demand.format);
   const int64_t state = Runner::StateBytes(demand.limits, config.qk_rope_head_dim);
-  const int64_t reserve = kCodeReserve + kGraphReserve * Runner::NumGraphs(backend.device(), demand.limits) +
+  const int64_t num_shapes = std::ssize(StepShapes(demand.limits, backend.device()).Decode());
+  const int64_t reserve = kCodeReserve + kGraphReserve * kMaxStepsInFlight * num_shapes +
                           kAllocationBytes * (kNumOtherAllocations + config.num_hidden_layers);
   const int64_t workspace = static_cast<int64_t>(backend.workspace_bytes());
   const int64_t left = free - weights - workspace - activations - state - reserve;

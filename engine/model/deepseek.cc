@@ -5,7 +5,7 @@
 
 namespace cachalot {
 
-Tensor DeepSeek::Forward(const StepArrays& step) {
+void DeepSeek::Forward(const StepArrays& step) {
   const int num_tokens = static_cast<int>(step.rows.tokens.dim(0));
   const Activations a = buffers_->View(num_tokens, static_cast<int>(step.input.row_token.dim(0)));
   const float eps = static_cast<float>(config_.rms_norm_eps);
@@ -28,7 +28,10 @@ Tensor DeepSeek::Forward(const StepArrays& step) {
   ops_.AddRmsNorm(a.h, a.normed, Tensor(), delta, *weights_.norm, eps);
   ops_.GatherRows(a.head_in, a.normed, step.input.row_token);  // [L,D]
   ops_.Linear(a.logits, a.head_in, *weights_.lm_head);         // [L,W]
-  return a.logits;
+}
+
+Tensor DeepSeek::Logits(const StepArrays& step) const {
+  return buffers_->View(0, static_cast<int>(step.input.row_token.dim(0))).logits;
 }
 
 // a.x -> a.delta. Multi-head latent attention (report 2.1.1): latents are cached, heads are never.

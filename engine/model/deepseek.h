@@ -26,8 +26,10 @@ class DeepSeek {
                                                           std::vector<KvCache> caches, RopeTable rope, Backend& backend,
                                                           const OpLimits& limits, ActivationFormat format);
 
-  // Queues the forward pass of the step's T rows; returns the logits of its L rows: [L,W] f32. Called in a step's body.
-  Tensor Forward(const StepArrays& step);
+  // Queues the forward pass of the step's T rows, up to the logits of its L rows. Called in a step's body.
+  void Forward(const StepArrays& step);
+  // Where Forward left them: [L,W] f32.
+  Tensor Logits(const StepArrays& step) const;
 
  private:
   DeepSeek(const ModelConfig& config, ModelWeights weights, std::vector<KvCache> caches, RopeTable rope,

@@ -9,8 +9,13 @@
 namespace cachalot {
 namespace {
 
-// NOTE: a step's kinds are kStep + its staging set, whose addresses are part of it.
-enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kStep = 2 };
+enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kForward = 2, kSample = 3, kNumKinds = 4 };
+
+// NOTE: the staging set's addresses are part of a step's submissions.
+StepKey KeyOf(const StepShape& shape, SubmitKind kind, int set) {
+  const int path = static_cast<int>(shape.path);
+  return {shape.num_tokens, shape.num_sequences, shape.num_rows, (path * kMaxStepsInFlight + set) * kNumKinds + kind};
+}
 
 // A row of Ops::UpdateTokenBiases.
 struct BiasUpdate {
@@ -34,7 +39,8 @@ class Packer {
   uintptr_t next_;
 };
 
-StepInput PackInput(Packer* packer, int64_t T, int64_t S, int64_t L) {
+StepInput PackInput(Packer* packer, const StepShape& shape) {
+  const int64_t T = shape.num_tokens, S = shape.num_sequences, L = shape.num_rows;
   StepInput input;
   input.seq_slot = packer->Take(DType::kI32, {S});
   input.seq_start = packer->Take(DType::kI32, {S});
@@ -47,7 +53,8 @@ StepInput PackInput(Packer* packer, int64_t T, int64_t S, int64_t L) {
   return input;
 }
 
-SampleOutput PackOutput(Packer* packer, int64_t S, int64_t L) {
+SampleOutput PackOutput(Packer* packer, const StepShape& shape) {
+  const int64_t S = shape.num_sequences, L = shape.num_rows;
   SampleOutput output;
   output.tokens = packer->Take(DType::kI32, {L});
   output.logprobs = packer->Take(DType::kF32, {L});
@@ -55,6 +62,10 @@ SampleOutput PackOutput(Packer* packer, int64_t S, int64_t L) {
   output.top_logprobs = packer->Take(DType::kF32, {L, kMaxTopLogprobs});
   output.num_accepted = packer->Take(DType::kI32, {S});
   return output;
+}
+
+StepShape LargestShape(const OpLimits& limits) {
+  return {StepShape::Path::kMixed, limits.max_sequences, limits.max_tokens, limits.max_rows};
 }
 
 template <typename T>
@@ -139,18 +150,17 @@ int64_t Runner::StateBytes(const OpLimits& limits, int rope_dim) {
                        limits.vocab_size * 2 +
                        kMaxTokenBiases * static_cast<int64_t>(sizeof(TokenBias) + sizeof(BiasUpdate));
   Packer input(nullptr), output(nullptr);
-  PackInput(&input, limits.max_tokens, U, limits.max_rows);
-  PackOutput(&output, U, limits.max_rows);
+  PackInput(&input, LargestShape(limits));
+  PackOutput(&output, LargestShape(limits));
   return U * slot + limits.max_tokens * 12 + input.bytes() + output.bytes() +
          static_cast<int64_t>(limits.max_context) * rope_dim * 4;
 }
 
 absl::Status Runner::MakeStaging() {
-  const OpLimits& limits = options_.limits;
-  const Shape max = {limits.max_tokens, limits.max_sequences, limits.max_rows};
+  const StepShape largest = LargestShape(options_.limits);
   Packer input(nullptr), output(nullptr);
-  PackInput(&input, max.T, max.S, max.L);
-  PackOutput(&output, max.S, max.L);
+  PackInput(&input, largest);
+  PackOutput(&output, largest);
   auto device_input = NewTensor(DType::kU8, {input.bytes()});
   auto device_output = NewTensor(DType::kU8, {output.bytes()});
   if (!device_input.ok()) return device_input.status();
@@ -170,32 +180,32 @@ absl::Status Runner::MakeStaging() {
   return absl::OkStatus();
 }
 
-StepInput Runner::InputAt(void* base, Shape shape) const {
+StepInput Runner::InputAt(void* base, const StepShape& shape) const {
   Packer packer(base);
-  return PackInput(&packer, shape.T, shape.S, shape.L);
+  return PackInput(&packer, shape);
 }
 
-SampleOutput Runner::OutputAt(void* base, Shape shape) const {
+SampleOutput Runner::OutputAt(void* base, const StepShape& shape) const {
   Packer packer(base);
-  return PackOutput(&packer, shape.S, shape.L);
+  return PackOutput(&packer, shape);
 }
 
-Tensor Runner::PackedInput(Shape shape) const {
+Tensor Runner::PackedInput(const StepShape& shape) const {
   Packer packer(nullptr);
-  PackInput(&packer, shape.T, shape.S, shape.L);
+  PackInput(&packer, shape);
   return input_.Rows(0, packer.bytes());
 }
 
-Tensor Runner::PackedOutput(Shape shape) const {
+Tensor Runner::PackedOutput(const StepShape& shape) const {
   Packer packer(nullptr);
-  PackOutput(&packer, shape.S, shape.L);
+  PackOutput(&packer, shape);
   return output_.Rows(0, packer.bytes());
 }
 
-void Runner::FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const {
+void Runner::FillInput(const StepPlan& plan, const StepShape& shape, const StepInput& input) const {
   int row = 0;
   auto* params = reinterpret_cast<SlotParams*>(input.seq_params.as<uint8_t>());
-  for (int s = 0; s < shape.S; ++s) {
+  for (int s = 0; s < shape.num_sequences; ++s) {
     const bool is_real = s < static_cast<int>(plan.sequences.size());
     const SequenceStep sequence = is_real ? plan.sequences[s] : SequenceStep();
     input.seq_slot.as<int32_t>()[s] = is_real ? sequence.slot : -1;
@@ -205,8 +215,8 @@ void Runner::FillInput(const StepPlan& plan, Shape shape, const StepInput& input
     std::copy(sequence.tokens.begin(), sequence.tokens.end(), input.tokens.as<int32_t>() + row);
     row += sequence.num_rows;
   }
-  input.query_start.as<int32_t>()[shape.S] = row;
-  for (int l = 0; l < shape.L; ++l) {
+  input.query_start.as<int32_t>()[shape.num_sequences] = row;
+  for (int l = 0; l < shape.num_rows; ++l) {
     const bool is_real = l < static_cast<int>(plan.logits_rows.size());
     const LogitsRow wanted = is_real ? plan.logits_rows[l] : LogitsRow{-1, -1, -1};
     input.row_token.as<int32_t>()[l] = wanted.row;
@@ -243,68 +253,69 @@ void Runner::UploadTokenBiases(const std::vector<SequenceStep>& sequences, int s
   device_.Submit({padded, 0, 0, kBiasUpdates}, [this, target] { backend_.ops().UpdateTokenBiases(state_, target); });
 }
 
-Runner::Shape Runner::PaddedShape(int num_tokens, int num_sequences, int num_rows) const {
-  const OpLimits& limits = options_.limits;
-  return {std::min(device_.Bucket(num_tokens), limits.max_tokens),
-          std::min(device_.Bucket(num_sequences), limits.max_sequences),
-          std::min(device_.Bucket(num_rows), limits.max_rows)};
+StepArrays Runner::ArraysOf(const StepShape& shape) const {
+  const int64_t T = shape.num_tokens;
+  return {InputAt(input_.data, shape),
+          {rows_.tokens.Rows(0, T), rows_.positions.Rows(0, T), rows_.slots.Rows(0, T)},
+          state_};
 }
 
-std::function<void()> Runner::StepBody(Shape shape, int set) {
-  return [this, shape, set] {
-    device_.Upload(PackedInput(shape), staging_[set].input);
-    const StepRows rows = {rows_.tokens.Rows(0, shape.T), rows_.positions.Rows(0, shape.T),
-                           rows_.slots.Rows(0, shape.T)};
-    const StepArrays step = {InputAt(input_.data, shape), rows, state_};
-    Ops& ops = backend_.ops();
-    ops.BeginStep(step.rows, step.state, step.input);
-    const Tensor logits = model_->Forward(step);
-    ops.Sample(OutputAt(output_.data, shape), step.state, logits, Tensor(), step.input, step.rows,
-               options_.num_valid_tokens);
-    device_.Download(staging_[set].output, PackedOutput(shape));
-  };
+Runner::Submission Runner::Forward(const StepShape& shape, int set) {
+  return {KeyOf(shape, kForward, set), [this, shape, set] {
+            device_.Upload(PackedInput(shape), staging_[set].input);
+            const StepArrays step = ArraysOf(shape);
+            backend_.ops().BeginStep(step.rows, step.state, step.input);
+            model_->Forward(step);
+          }};
 }
 
-int Runner::NumGraphs(const Device& device, const OpLimits& limits) {
-  int count = 0;
-  for (int n = 1; n <= std::min(limits.max_sequences, limits.max_tokens); n = device.Bucket(n) + 1) ++count;
-  return count * kMaxStepsInFlight;
+Runner::Submission Runner::Sample(const StepShape& shape, int set) {
+  return {KeyOf(shape, kSample, set), [this, shape, set] {
+            const StepArrays step = ArraysOf(shape);
+            backend_.ops().Sample(OutputAt(output_.data, shape), step.state, model_->Logits(step), Tensor(), step.input,
+                                  step.rows, options_.num_valid_tokens);
+            device_.Download(staging_[set].output, PackedOutput(shape));
+          }};
 }
 
 // NOTE: every step that is prepared runs on padding only, which changes nothing.
-absl::StatusOr<std::string> Runner::Prepare() {
+absl::StatusOr<std::string> Runner::Prepare(const std::vector<StepShape>& shapes) {
   int num_graphs = 0, num_kernels = 0;
-  const int largest = std::min(options_.limits.max_sequences, options_.limits.max_tokens);
-  for (int n = 1; n <= largest; n = device_.Bucket(n) + 1) {
-    const Shape shape = PaddedShape(n, n, n);
+  for (const StepShape& shape : shapes) {
     for (int set = 0; set < kMaxStepsInFlight; ++set) {
-      const StepKey key = {shape.T, shape.S, shape.L, kStep + set};
       FillInput(StepPlan(), shape, InputAt(staging_[set].input, shape));
-      if (absl::Status status = device_.Prepare(key, StepBody(shape, set)); !status.ok()) return status;
-      if (absl::Status status = device_.Wait(device_.Record(), absl::Minutes(1)); !status.ok()) return status;
-      if (device_.NumKernels(key) == 0) return "";  // the CPU: there is nothing to prepare
-      ++num_graphs;
-      num_kernels = device_.NumKernels(key);
+      num_kernels = 0;
+      for (const Submission& submission : {Forward(shape, set), Sample(shape, set)}) {
+        absl::Status status = device_.Prepare(submission.key, submission.body);
+        if (status.ok()) status = device_.Wait(device_.Record(), absl::Minutes(1));
+        if (!status.ok()) return status;
+        if (device_.NumKernels(submission.key) == 0) return "";  // the CPU: there is nothing to prepare
+        ++num_graphs;
+        num_kernels += device_.NumKernels(submission.key);
+      }
     }
   }
-  return absl::StrFormat("%d graphs of decode steps, the largest of %d kernels for %d sequences", num_graphs,
-                         num_kernels, largest);
+  return absl::StrFormat("%d graphs of decode steps, a step of %d sequences of %d kernels", num_graphs,
+                         shapes.empty() ? 0 : shapes.back().num_sequences, num_kernels);
 }
 
-void Runner::Launch(const StepPlan& plan) {
+void Runner::Launch(const StepPlan& plan, const StepShape& shape) {
   CHECK(pending_.size() < kMaxStepsInFlight, "{} steps in flight", pending_.size());
   const OpLimits& limits = options_.limits;
   const int num_sequences = static_cast<int>(plan.sequences.size());
   const int num_rows = static_cast<int>(plan.logits_rows.size());
-  CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= limits.max_rows);
-  const Shape shape = PaddedShape(plan.num_rows, num_sequences, num_rows);
+  CHECK(plan.num_rows <= shape.num_tokens && num_sequences <= shape.num_sequences && num_rows <= shape.num_rows);
+  CHECK(shape.num_tokens <= limits.max_tokens && shape.num_sequences <= limits.max_sequences &&
+        shape.num_rows <= limits.max_rows);
   const int set = next_set_;
   next_set_ = (next_set_ + 1) % kMaxStepsInFlight;
 
   UploadBlockUpdates(plan.block_updates, set);
   UploadTokenBiases(plan.sequences, set);
   FillInput(plan, shape, InputAt(staging_[set].input, shape));
-  device_.Submit({shape.T, shape.S, shape.L, kStep + set}, StepBody(shape, set));
+  for (Submission& submission : std::array{Forward(shape, set), Sample(shape, set)}) {
+    device_.Submit(submission.key, std::move(submission.body));
+  }
   pending_.push_back({plan.step, shape, num_rows, num_sequences, set, device_.Record()});
 }
 

@@ -36,25 +36,26 @@ class Runner {
   static int64_t StateBytes(const OpLimits& limits, int rope_dim);
   static constexpr int64_t kStateBytesPerBlock = 3 * sizeof(int32_t);
 
-  // Before the first step: has the device make graphs of decode steps of every size, where it replays graphs. What was
-  // made, for a log; empty where it does not.
-  absl::StatusOr<std::string> Prepare();
-  // How many graphs that will be.
-  static int NumGraphs(const Device& device, const OpLimits& limits);
+  // Before the first step: has the device make graphs of steps of these shapes, where it replays graphs. What was made,
+  // for a log; empty where it does not.
+  absl::StatusOr<std::string> Prepare(const std::vector<StepShape>& shapes);
 
-  // Queues the step and returns. At most kMaxStepsInFlight are launched and not yet waited for.
-  void Launch(const StepPlan& plan);
+  // Queues the step at a shape that has room for it, and returns. At most kMaxStepsInFlight are launched and not yet
+  // waited for.
+  void Launch(const StepPlan& plan, const StepShape& shape);
 
   // The oldest launched step's result; DeadlineExceeded, or the device's fault: the rank is dead then.
   absl::StatusOr<StepResult> Wait(absl::Duration timeout);
 
  private:
-  struct Shape {  // of a step, padded to the device's bucket
-    int T, S, L;
+  // A step is two submissions, so that something may be uploaded for the second while the first runs.
+  struct Submission {
+    StepKey key;
+    std::function<void()> body;
   };
   struct Pending {
     uint64_t step;
-    Shape shape;
+    StepShape shape;
     int num_rows, num_sequences;  // before padding
     int set;
     Device::Event event;
@@ -66,13 +67,14 @@ class Runner {
   absl::Status MakeState();
   absl::Status MakeStaging();
   absl::StatusOr<Tensor> NewTensor(DType dtype, std::initializer_list<int64_t> dims);
-  StepInput InputAt(void* base, Shape shape) const;
-  SampleOutput OutputAt(void* base, Shape shape) const;
-  Tensor PackedInput(Shape shape) const;  // the device's input arrays as one run of bytes
-  Tensor PackedOutput(Shape shape) const;
-  Shape PaddedShape(int num_tokens, int num_sequences, int num_rows) const;
-  std::function<void()> StepBody(Shape shape, int set);
-  void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;
+  StepInput InputAt(void* base, const StepShape& shape) const;
+  SampleOutput OutputAt(void* base, const StepShape& shape) const;
+  Tensor PackedInput(const StepShape& shape) const;  // the device's input arrays as one run of bytes
+  Tensor PackedOutput(const StepShape& shape) const;
+  StepArrays ArraysOf(const StepShape& shape) const;
+  Submission Forward(const StepShape& shape, int set);
+  Submission Sample(const StepShape& shape, int set);
+  void FillInput(const StepPlan& plan, const StepShape& shape, const StepInput& input) const;
   void UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set);
   void UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set);
 

@@ -22,9 +22,9 @@
 //              pools when n+1 is committed: the last launched step that names them. n+1's token for A is dropped.
 //   Plan n+2   staging set 0 is free again: n has been waited for.
 //
-// What follows from it for a GPU backend: a plan's shape (T, S, L) picks the graph, its contents travel in the one
-// upload, and everything a later step needs from an earlier one (token, position, length, drafts, counts) stays on the
-// device, in the slot. A preempted sequence is treated as an ended one, then enters a slot anew with its tokens so far
+// What follows from it for a GPU backend: a plan's shape picks the graph, its contents travel in the one upload, and
+// everything a later step needs from an earlier one (token, position, length, drafts, counts) stays on the device, in
+// the slot. A preempted sequence is treated as an ended one, then enters a slot anew with its tokens so far
 // as prompt. With X drafts a decode sequence has 1 + X rows, `num_accepted` of its sampled tokens count, and the
 // scheduler reserves blocks for 1 + X tokens for each step in flight, since it cannot know how many were accepted.
 #ifndef CACHALOT_ENGINE_SCHEDULE_STEP_H_
@@ -69,6 +69,25 @@ struct StepPlan {
   int num_rows = 0;  // T: sum of the sequences' rows, in their order
 
   bool empty() const { return sequences.empty(); }
+};
+
+// The padded sizes that a step runs at, chosen outside whatever runs it. Steps of one shape issue the same operations
+// on the same addresses; ranks that work on one step together must have the same.
+struct StepShape {
+  enum class Path : uint8_t {
+    kMixed,  // anything; T, S and L have nothing to do with each other
+    kDecode  // every sequence decodes, 1 + k rows each and logits of all: T = L = (1 + k) * S
+  };
+  Path path = Path::kMixed;
+  int num_sequences = 0;  // S
+  int num_tokens = 0;     // T
+  int num_rows = 0;       // L
+  friend bool operator==(const StepShape&, const StepShape&) = default;
+
+  static StepShape Decode(int num_sequences, int rows_per_sequence) {
+    const int num_rows = num_sequences * rows_per_sequence;
+    return {Path::kDecode, num_sequences, num_rows, num_rows};
+  }
 };
 
 // Indexed like the plan: rows as logits_rows, num_accepted as sequences.

@@ -276,7 +276,8 @@ void RankBench::Body(const Cell& cell) {
   const StepArrays step = Arrays(cell);
   Ops& ops = backend_->ops();
   ops.BeginStep(step.rows, step.state, step.input);
-  const Tensor logits = model_->Forward(step);
+  model_->Forward(step);
+  const Tensor logits = model_->Logits(step);
   ops.Sample(Output(cell), step.state, logits, Tensor(), step.input, step.rows, config_.vocab_size);
 }
 
