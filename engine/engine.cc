@@ -156,7 +156,8 @@ absl::StatusOr<MemoryDemand> EngineImpl::ChooseBackend() {
   if (!kv_dtype.ok()) return kv_dtype.status();
   const bool is_quantised = WantsFp8() || (options_.activation == "auto" && !on_cpu && config_.is_fp8);
   const ActivationFormat plain = on_cpu ? ActivationFormat::kF32 : ActivationFormat::kBF16;
-  return MemoryDemand{options.limits, *kv_dtype, is_quantised ? ActivationFormat::kFP8 : plain};
+  const KvOptions kv = {*kv_dtype, /*has_mtp=*/false, backend_->value_dtype()};
+  return MemoryDemand{options.limits, kv, is_quantised ? ActivationFormat::kFP8 : plain};
 }
 
 absl::Status EngineImpl::Load(int valid_tokens) {
@@ -170,7 +171,7 @@ absl::Status EngineImpl::Load(int valid_tokens) {
   RunnerOptions runner_options;
   runner_options.limits = demand->limits;
   runner_options.limits.max_context = plan->max_model_len;
-  runner_options.kv_dtype = demand->kv_dtype;
+  runner_options.kv = demand->kv;
   runner_options.format = demand->format;
   runner_options.num_blocks = plan->num_blocks;
   runner_options.num_valid_tokens = valid_tokens > 0 ? std::min(valid_tokens, config_.vocab_size) : config_.vocab_size;

@@ -77,11 +77,10 @@ int64_t DeviceWeightBytes(const ModelConfig& config, const Checkpoint& checkpoin
   return total;
 }
 
-absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, KvDType kv_dtype,
+absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, const KvOptions& kv,
                                      int64_t left, double default_share) {
   MemoryPlan plan;
-  plan.block_bytes =
-      KvTokenBytes(kv_dtype, config.kv_lora_rank, config.qk_rope_head_dim) * kBlockTokens * config.num_hidden_layers;
+  plan.block_bytes = KvStore::BlockBytes(config, kv);
   const int64_t wanted_len = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
   if (wanted_len > config.max_position_embeddings) {
     return absl::InvalidArgumentError(absl::StrFormat("max-model-len: found %d, expected at most the model's %d",
@@ -114,7 +113,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
                                       const EngineOptions& options, const MemoryDemand& demand, Backend& backend) {
   const int64_t free = static_cast<int64_t>(backend.device().FreeMemory());
   const bool is_gpu = backend.is_gpu();
-  if (!is_gpu) return PlanCache(config, options, demand.kv_dtype, free, kCpuShare);
+  if (!is_gpu) return PlanCache(config, options, demand.kv, free, kCpuShare);
 
   const int64_t weights = DeviceWeightBytes(config, checkpoint, demand.limits);
   const int64_t activations = ActivationBuffers::Bytes(config, backend.value_dtype(), demand.limits, demand.format);
@@ -131,7 +130,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
         Gigabytes(free), Gigabytes(weights), Gigabytes(workspace), Gigabytes(activations), Gigabytes(state),
         Gigabytes(reserve)));
   }
-  absl::StatusOr<MemoryPlan> plan = PlanCache(config, options, demand.kv_dtype, left, kGpuShare);
+  absl::StatusOr<MemoryPlan> plan = PlanCache(config, options, demand.kv, left, kGpuShare);
   if (!plan.ok()) return plan.status();
   if (plan->cache + plan->num_blocks * Runner::kStateBytesPerBlock > left) {
     return absl::ResourceExhaustedError(absl::StrFormat(

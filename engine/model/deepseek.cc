@@ -15,7 +15,7 @@ void DeepSeek::Forward(const StepArrays& step) {
   for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
     const LayerWeights& w = weights_.layers[layer];
     ops_.AddRmsNorm(a.h, a.x, Tensor(), delta, *w.input_layernorm, eps);
-    Attention(a, w, caches_[layer], step);
+    Attention(a, w, cache_.layer(layer), step);
     delta = a.delta;
     if (config_.is_moe_layer(layer)) {
       ops_.AddRmsNorm(a.h, a.x, a.plain, delta, *w.post_attention_layernorm, eps);
@@ -83,10 +83,9 @@ void DeepSeek::Moe(const Activations& a, const LayerWeights& w, const StepArrays
 }
 
 absl::StatusOr<std::unique_ptr<DeepSeek>> DeepSeek::Create(const ModelConfig& config, ModelWeights weights,
-                                                           std::vector<KvCache> caches, RopeTable rope,
-                                                           Backend& backend, const OpLimits& limits,
-                                                           ActivationFormat format) {
-  std::unique_ptr<DeepSeek> model(new DeepSeek(config, std::move(weights), std::move(caches), rope, backend));
+                                                           const KvStore& cache, RopeTable rope, Backend& backend,
+                                                           const OpLimits& limits, ActivationFormat format) {
+  std::unique_ptr<DeepSeek> model(new DeepSeek(config, std::move(weights), cache, rope, backend));
   auto buffers = ActivationBuffers::Create(model->config_, backend, limits, format);
   if (!buffers.ok()) return buffers.status();
   model->buffers_ = *std::move(buffers);

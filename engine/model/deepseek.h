@@ -3,10 +3,10 @@
 #define CACHALOT_ENGINE_MODEL_DEEPSEEK_H_
 
 #include <memory>
-#include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/model/activations.h"
+#include "engine/model/kv_store.h"
 #include "engine/model/weights.h"
 #include "kernels/backend.h"
 
@@ -21,9 +21,9 @@ struct StepArrays {
 
 class DeepSeek {
  public:
-  // `caches`: one per layer. ResourceExhausted when the activations do not fit.
+  // The cache and the backend must outlive it. ResourceExhausted when the activations do not fit.
   static absl::StatusOr<std::unique_ptr<DeepSeek>> Create(const ModelConfig& config, ModelWeights weights,
-                                                          std::vector<KvCache> caches, RopeTable rope, Backend& backend,
+                                                          const KvStore& cache, RopeTable rope, Backend& backend,
                                                           const OpLimits& limits, ActivationFormat format);
 
   // Queues the forward pass of the step's T rows, up to the logits of its L rows. Called in a step's body.
@@ -32,11 +32,10 @@ class DeepSeek {
   Tensor Logits(const StepArrays& step) const;
 
  private:
-  DeepSeek(const ModelConfig& config, ModelWeights weights, std::vector<KvCache> caches, RopeTable rope,
-           Backend& backend)
+  DeepSeek(const ModelConfig& config, ModelWeights weights, const KvStore& cache, RopeTable rope, Backend& backend)
       : config_(config),
         weights_(std::move(weights)),
-        caches_(std::move(caches)),
+        cache_(cache),
         rope_(rope),
         ops_(backend.ops()),
         communicator_(backend.communicator()) {}
@@ -47,7 +46,7 @@ class DeepSeek {
 
   const ModelConfig config_;
   const ModelWeights weights_;
-  const std::vector<KvCache> caches_;
+  const KvStore& cache_;
   const RopeTable rope_;
   Ops& ops_;
   Communicator& communicator_;

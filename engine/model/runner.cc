@@ -85,13 +85,9 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
   if (status.ok()) status = runner->MakeStaging();
   if (!status.ok()) return status;
 
-  std::vector<KvCache> caches;
-  const int64_t token_bytes = KvTokenBytes(options.kv_dtype, config.kv_lora_rank, config.qk_rope_head_dim);
-  for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
-    auto blocks = runner->NewTensor(DType::kU8, {options.num_blocks, kBlockTokens, token_bytes});
-    if (!blocks.ok()) return blocks.status();
-    caches.push_back({*blocks, options.kv_dtype});
-  }
+  auto store = KvStore::Create(config, options.kv, options.num_blocks, backend.device());
+  if (!store.ok()) return store.status();
+  runner->store_ = *std::move(store);
 
   // The table of angles: made on the host, the same in every backend.
   const std::vector<float> angles = MakeRopeTable(config, limits.max_context);
@@ -104,7 +100,7 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
   status = backend.device().Wait(backend.device().Record(), absl::Minutes(1));
   if (!status.ok()) return status;
 
-  auto model = DeepSeek::Create(config, *std::move(weights), std::move(caches), RopeTable{*cos_sin}, backend, limits,
+  auto model = DeepSeek::Create(config, *std::move(weights), *runner->store_, RopeTable{*cos_sin}, backend, limits,
                                 options.format);
   if (!model.ok()) return model.status();
   runner->model_ = *std::move(model);

@@ -18,7 +18,7 @@ namespace cachalot {
 
 struct RunnerOptions {
   OpLimits limits;
-  KvDType kv_dtype = KvDType::kF32;
+  KvOptions kv;
   ActivationFormat format = ActivationFormat::kF32;  // of the layers' activations
   int num_blocks = 0;
   int num_valid_tokens = 0;  // ids from here on are never sampled
@@ -82,6 +82,7 @@ class Runner {
   Backend& backend_;
   Device& device_;
   std::vector<Buffer> buffers_;
+  std::unique_ptr<KvStore> store_;
   std::unique_ptr<DeepSeek> model_;
   SlotState state_;
   StepRows rows_;          // at the maxima

@@ -52,7 +52,7 @@ TEST(MemoryPlanTest, TheCacheTakesWhatIsAskedFor) {
   const ModelConfig config = ParseConfig(TinyConfig());
   EngineOptions options;
   options.max_sequences = 2;
-  const auto plan = [&](int64_t left) { return PlanCache(config, options, KvDType::kBF16, left, 0.5); };
+  const auto plan = [&](int64_t left) { return PlanCache(config, options, {KvDType::kBF16}, left, 0.5); };
   const int64_t needed = int64_t{2} * ((config.max_position_embeddings + 63) / 64);
 
   EXPECT_EQ(plan(int64_t{1} << 40)->num_blocks, needed);
