@@ -51,7 +51,7 @@ void DeepSeek::Attention(const Activations& a, const LayerWeights& w, const KvCa
     q = a.q;
   }
   ops_.MlaAttention(a.attention, q, *w.kv_b_proj, cache, step.state, step.input, step.rows, rope_,
-                    config_.softmax_scale());  // [T,H*V]
+                    config_.softmax_scale(), /*first_key=*/0);  // [T,H*V]
   ops_.Linear(a.delta, a.attention, *w.o_proj);
 }
 

@@ -1,6 +1,7 @@
 // MlaAttention: queries absorbed through W_UK, attention in the latent space, results projected through W_UV.
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/drafts_kernels.h"
 
 namespace cachalot {
 namespace {
@@ -17,7 +18,7 @@ void CheckCache(const KvCache& cache, const SlotState& state, int64_t latent_dim
 
 void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& kv_up, const KvCache& cache,
                            const SlotState& state, const StepInput& input, const StepRows& rows, const RopeTable& rope,
-                           float softmax_scale) {
+                           float softmax_scale, int first_key) {
   const auto* up = dynamic_cast<const CudaKvUp*>(&kv_up);
   CHECK(up != nullptr, "this weight was not made by MakeKvUp");
   const int64_t num_tokens = q.dim(0), num_heads = up->w_uk().num_groups;
@@ -72,7 +73,11 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   attention.softmax_scale = softmax_scale;
   attention.plan = workspace_.attention_plan;
   attention.partials = workspace_.attention_partials;
-  CHECK(LaunchAttention(stream_.get(), attention), "no tensor map of {} blocks", attention.num_blocks);
+  if (first_key > 0) {
+    LaunchAttentionFrom(stream_.get(), attention, first_key);
+  } else {
+    CHECK(LaunchAttention(stream_.get(), attention), "no tensor map of {} blocks", attention.num_blocks);
+  }
   stream_.Launched("attention");
 
   const Activation latents{Tensor(workspace_.latent_out, DType::kBF16, {num_tokens, num_heads * latent_dim}), Tensor()};

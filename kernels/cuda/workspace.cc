@@ -18,6 +18,7 @@ enum Part {
   kAttentionPlan,
   kAttentionPartials,
   kProcessedLogits,
+  kDraftSamples,
   kNumParts
 };
 
@@ -33,6 +34,7 @@ std::array<size_t, kNumParts> PartBytes(const OpLimits& limits, int num_sms) {
   bytes[kAttentionPlan] = AttentionPlanBytes(limits.max_tokens, limits.max_sequences, limits.num_heads, num_sms);
   bytes[kAttentionPartials] = AttentionPartialsBytes(num_sms);
   bytes[kProcessedLogits] = static_cast<size_t>(limits.max_rows) * limits.vocab_size * kF32;
+  bytes[kDraftSamples] = limits.max_sequences * (2 + 2 * kMaxTopLogprobs) * kF32;
   for (size_t& part : bytes) part = (part / kAlignment + 1) * kAlignment;
   return bytes;
 }
@@ -60,6 +62,7 @@ absl::Status CudaOps::MakeWorkspace() {
   workspace_.attention_plan = data[kAttentionPlan];
   workspace_.attention_partials = static_cast<float*>(data[kAttentionPartials]);
   workspace_.processed_logits = static_cast<float*>(data[kProcessedLogits]);
+  workspace_.draft_samples = data[kDraftSamples];
   return absl::OkStatus();
 }
 

@@ -33,6 +33,9 @@ class AttentionWorld {
   void UseThreads(int num_threads);
   void UseGpuOracle();  // the CPU backend that rounds and sums as the GPU
 
+  // Attention leaves keys at positions below it out; Write does too.
+  void HideKeysBelow(int first_key) { first_key_ = first_key; }
+
   // Writes random entries at positions [0, count) of a slot.
   void Write(int32_t slot, int64_t count);
   // Writes an entry with `scale` times larger values: one that a softmax over many keys hears.
@@ -61,6 +64,7 @@ class AttentionWorld {
   Random random_;
   OwnedWeight kv_b_;
   int64_t pages_;
+  int first_key_ = 0;
   Owned blocks_, table_, rope_;
   BackendOptions options_;
   KvCache cache_;
