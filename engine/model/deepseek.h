@@ -21,7 +21,8 @@ struct StepArrays {
 
 class DeepSeek {
  public:
-  // The cache and the backend must outlive it. ResourceExhausted when the activations do not fit.
+  // The cache and the backend must outlive it. `rope` has a row more than there are positions: the first is for the
+  // position before 0, and may hold anything finite. ResourceExhausted when the activations do not fit.
   static absl::StatusOr<std::unique_ptr<DeepSeek>> Create(const ModelConfig& config, ModelWeights weights,
                                                           const KvStore& cache, RopeTable rope, Backend& backend,
                                                           const OpLimits& limits, ActivationFormat format);
@@ -31,23 +32,47 @@ class DeepSeek {
   // Where Forward left them: [L,W] f32.
   Tensor Logits(const StepArrays& step) const;
 
+  // ---- With an MTP layer (mtp.cc).
+  // After Forward of the same step: puts its rows into the MTP layer's cache.
+  void FeedMtp(const StepArrays& step);
+  // After Sample: keeps the outputs of the step's rows that drafting and later steps go on from.
+  void KeepBorders(const StepArrays& step);
+  // The MTP layer's own forward pass, its cache written too; Logits has what it predicts to follow each row's token.
+  // `previous` [T,D]: the main model's output one position before each row, or the layer's own.
+  void ForwardMtp(const StepArrays& step, const Tensor& previous);
+  // Of the rows' sequences, out of the borders; and the MTP layer's output at the rows of its last pass.
+  Tensor PreviousOutputs(const StepArrays& step);
+  Tensor MtpOutputs(const StepArrays& step) const;
+
  private:
   DeepSeek(const ModelConfig& config, ModelWeights weights, const KvStore& cache, RopeTable rope, Backend& backend)
       : config_(config),
         weights_(std::move(weights)),
         cache_(cache),
-        rope_(rope),
+        rope_{rope.cos_sin.Rows(1, rope.cos_sin.dim(0) - 1)},
+        mtp_rope_{rope.cos_sin.Rows(0, rope.cos_sin.dim(0) - 1)},
         ops_(backend.ops()),
         communicator_(backend.communicator()) {}
 
-  void Attention(const Activations& a, const LayerWeights& w, const KvCache& cache, const StepArrays& step);
+  // Where a layer's attention finds its keys: their cache, the angle of every position, the first that there is.
+  struct Keys {
+    const KvCache& cache;
+    const RopeTable& rope;
+    int first;
+  };
+  Activations View(const StepArrays& step) const;
+  float eps() const { return static_cast<float>(config_.rms_norm_eps); }
+  void Layer(const Activations& a, const LayerWeights& w, const Keys& keys, const Tensor& delta,
+             const StepArrays& step);
+  void Attention(const Activations& a, const LayerWeights& w, const Keys& keys, const StepArrays& step);
   void Mlp(const Tensor& out, const Activations& a, const LayerWeights& w);
   void Moe(const Activations& a, const LayerWeights& w, const StepArrays& step);
+  void EmbedMtp(const Activations& a, const Tensor& previous, const StepArrays& step);
 
   const ModelConfig config_;
   const ModelWeights weights_;
   const KvStore& cache_;
-  const RopeTable rope_;
+  const RopeTable rope_, mtp_rope_;  // of a position, and of the one before it
   Ops& ops_;
   Communicator& communicator_;
   std::unique_ptr<ActivationBuffers> buffers_;

@@ -79,7 +79,8 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
                                                        const RunnerOptions& options, Backend& backend) {
   std::unique_ptr<Runner> runner(new Runner(options, backend));
   const OpLimits& limits = options.limits;
-  auto weights = ModelWeights::Load(config, checkpoint, {0, limits.num_local_experts}, backend.ops());
+  auto weights =
+      ModelWeights::Load(config, checkpoint, {0, limits.num_local_experts}, options.kv.has_mtp, backend.ops());
   if (!weights.ok()) return weights.status();
   absl::Status status = runner->MakeState();
   if (status.ok()) status = runner->MakeStaging();
@@ -91,12 +92,13 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
 
   // The table of angles: made on the host, the same in every backend.
   const std::vector<float> angles = MakeRopeTable(config, limits.max_context);
-  auto cos_sin = runner->NewTensor(DType::kF32, {limits.max_context, config.qk_rope_head_dim});
+  auto cos_sin = runner->NewTensor(DType::kF32, {limits.max_context + 1, config.qk_rope_head_dim});
   if (!cos_sin.ok()) return cos_sin.status();
-  auto staging = backend.device().Allocate(cos_sin->num_bytes(), Device::Memory::kPinnedHost);
+  const Tensor positions = cos_sin->Rows(1, limits.max_context);
+  auto staging = backend.device().Allocate(positions.num_bytes(), Device::Memory::kPinnedHost);
   if (!staging.ok()) return staging.status();
-  std::memcpy(staging->data(), angles.data(), cos_sin->num_bytes());
-  backend.device().Upload(*cos_sin, staging->data());
+  std::memcpy(staging->data(), angles.data(), positions.num_bytes());
+  backend.device().Upload(positions, staging->data());
   status = backend.device().Wait(backend.device().Record(), absl::Minutes(1));
   if (!status.ok()) return status;
 
@@ -149,7 +151,7 @@ int64_t Runner::StateBytes(const OpLimits& limits, int rope_dim) {
   PackInput(&input, LargestShape(limits));
   PackOutput(&output, LargestShape(limits));
   return U * slot + limits.max_tokens * 12 + input.bytes() + output.bytes() +
-         static_cast<int64_t>(limits.max_context) * rope_dim * 4;
+         (static_cast<int64_t>(limits.max_context) + 1) * rope_dim * 4;
 }
 
 absl::Status Runner::MakeStaging() {

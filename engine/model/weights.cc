@@ -59,21 +59,15 @@ class Loader {
   Loader(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share, Ops& ops)
       : config_(config), checkpoint_(checkpoint), share_(share), ops_(ops) {}
 
-  ModelWeights Load() {
+  ModelWeights Load(bool with_mtp) {
     ModelWeights weights;
     prefix_ = "model.";
     weights.embed_tokens = Linear({"embed_tokens"});
     weights.norm = Vector("norm");
     for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-      prefix_ = LayerPrefix(layer);
-      LayerWeights& loaded = weights.layers.emplace_back();
-      LoadAttention(&loaded);
-      if (config_.is_moe_layer(layer)) {
-        LoadMoe(&loaded, &weights.converted);
-      } else {
-        LoadMlp("mlp.", &loaded);
-      }
+      LoadLayer(layer, &weights.layers.emplace_back(), &weights.converted);
     }
+    if (with_mtp) LoadMtp(&weights);
     prefix_.clear();
     weights.lm_head = Linear({"lm_head"});
     return weights;
@@ -98,6 +92,25 @@ class Loader {
     std::vector<WeightPart> parts;
     for (const std::string& module : row_stacked) parts.push_back(Part(module));
     return ops_.MakeLinear(parts);
+  }
+
+  void LoadLayer(int index, LayerWeights* layer, std::vector<std::vector<float>>* converted) {
+    prefix_ = LayerPrefix(index);
+    LoadAttention(layer);
+    if (config_.is_moe_layer(index)) {
+      LoadMoe(layer, converted);
+    } else {
+      LoadMlp("mlp.", layer);
+    }
+  }
+
+  void LoadMtp(ModelWeights* weights) {
+    weights->mtp = std::make_unique<MtpWeights>();
+    LoadLayer(config_.num_hidden_layers, &weights->mtp->layer, &weights->converted);
+    weights->mtp->enorm = Vector("enorm");
+    weights->mtp->hnorm = Vector("hnorm");
+    weights->mtp->eh_proj = Linear({"eh_proj"});
+    weights->mtp->shared_head_norm = Vector("shared_head.norm");
   }
 
   void LoadAttention(LayerWeights* layer) const {
@@ -155,8 +168,13 @@ class Loader {
 
 }  // namespace
 
+bool ModelWeights::HasMtp(const ModelConfig& config, const Checkpoint& checkpoint) {
+  return config.num_nextn_predict_layers > 0 &&
+         checkpoint.Find(LayerPrefix(config.num_hidden_layers) + "eh_proj.weight") != nullptr;
+}
+
 absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                ExpertShare share, Ops& ops) {
+                                                ExpertShare share, bool with_mtp, Ops& ops) {
   if (config.is_moe_layer(config.num_hidden_layers - 1)) {
     CHECK(share.first_expert >= 0 && share.num_experts > 0 &&
               share.first_expert + share.num_experts <= config.n_routed_experts,
@@ -169,7 +187,7 @@ absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const
         problems.size() == 1 ? problems[0]
                              : absl::StrCat(problems[0], " (and ", problems.size() - 1, " more problems)"));
   }
-  ModelWeights weights = Loader(config, checkpoint, share, ops).Load();
+  ModelWeights weights = Loader(config, checkpoint, share, ops).Load(with_mtp);
   if (absl::Status status = ops.FinishWeights(); !status.ok()) return status;
   return weights;
 }

@@ -95,7 +95,7 @@ class RankBench {
 
   void Load() {
     checkpoint_ = MakeRandomCheckpoint(config_);
-    auto weights = Must(ModelWeights::Load(config_, *checkpoint_, {0, options_.local_experts}, inner_.ops()));
+    auto weights = Must(ModelWeights::Load(config_, *checkpoint_, {0, options_.local_experts}, false, inner_.ops()));
     MakeState();
     backend_ = std::make_unique<BalancedBackend>(inner_, balanced_);
     const RopeTable rope{MakeRope()};
@@ -183,8 +183,8 @@ void RankBench::MakeState() {
 
 Tensor RankBench::MakeRope() {
   const std::vector<float> angles = MakeRopeTable(config_, limits_.max_context);
-  const Tensor table = New(DType::kF32, {limits_.max_context, config_.qk_rope_head_dim});
-  Put(table, angles.data());
+  const Tensor table = New(DType::kF32, {limits_.max_context + 1, config_.qk_rope_head_dim});
+  Put(table.Rows(1, limits_.max_context), angles.data());
   return table;
 }
 

@@ -58,6 +58,10 @@ Golden LoadGolden(const std::string& name, const std::string& prefix) {
     p.top1_margin = file.Read<float>(prefix + "top1_margin" + index);
     p.router_margin = file.Read<float>(prefix + "router_margin" + index);
     p.last_logprobs = file.Read<double>(prefix + "last_logits" + index);
+    if (file.Has(prefix + "mtp_logprobs" + index)) {
+      p.mtp_logprobs = file.Read<double>(prefix + "mtp_logprobs" + index);
+      p.mtp_last_logprobs = file.Read<double>(prefix + "mtp_last_logits" + index);
+    }
     golden.prompts.push_back(std::move(p));
   }
   CHECK(!golden.prompts.empty());

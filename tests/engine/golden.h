@@ -17,6 +17,8 @@ struct GoldenPrompt {
   std::vector<float> top1_margin;     // [T] over the second best, in logits
   std::vector<float> router_margin;   // [T] the closest expert choice at the position
   std::vector<double> last_logprobs;  // [W] after the last position
+  // Of the MTP layer, where the case has one: of tokens 2..T-1, and after the last position but one.
+  std::vector<double> mtp_logprobs, mtp_last_logprobs;  // [T-2], [W]
 };
 
 struct Golden {
