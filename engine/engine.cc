@@ -259,6 +259,7 @@ absl::StatusOr<RequestId> EngineImpl::Submit(Request request, DeltaSink sink) {
   auto sequence = std::make_unique<Sequence>();
   sequence->sampling = std::move(request.sampling);
   sequence->priority = request.priority;
+  sequence->client = std::move(request.client);
   sequence->submitted = absl::Now();
   sequence->deadline = request.deadline;
   sequence->num_prompt_tokens = static_cast<int>(request.prompt.size());

@@ -37,7 +37,8 @@ struct SamplingParams {
 struct Request {
   std::vector<int32_t> prompt;  // at least one token
   SamplingParams sampling;
-  int priority = 0;                              // lower first
+  int priority = 0;                              // lower first; below 0 by a little: engine/schedule/admission.h
+  std::string client;                            // whoever has the fewest running takes the next turn
   absl::Time deadline = absl::InfiniteFuture();  // past it the request ends with kError (DeadlineExceeded)
 };
 

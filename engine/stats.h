@@ -27,7 +27,7 @@ struct EngineStats {
   // Gauges.
   int running = 0, waiting = 0;           // sequences
   int blocks_total = 0, blocks_used = 0;  // KV blocks of 64 tokens
-  // Of `waiting`: all wait for what the first in the queue lacks. A slot: max_sequences run, or as many as a step has
+  // Of `waiting`: all wait for what the one whose turn it is lacks. A slot: max_sequences run, or as many as a step has
   // rows; blocks for the prompt.
   int waiting_for_slots = 0, waiting_for_blocks = 0;
 

@@ -2,14 +2,13 @@
 #include "engine/schedule/scheduler.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/check.h"
 
 namespace cachalot {
 namespace {
-
-int BlocksFor(int num_tokens) { return (num_tokens + kBlockTokens - 1) / kBlockTokens; }
 
 SlotParams MakeSlotParams(const Sequence& sequence) {
   const SamplingParams& s = sequence.sampling;
@@ -68,12 +67,30 @@ absl::Status DeadlineError(const Sequence& s) {
       absl::StrCat("the deadline passed after ", s.num_generated(), " of at most ", s.sampling.max_tokens, " tokens"));
 }
 
+// By priority, then the first of every client, the second of every client and so on, each by the fewest tokens left.
+void SortByTurns(std::vector<Sequence*>::iterator begin, std::vector<Sequence*>::iterator end) {
+  std::sort(begin, end, [](const Sequence* a, const Sequence* b) {
+    const int a_class = Admission::ClassOf(*a), b_class = Admission::ClassOf(*b);
+    return std::tuple(a_class, a->num_unfed(), a->id) < std::tuple(b_class, b->num_unfed(), b->id);
+  });
+  absl::flat_hash_map<const ClientShare*, int> num_turns;
+  std::vector<std::tuple<int, int, Sequence*>> turns;
+  for (auto it = begin; it != end; ++it) turns.emplace_back(Admission::ClassOf(**it), num_turns[(*it)->share]++, *it);
+  std::stable_sort(turns.begin(), turns.end(), [](const auto& a, const auto& b) {
+    return std::pair(std::get<0>(a), std::get<1>(a)) < std::pair(std::get<0>(b), std::get<1>(b));
+  });
+  for (const auto& turn : turns) *begin++ = std::get<2>(turn);
+}
+
 }  // namespace
 
-Scheduler::Scheduler(SchedulerLimits limits, BlockPool* pool) : limits_(std::move(limits)), pool_(pool) {
+// NOTE: no more slots than a step has rows, lest a sequence that runs find no row.
+Scheduler::Scheduler(SchedulerLimits limits, BlockPool* pool)
+    : limits_(std::move(limits)),
+      pool_(pool),
+      admission_(std::min(limits_.max_sequences, limits_.max_batch_tokens), pool) {
   CHECK(limits_.max_logits_rows > limits_.max_sequences, "a prompt must be able to score beside full decoding");
   CHECK(BlocksFor(limits_.max_model_len) <= pool->num_blocks(), "one sequence must fit the pool");
-  for (int slot = limits_.max_sequences; slot-- > 0;) free_slots_.push_back(slot);
 }
 
 void Scheduler::Add(std::unique_ptr<Sequence> sequence) {
@@ -81,13 +98,12 @@ void Scheduler::Add(std::unique_ptr<Sequence> sequence) {
   MakeTokenBiases(sequence.get());
   by_id_[sequence->id] = sequence.get();
   if (sequence->deadline < absl::InfiniteFuture()) deadlines_.emplace(sequence->deadline, sequence->id);
-  const Order order = OrderOf(*sequence);
-  waiting_.emplace(order, std::move(sequence));
+  admission_.Add(std::move(sequence));
 }
 
 void Scheduler::Cancel(RequestId id, absl::Time now, Deltas* deltas) {
   auto it = by_id_.find(id);
-  if (it == by_id_.end() || it->second->is_over()) return;
+  if (it == by_id_.end()) return;
   EndEarly(it->second, FinishReason::kCancelled, absl::OkStatus(), now, deltas);
 }
 
@@ -104,9 +120,9 @@ StepPlan Scheduler::Plan(absl::Time now) {
   NewStep next;
   next.now = now;
   do {
-    Admit();
+    admission_.Admit(now);
     PlanRows(&next);
-  } while (ReleaseEnded() && next.plan.empty());
+  } while (admission_.ReleaseEnded() && next.plan.empty());
   if (next.plan.empty()) {
     CHECK(!in_flight_.empty() || by_id_.empty(), "{} sequences, and none can run", by_id_.size());
     return next.plan;
@@ -118,74 +134,17 @@ StepPlan Scheduler::Plan(absl::Time now) {
   return std::move(next.plan);
 }
 
-void Scheduler::Admit() {
-  for (lack_ = Lack::kNothing; !waiting_.empty();) {
-    auto first = waiting_.begin();
-    Sequence* sequence = first->second.get();
-    lack_ = LackOf(*sequence);
-    if (lack_ == Lack::kSlot || lack_ == Lack::kBlocks) {
-      MakeRoom(*sequence);
-      // A preempted sequence that no step in flight names gives way at once.
-      if (!ReleaseEnded()) return;
-      continue;
-    }
-    if (lack_ != Lack::kNothing) return;
-    sequence->slot = free_slots_.back();
-    free_slots_.pop_back();
-    CHECK(ReserveBlocks(sequence, static_cast<int>(sequence->tokens.size())));
-    running_.insert(waiting_.extract(first));
-  }
-}
-
-Scheduler::Lack Scheduler::LackOf(const Sequence& waiting) const {
-  int num_ahead = 0;
-  for (const auto& [order, sequence] : running_) {
-    if (order.first > waiting.priority) break;
-    if (sequence->is_preempted && order < OrderOf(waiting)) return Lack::kTurn;
-    num_ahead += sequence->is_ended ? 0 : 1;
-  }
-  if (num_ahead >= limits_.max_batch_tokens) return Lack::kRows;
-  if (free_slots_.empty()) return Lack::kSlot;
-  // A spare block for each running sequence, lest the newcomer be preempted at once.
-  const int needed = BlocksFor(static_cast<int>(waiting.tokens.size())) + static_cast<int>(running_.size());
-  return pool_->num_free() < needed ? Lack::kBlocks : Lack::kNothing;
-}
-
-// Preempts sequences of strictly lower priority, last first, if that lets `waiting` in; what ended sequences are about
-// to give back counts.
-void Scheduler::MakeRoom(const Sequence& waiting) {
-  size_t num_slots = free_slots_.size();
-  int num_blocks = pool_->num_free(), num_staying = 0;
-  const auto gives_back = [&](const Sequence& sequence) {
-    ++num_slots;
-    num_blocks += static_cast<int>(sequence.blocks.size());
-  };
-  for (const auto& [order, sequence] : running_) {
-    if (sequence->is_ended) gives_back(*sequence);
-    num_staying += sequence->is_ended ? 0 : 1;
-  }
-  const int needed = BlocksFor(static_cast<int>(waiting.tokens.size()));
-  std::vector<Sequence*> victims;
-  for (auto it = running_.rbegin(); num_slots == 0 || num_blocks < needed + num_staying; ++it) {
-    if (it == running_.rend() || it->first.first <= waiting.priority) return;
-    if (it->second->is_ended) continue;
-    victims.push_back(it->second.get());
-    gives_back(*it->second);
-    --num_staying;
-  }
-  for (Sequence* victim : victims) Preempt(victim);
-}
-
 void Scheduler::PlanRows(NewStep* next) {
-  std::vector<Sequence*> sequences;
-  for (auto it = running_.begin(); it != running_.end() && RowsLeft(*next) > 0;) {
-    const int priority = it->first.first;
-    sequences.clear();
-    for (; it != running_.end() && it->first.first == priority; ++it) {
-      if (WantsRows(*it->second)) sequences.push_back(it->second.get());
+  std::vector<Sequence*> prompts;
+  for (const auto& [order, sequence] : admission_.running()) {
+    if (!WantsRows(*sequence)) continue;
+    if (sequence->is_decoding) {
+      PlanDecode(sequence.get(), next);
+    } else {
+      prompts.push_back(sequence.get());
     }
-    PlanPriority(&sequences, next);
   }
+  PlanPrompts(&prompts, next);
 }
 
 bool Scheduler::WantsRows(const Sequence& sequence) const {
@@ -196,30 +155,8 @@ bool Scheduler::WantsRows(const Sequence& sequence) const {
   return num_coming < sequence.sampling.max_tokens && sequence.num_prompt_tokens + num_coming < limits_.max_model_len;
 }
 
-// The sequences of one priority that want rows, by arrival.
-void Scheduler::PlanPriority(std::vector<Sequence*>* sequences, NewStep* next) {
-  const size_t num_rows = RowsLeft(*next);
-  if (sequences->size() > num_rows) {
-    std::sort(sequences->begin(), sequences->end(),
-              [](const Sequence* a, const Sequence* b) { return a->last_served < b->last_served; });
-    sequences->resize(num_rows);
-  }
-  std::vector<Sequence*> prompts;
-  for (Sequence* sequence : *sequences) {
-    if (!sequence->is_decoding) {
-      prompts.push_back(sequence);
-    } else if (!sequence->is_ended) {
-      PlanDecode(sequence, next);
-    }
-  }
-  PlanPrompts(&prompts, next);
-}
-
 void Scheduler::PlanDecode(Sequence* sequence, NewStep* next) {
-  if (!ReserveBlocks(sequence, sequence->num_fed + 1)) {
-    PreemptLast();
-    return;
-  }
+  if (!admission_.ReserveBlocks(sequence, sequence->num_fed + 1)) return;
   SequenceStep step;
   step.num_rows = 1;
   AddRows(sequence, step, next);
@@ -230,12 +167,7 @@ void Scheduler::PlanPrompts(std::vector<Sequence*>* prompts, NewStep* next) {
   prompts->erase(std::remove_if(prompts->begin(), prompts->end(), [](const Sequence* s) { return s->is_ended; }),
                  prompts->end());
   if (prompts->empty()) return;
-  std::iter_swap(prompts->begin(),
-                 std::min_element(prompts->begin(), prompts->end(),
-                                  [](const Sequence* a, const Sequence* b) { return a->id < b->id; }));
-  std::sort(prompts->begin() + 1, prompts->end(), [](const Sequence* a, const Sequence* b) {
-    return std::pair(a->num_unfed(), a->id) < std::pair(b->num_unfed(), b->id);
-  });
+  SortByTurns(prompts->begin() + 1, prompts->end());
   const int num_rows = RowsLeft(*next);
   int num_others = 0;  // rows that the others can use
   for (size_t i = 1; i < prompts->size(); ++i) num_others = std::min(num_others + (*prompts)[i]->num_unfed(), num_rows);
@@ -247,7 +179,8 @@ void Scheduler::PlanChunk(Sequence* sequence, int max_rows, NewStep* next) {
   int num_rows = std::min(sequence->num_unfed(), max_rows);
   // Each scored row takes a row of logits; one is kept for what every running sequence may sample.
   if (sequence->scores_prompt()) {
-    num_rows = std::min(num_rows, limits_.max_logits_rows - static_cast<int>(running_.size()) - next->num_scored);
+    const int num_running = static_cast<int>(admission_.running().size());
+    num_rows = std::min(num_rows, limits_.max_logits_rows - num_running - next->num_scored);
   }
   if (num_rows <= 0) return;
   SequenceStep step;
@@ -291,57 +224,10 @@ void Scheduler::AddRows(Sequence* sequence, SequenceStep step, NewStep* next) {
     ++sequence->num_sampling;
   }
   ++sequence->num_in_flight;
-  sequence->last_served = ++num_served_;
   sequence->first_step = std::min(sequence->first_step, next->now);
   plan->num_rows += step.num_rows;
   plan->sequences.push_back(step);
   next->record.sequences.push_back(sequence);
-}
-
-// ---- Blocks and slots ----
-
-bool Scheduler::ReserveBlocks(Sequence* sequence, int num_tokens) {
-  const int missing = BlocksFor(num_tokens) - static_cast<int>(sequence->blocks.size());
-  return missing <= 0 || pool_->Allocate(missing, &sequence->blocks);
-}
-
-void Scheduler::Preempt(Sequence* sequence) {
-  sequence->is_ended = sequence->is_preempted = true;
-  ++sequence->num_preemptions;
-  ++counters_.preemptions;
-}
-
-void Scheduler::PreemptLast() {
-  // Blocks of ended sequences are on their way back: wait for those first.
-  for (const auto& [order, sequence] : running_) {
-    if (sequence->is_ended) return;
-  }
-  Preempt(running_.rbegin()->second.get());
-}
-
-bool Scheduler::ReleaseEnded() {
-  bool released = false;
-  for (auto it = running_.begin(); it != running_.end();) {
-    Sequence* sequence = it->second.get();
-    if (!sequence->is_ended || sequence->num_in_flight > 0) {
-      ++it;
-      continue;
-    }
-    released = true;
-    pool_->Release(sequence->blocks);
-    free_slots_.push_back(sequence->slot);
-    auto node = running_.extract(it++);
-    if (!sequence->is_preempted) {
-      by_id_.erase(sequence->id);
-      continue;
-    }
-    sequence->blocks.clear();
-    sequence->slot = -1;
-    sequence->num_fed = sequence->num_blocks_told = 0;
-    sequence->is_ended = sequence->is_preempted = sequence->is_decoding = sequence->is_in_slot = false;
-    waiting_.insert(std::move(node));
-  }
-  return released;
 }
 
 // ---- Results and ends ----
@@ -364,7 +250,7 @@ void Scheduler::Commit(const StepResult& result, absl::Time now, Deltas* deltas)
     }
     row = end;
   }
-  ReleaseEnded();
+  admission_.ReleaseEnded();
 }
 
 void Scheduler::CommitRows(const StepResult& result, const InFlight& record, size_t row, size_t end, int num_accepted,
@@ -402,49 +288,47 @@ FinishReason Scheduler::AppendToken(Sequence* sequence, int32_t token, Delta* de
   return is_full ? FinishReason::kLength : FinishReason::kNone;
 }
 
+// NOTE: a sequence that waited is gone then.
 void Scheduler::End(Sequence* sequence, FinishReason reason, absl::Time now, Delta* delta) {
   delta->finish_reason = reason;
   delta->times = MakeTimes(*sequence, now);
   deadlines_.erase({sequence->deadline, sequence->id});
-  sequence->is_ended = true;
-  sequence->is_preempted = false;
+  by_id_.erase(sequence->id);
+  admission_.End(sequence);
 }
 
 void Scheduler::EndEarly(Sequence* sequence, FinishReason reason, const absl::Status& error, absl::Time now,
                          Deltas* deltas) {
+  const RequestId id = sequence->id;
   Delta delta;
   delta.error = error;
   End(sequence, reason, now, &delta);
-  deltas->emplace_back(sequence->id, std::move(delta));
-  if (sequence->slot >= 0) {
-    ReleaseEnded();
-    return;
-  }
-  by_id_.erase(sequence->id);
-  waiting_.erase(OrderOf(*sequence));
+  deltas->emplace_back(id, std::move(delta));
+  admission_.ReleaseEnded();
 }
 
 void Scheduler::Fail(const absl::Status& status, absl::Time now, Deltas* deltas) {
-  for (const auto& [id, sequence] : by_id_) {
-    if (sequence->is_over()) continue;
+  while (!by_id_.empty()) {
+    const auto [id, sequence] = *by_id_.begin();
     Delta delta;
     delta.error = status;
     End(sequence, FinishReason::kError, now, &delta);
     deltas->emplace_back(id, std::move(delta));
   }
-  by_id_.clear();
-  waiting_.clear();
-  running_.clear();
+  admission_.Clear();
   in_flight_.clear();
 }
 
 EngineStats Scheduler::stats() const {
   EngineStats stats = counters_;
   stats.steps = counters_.step_rows.count;
-  stats.running = static_cast<int>(running_.size());
-  stats.waiting = static_cast<int>(waiting_.size());
-  stats.waiting_for_slots = lack_ == Lack::kSlot || lack_ == Lack::kRows ? stats.waiting : 0;
-  stats.waiting_for_blocks = lack_ == Lack::kBlocks || lack_ == Lack::kTurn ? stats.waiting : 0;
+  stats.preemptions = admission_.num_preemptions();
+  stats.running = static_cast<int>(admission_.running().size());
+  stats.waiting = admission_.num_waiting();
+  const bool lacks_slot = admission_.lack() == Admission::Lack::kSlot;
+  const bool lacks_nothing = admission_.lack() == Admission::Lack::kNothing;
+  stats.waiting_for_slots = lacks_slot ? stats.waiting : 0;
+  stats.waiting_for_blocks = lacks_slot || lacks_nothing ? 0 : stats.waiting;
   stats.blocks_total = pool_->num_blocks();
   stats.blocks_used = pool_->num_used();
   return stats;

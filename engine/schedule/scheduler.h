@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <deque>
-#include <map>
 #include <memory>
 #include <set>
 #include <utility>
@@ -12,6 +11,7 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
+#include "engine/schedule/admission.h"
 #include "engine/schedule/block_pool.h"
 #include "engine/schedule/sequence.h"
 #include "engine/schedule/step.h"
@@ -29,20 +29,10 @@ struct SchedulerLimits {
 
 // One thread: the step thread. Time is what the caller says it is.
 //
-// Rows go to sequences priority by priority, lower numbers first; within a priority each decoding sequence has its row
-// first, and what they leave goes to prompts: half to the one that arrived first, so that it cannot starve, half to
-// those with the fewest tokens left, so that a long prompt holds up no short one; what either half leaves goes to the
-// other. Where a priority has more sequences than rows are left, the least recently served have a row each.
-//
-// Sequences are admitted in the order of (priority, arrival), when a slot and the prompt's blocks are free, and no more
-// than a step has rows. For want of a slot or blocks a waiting sequence preempts running ones of strictly lower
-// priority, last first; when a decoding sequence finds no block, the last of all is preempted. Preempted sequences
-// queue where they stood and are recomputed.
-//
-// No livelock: whoever is preempted comes after all that stay, and nobody is admitted before a sequence that waits in
-// front of him; so a running sequence that comes after a waiting one has strictly lower priority. Hence the first of
-// all sequences is admitted once it waits: everything that runs may be preempted for it. Once it runs it is never
-// preempted, every step has a row for it, and others are preempted for its blocks: it ends, and another is the first.
+// Who runs is Admission's business: no more than a step has rows. Each decoding sequence has its row, and what they
+// leave goes to prompts: half to the first in Admission's order, so that it cannot starve, half to the others by
+// priority, then to the client's turn, then to the fewest tokens left, so that a long prompt holds up no short one and
+// many prompts of one client hold up nobody else's; what either half leaves goes to the other.
 class Scheduler {
  public:
   using Deltas = std::vector<std::pair<RequestId, Delta>>;
@@ -73,9 +63,6 @@ class Scheduler {
   EngineStats stats() const;
 
  private:
-  using Order = std::pair<int, RequestId>;  // (priority, arrival): first is served first, last is preempted first
-  // Why the first that waits is not admitted; kTurn: one in front of it is preempted and about to queue again.
-  enum class Lack { kNothing, kTurn, kRows, kSlot, kBlocks };
   struct InFlight {
     std::vector<Sequence*> sequences;  // parallel to the plan's
     std::vector<LogitsRow> rows;
@@ -89,39 +76,28 @@ class Scheduler {
     int num_scored = 0;  // rows of logits that score prompts
   };
 
-  void Admit();
-  Lack LackOf(const Sequence& waiting) const;
-  void MakeRoom(const Sequence& waiting);
   void PlanRows(NewStep* next);
-  void PlanPriority(std::vector<Sequence*>* sequences, NewStep* next);
   void PlanDecode(Sequence* sequence, NewStep* next);
   void PlanPrompts(std::vector<Sequence*>* prompts, NewStep* next);
   void PlanChunk(Sequence* sequence, int max_rows, NewStep* next);
   void AddRows(Sequence* sequence, SequenceStep step, NewStep* next);
   bool WantsRows(const Sequence& sequence) const;
   int RowsLeft(const NewStep& next) const { return limits_.max_batch_tokens - next.plan.num_rows; }
-  bool ReserveBlocks(Sequence* sequence, int num_tokens);
 
-  void Preempt(Sequence* sequence);
-  void PreemptLast();
-  bool ReleaseEnded();
   void CommitRows(const StepResult& result, const InFlight& record, size_t row, size_t end, int num_accepted,
                   absl::Time now, Sequence* sequence, Delta* delta);
   FinishReason AppendToken(Sequence* sequence, int32_t token, Delta* delta);
   void End(Sequence* sequence, FinishReason reason, absl::Time now, Delta* delta);
   void EndEarly(Sequence* sequence, FinishReason reason, const absl::Status& error, absl::Time now, Deltas* deltas);
-  static Order OrderOf(const Sequence& s) { return {s.priority, s.id}; }
 
   const SchedulerLimits limits_;
-  BlockPool* const pool_;
-  std::map<Order, std::unique_ptr<Sequence>> waiting_, running_;
-  absl::flat_hash_map<RequestId, Sequence*> by_id_;
+  const BlockPool* const pool_;
+  Admission admission_;
+  absl::flat_hash_map<RequestId, Sequence*> by_id_;       // those not over
   std::set<std::pair<absl::Time, RequestId>> deadlines_;  // of those not over, where finite
   std::deque<InFlight> in_flight_;
-  std::vector<int> free_slots_;
-  uint64_t next_step_ = 1, num_served_ = 0;
-  Lack lack_ = Lack::kNothing;  // of the first that waits
-  EngineStats counters_;        // its gauges are not kept
+  uint64_t next_step_ = 1;
+  EngineStats counters_;  // its gauges are not kept
 };
 
 }  // namespace cachalot

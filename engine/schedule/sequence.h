@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "engine/request.h"
@@ -11,8 +12,11 @@
 
 namespace cachalot {
 
+struct ClientShare;
+
 struct Sequence {
   RequestId id = 0;
+  std::string client;
   SamplingParams sampling;
   int priority = 0;
   absl::Time submitted = absl::InfinitePast();
@@ -21,8 +25,10 @@ struct Sequence {
   std::vector<int32_t> tokens;  // prompt, then what has been generated and committed
 
   // Made when it is queued.
-  std::vector<int32_t> end_tokens;      // EndTokens
-  std::vector<TokenBias> token_biases;  // banned tokens, then biased ones
+  absl::Time standing = absl::InfinitePast();  // where it stands in the queue: Admission
+  ClientShare* share = nullptr;                // of its client; none while it is on its way out
+  std::vector<int32_t> end_tokens;             // EndTokens
+  std::vector<TokenBias> token_biases;         // banned tokens, then biased ones
   int num_banned = 0;
 
   // Owned while running.
@@ -39,7 +45,6 @@ struct Sequence {
   bool is_decoding = false;   // a launched step samples: the slot holds the next row's token
   bool is_ended = false;      // finished, cancelled or preempted: holds slot and blocks until num_in_flight is 0
   bool is_preempted = false;  // goes back to the queue then
-  uint64_t last_served = 0;   // rises with every row or chunk that anybody is given
 
   // Its life so far, preemptions included.
   int num_ever_fed = 0;

@@ -41,6 +41,7 @@ Reactor* CachalotService::Run(Reactor* reactor, Context* context, const Bytes& b
     absl::StatusOr<GenerateCall> call = ToCall(request);
     if (!call.ok()) return call.status();
     call->deadline = DeadlineOf(*context);
+    call->client = context->peer();
     return generator_->Prepare(*std::move(call));
   };
   int n = 0;

@@ -286,6 +286,7 @@ void HttpConnection::Dispatch() {
   request.path = PercentDecode(target.substr(0, question));
   request.query = target.substr(std::min(question + 1, target.size()));
   request.body = std::move(message.body());
+  request.client = absl::StrCat("http ", id_);
   auto responder = std::make_shared<Responder>(shared_from_this(), request_);
   if (is_draining_) return responder->Respond((*context_->error_format)(503, "the server is stopping"));
   context_->dispatch(std::move(request), std::move(responder));

@@ -32,6 +32,7 @@ struct HttpRequest {
   std::string path;    // percent-decoded, without the query
   std::string query;   // as sent, without '?'
   std::string body;
+  std::string client;  // who sent it: the connection
 };
 
 struct HttpResponse {

@@ -58,18 +58,20 @@ void OpenAiApi::Register(HttpServer* server) {
 }
 
 void OpenAiApi::Completions(HttpRequest request, Responder responder) const {
-  Answer(ParseCompletionRequest(request.body), std::move(responder));
+  Answer(request, ParseCompletionRequest(request.body), std::move(responder));
 }
 
 void OpenAiApi::ChatCompletions(HttpRequest request, Responder responder) const {
-  Answer(ParseChatRequest(request.body), std::move(responder));
+  Answer(request, ParseChatRequest(request.body), std::move(responder));
 }
 
-void OpenAiApi::Answer(absl::StatusOr<CompletionRequest> completion, Responder responder) const {
+void OpenAiApi::Answer(const HttpRequest& request, absl::StatusOr<CompletionRequest> completion,
+                       Responder responder) const {
   if (!completion.ok()) return responder->Respond(ErrorResponse(completion.status()));
   if (absl::Status status = CheckModelName(completion->model, model_name_); !status.ok()) {
     return responder->Respond(ErrorResponse(status));
   }
+  completion->call.client = request.client;
   CompletionCall::Run(generator_, model_name_, std::move(*completion), std::move(responder));
 }
 

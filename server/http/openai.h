@@ -30,7 +30,7 @@ class OpenAiApi {
 
   void Completions(HttpRequest request, Responder responder) const;
   void ChatCompletions(HttpRequest request, Responder responder) const;
-  void Answer(absl::StatusOr<CompletionRequest> completion, Responder responder) const;
+  void Answer(const HttpRequest& request, absl::StatusOr<CompletionRequest> completion, Responder responder) const;
   void Tokenize(HttpRequest request, Responder responder) const;
   void Detokenize(HttpRequest request, Responder responder) const;
   void Models(HttpRequest request, Responder responder) const;

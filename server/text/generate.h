@@ -50,7 +50,8 @@ struct GenerateCall {
   bool include_stop = false;        // what ends the answer, a stop string or token, is part of it all the same
   bool skip_special_tokens = true;  // in text
   bool echo = false;                // the answer begins with the prompt; with log-probabilities, so do they
-  int priority = 0;                 // lower first
+  int priority = 0;                 // Request::priority
+  std::string client;               // Request::client
   absl::Time deadline = absl::InfiniteFuture();  // past it the answer ends with kError (DeadlineExceeded)
 };
 
@@ -64,6 +65,7 @@ struct GeneratePlan {
   bool echo = false;
   ReasoningStart reasoning = ReasoningStart::kNever;
   int priority = 0;
+  std::string client;
   absl::Time deadline = absl::InfiniteFuture();
 };
 

@@ -273,6 +273,7 @@ absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateC
   plan->include_stop = call.include_stop;
   plan->skip_special_tokens = call.skip_special_tokens;
   plan->priority = call.priority;
+  plan->client = std::move(call.client);
   plan->deadline = call.deadline;
   return plan;
 }
@@ -324,8 +325,11 @@ absl::Status Generator::CheckPrompt(const std::vector<int32_t>& prompt, bool nee
 
 absl::StatusOr<std::shared_ptr<Generation>> Generator::Start(std::shared_ptr<const GeneratePlan> plan, uint32_t choice,
                                                              EventSink sink) {
-  Request request{
-      .prompt = plan->prompt, .sampling = plan->sampling, .priority = plan->priority, .deadline = plan->deadline};
+  Request request{.prompt = plan->prompt,
+                  .sampling = plan->sampling,
+                  .priority = plan->priority,
+                  .client = plan->client,
+                  .deadline = plan->deadline};
   request.sampling.choice = choice;
   auto generation = std::make_shared<LiveGeneration>(gate_, options_, std::move(plan), tokenizer_, std::move(sink));
   absl::StatusOr<RequestId> id =

@@ -1,8 +1,10 @@
 """POST /v1/completions through the official client, against the reference's tokens and log-probabilities."""
 
+import re
 import threading
 import time
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -165,3 +167,30 @@ def test_models(client, server, checkpoint):
     assert model.root == str(checkpoint)
     assert model.max_model_len > 0
     assert client.models.retrieve(server.model).id == server.model
+
+
+def test_a_thousand_answers_of_one_connection_keep_no_other_waiting(start):
+    server = start("--max-sequences", "4")
+    has_ended = threading.Event()
+
+    def ask_for_a_thousand():
+        with pytest.raises(openai.APIError):  # the server is stopped before
+            server.client().completions.create(
+                model=server.model, prompt=["crowd"] * 8, n=128, max_tokens=1000, extra_body={"ignore_eos": True}
+            )
+        has_ended.set()
+
+    crowd = threading.Thread(target=ask_for_a_thousand)
+    crowd.start()
+
+    def num_waiting():
+        return int(re.search(r"vllm:num_requests_waiting{.*} (\d+)", httpx.get(f"{server.url}/metrics").text)[1])
+
+    while num_waiting() < 900:
+        time.sleep(0.01)
+    for priority in (0, 0, -1000):
+        server.client().completions.create(model=server.model, prompt="me", max_tokens=5, extra_body={"priority": priority})
+    assert num_waiting() > 500, "the thousand wait still"
+    assert not has_ended.is_set()
+    server.process.kill()
+    crowd.join()

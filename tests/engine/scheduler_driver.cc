@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <random>
+#include <tuple>
+#include <utility>
 
 namespace cachalot {
 
@@ -76,6 +78,7 @@ RequestId SchedulerDriver::Add(int prompt_length, Options options) {
   for (int i = 0; i < prompt_length; ++i) sequence->tokens.push_back(3 + static_cast<int>(random() % (kFakeVocab - 3)));
   sequence->num_prompt_tokens = prompt_length;
   sequence->priority = options.priority;
+  sequence->client = options.client;
   sequence->sampling.max_tokens = options.max_tokens;
   if (options.scores) sequence->sampling.prompt_logprobs = 0;
   if (options.deadline_turns > 0) sequence->deadline = now_ + absl::Seconds(options.deadline_turns);
@@ -95,9 +98,10 @@ RequestId SchedulerDriver::Add(std::unique_ptr<Sequence> sequence) {
   r.deadline = sequence->deadline;
   for (int32_t token : r.prompt) r.context.Append(token);
   r.live = sequence.get();
-  live_.emplace(sequence->priority, id);
   counts_.prompt_tokens += r.prompt.size();
   scheduler_.Add(std::move(sequence));
+  r.order = Admission::OrderOf(*r.live);
+  live_.insert(r.order);
   return id;
 }
 
@@ -130,7 +134,7 @@ void SchedulerDriver::TakeEnd(RequestId id, const Delta& delta) {
   for (absl::Duration d : {delta.times.queued, delta.times.prefill, delta.times.decode}) EXPECT_GE(d, absl::Seconds(0));
   // NOTE: a sequence that waited was freed with its end.
   r.live = nullptr;
-  live_.erase({r.options.priority, id});
+  live_.erase(r.order);
   r.reason = delta.finish_reason;
   r.error = delta.error;
   r.times = delta.times;
@@ -165,22 +169,23 @@ bool SchedulerDriver::Turn(bool waits_early) {
   Scheduler::Deltas deltas;
   scheduler_.Expire(now_, &deltas);
   Take(deltas);
-  for (const auto& [priority, id] : live_) EXPECT_GT(records_[id].deadline, now_) << "lives past its deadline";
+  for (const auto& [standing, id] : live_) EXPECT_GT(records_[id].deadline, now_) << "lives past its deadline";
 
   Before before;
-  for (const auto& [priority, id] : live_) {
+  for (const auto& [standing, id] : live_) {
     const Sequence& s = *records_[id].live;
-    before[id] = {s.slot >= 0 && WantsRows(s), s.is_preempted};
+    before[id] = {s.slot >= 0, s.is_preempted};
   }
+  const Waiting first_waiting = FirstWaiting();
   const uint64_t preemptions = stats().preemptions;
   const StepPlan plan = last_plan_ = scheduler_.Plan(now_);
-  CheckPreemptions(before);
+  CheckAdmissions(before, first_waiting);
   if (!plan.empty()) {
     CheckShape(plan);
     CheckOwnership(plan);
     in_flight_.back().result = device_.Run(plan);
     Serve(plan);
-    CheckFairness(before, pool_.num_free() > 0 && stats().preemptions == preemptions);
+    CheckRows(plan, pool_.num_free() > 0 && stats().preemptions == preemptions);
     CheckWaits(before);
   }
   if (in_flight_.size() < (waits_early ? 1 : kMaxStepsInFlight) && !plan.empty()) return true;
@@ -219,7 +224,7 @@ void SchedulerDriver::Serve(const StepPlan& plan) {
   std::map<int, int> rows;  // by slot
   for (const SequenceStep& s : plan.sequences) rows[s.slot] = s.num_rows;
   for (auto& [id, r] : records_) r.rows = 0;
-  for (const auto& [priority, id] : live_) {
+  for (const auto& [standing, id] : live_) {
     Record& r = records_[id];
     auto it = rows.find(r.live->slot);
     if (it == rows.end()) continue;
@@ -256,7 +261,7 @@ void SchedulerDriver::CheckShape(const StepPlan& plan) const {
 void SchedulerDriver::CheckOwnership(const StepPlan& plan) {
   std::map<int, const Sequence*> by_slot;
   std::set<int32_t> blocks;
-  for (const auto& [priority, id] : live_) {
+  for (const auto& [standing, id] : live_) {
     const Sequence& s = *records_[id].live;
     EXPECT_TRUE(s.slot < 0 || by_slot.emplace(s.slot, &s).second) << "a slot of two sequences";
     for (int32_t block : s.blocks) EXPECT_TRUE(blocks.insert(block).second) << "a block of two sequences";
@@ -279,65 +284,95 @@ void SchedulerDriver::CheckOwnership(const StepPlan& plan) {
   in_flight_.push_back(std::move(step));
 }
 
-void SchedulerDriver::CheckPreemptions(const Before& before) {
-  bool is_first = true;
-  int waiting_priority = INT32_MAX;  // of the first that waits, in order
-  bool has_victim = false;
-  for (const auto& [priority, id] : live_) {
+SchedulerDriver::Waiting SchedulerDriver::FirstWaiting() const {
+  for (const auto& [standing, id] : live_) {
+    const Sequence& s = *records_.at(id).live;
+    if (s.slot < 0) return {id, s.num_preemptions};
+  }
+  return {};
+}
+
+// The first that waits is overtaken once, and once for each that gives way to another client; no more run than a step
+// has rows; the first of all is safe in time.
+void SchedulerDriver::CheckAdmissions(const Before& before, Waiting first) {
+  int num_admitted = 0, num_running = 0;  // admitted: that stand behind the first that waited
+  bool is_behind = false;
+  for (const auto& [standing, id] : live_) {
     const Sequence& s = *records_[id].live;
-    const bool is_new_victim = s.is_preempted && !before.at(id).second;
-    EXPECT_FALSE(is_first && is_new_victim) << "the first was preempted";
-    EXPECT_FALSE(has_victim && s.slot >= 0 && !s.is_ended) << "preempted, though one behind it runs";
-    EXPECT_FALSE(s.slot >= 0 && !s.is_ended && priority == waiting_priority) << "runs, though one in front of it waits";
-    if (s.slot < 0 || s.is_preempted) waiting_priority = priority;
-    has_victim |= is_new_victim;
-    is_first = false;
+    num_running += s.slot >= 0 && !s.is_ended ? 1 : 0;
+    num_admitted += is_behind && s.slot >= 0 && !before.at(id).has_slot ? 1 : 0;
+    is_behind |= id == first.id;
+    const bool is_new_victim = s.is_preempted && !before.at(id).was_preempted;
+    const bool is_first = id == live_.begin()->second;
+    EXPECT_FALSE(is_first && is_new_victim && s.num_preemptions > Admission::kMaxGivingWay);
   }
+  EXPECT_LE(num_running, std::min(limits_.max_batch_tokens, limits_.max_sequences));
+  // NOTE: not one that was admitted and preempted in between.
+  const bool still_waits = first.id != 0 && first == FirstWaiting();
+  num_overtakers_ = still_waits ? num_overtakers_ + num_admitted : 0;
+  EXPECT_LE(num_overtakers_, 1 + limits_.max_sequences) << "request " << first.id << " is overtaken again and again";
+  counts_.overtakes += still_waits ? num_admitted : 0;
 }
 
-// Rows by priority; within a priority by who waited longest. `had_blocks`: no sequence was left out for want of one.
-void SchedulerDriver::CheckFairness(const Before& before, bool had_blocks) {
-  int last_served = INT32_MIN;   // the lowest priority that was served
-  int first_scored = INT32_MAX;  // NOTE: a prompt that scores may leave rows, for want of rows of logits
-  for (const auto& [priority, id] : live_) {
-    if (records_[id].rows > 0) last_served = std::max(last_served, priority);
-    if (records_[id].options.scores && before.at(id).first) first_scored = std::min(first_scored, priority);
+// Decoding first; half of the rest to the first prompt, the other half by priority and turn. `had_blocks`: no sequence
+// was left out for want of one.
+void SchedulerDriver::CheckRows(const StepPlan& plan, bool had_blocks) {
+  std::map<int, const SequenceStep*> steps;  // by slot
+  int num_left = limits_.max_batch_tokens;
+  for (const SequenceStep& s : plan.sequences) {
+    steps[s.slot] = &s;
+    num_left -= s.start < 0 ? 1 : 0;
   }
-  for (auto x = live_.begin(); had_blocks && x != live_.end(); ++x) {
-    const Record& unserved = records_[x->second];
-    if (!before.at(x->second).first || unserved.rows > 0) continue;
-    EXPECT_TRUE(x->first >= std::min(last_served, first_scored)) << "lower priority was served first";
-    if (!unserved.live->is_decoding) continue;
-    bool is_passed = false;
-    for (auto y = live_.begin(); y != live_.end(); ++y) {
-      const Record& served = records_[y->second];
-      if (y->first != x->first || served.rows == 0 || !before.at(y->second).first) continue;
-      EXPECT_LE(served.last_step, unserved.last_step) << "served again before one that waited longer";
-      is_passed |= y->second > x->second;
+  struct Prompt {
+    int priority, num_unfed;  // before the step
+    RequestId id;
+    int rows;
+    std::string client;
+    int turn = 0;
+  };
+  std::vector<Prompt> prompts;
+  for (const auto& [standing, id] : live_) {
+    const Record& r = records_[id];
+    const Sequence& s = *r.live;
+    if (s.slot < 0 || s.is_ended) continue;
+    const auto it = steps.find(s.slot);
+    const bool is_chunk = it != steps.end() && it->second->start >= 0;
+    if (is_chunk || (it == steps.end() && !s.is_decoding && s.num_unfed() > 0)) {
+      prompts.push_back({std::max(s.priority, 0), s.num_unfed() + r.rows, id, r.rows, s.client});
+    } else if (it == steps.end()) {
+      EXPECT_FALSE(had_blocks && WantsRows(s)) << "decodes without a row";
     }
-    counts_.rotations += is_passed ? 1 : 0;
+    if (r.options.scores) return;  // NOTE: one that scores may leave rows, for want of rows of logits
   }
-  for (auto& [id, r] : records_) {
-    if (r.rows > 0) r.last_step = last_plan_.step;
+  if (prompts.empty()) return;
+  EXPECT_GE(prompts[0].rows, std::min(prompts[0].num_unfed, (num_left + 1) / 2)) << "less than half for the first";
+  prompts.erase(prompts.begin());
+  std::sort(prompts.begin(), prompts.end(), [](const Prompt& a, const Prompt& b) {
+    return std::tuple(a.priority, a.num_unfed, a.id) < std::tuple(b.priority, b.num_unfed, b.id);
+  });
+  std::map<std::string, int> turns;
+  for (Prompt& prompt : prompts) prompt.turn = turns[prompt.client]++;
+  for (const Prompt& a : prompts) {
+    for (const Prompt& b : prompts) {
+      const bool is_before = std::pair(a.priority, a.turn) < std::pair(b.priority, b.turn);
+      EXPECT_FALSE(is_before && a.rows < a.num_unfed && b.rows > 0) << "out of turn";
+    }
   }
 }
 
-// Steps without a row, of sequences of the highest priority present.
+// Steps without a row, of those that run and of the first of all.
 void SchedulerDriver::CheckWaits(const Before& before) {
-  for (auto it = live_.begin(); it != live_.end(); ++it) {
-    Record& r = records_[it->second];
-    const bool is_highest = it->first == live_.begin()->first, is_first = it == live_.begin();
-    const bool wants = before.at(it->second).first || (is_first && r.live->slot < 0);
-    r.num_unserved = is_highest && wants && r.rows == 0 ? r.num_unserved + 1 : 0;
-    if (!is_highest) continue;
+  for (const auto& [standing, id] : live_) {
+    Record& r = records_[id];
+    const bool is_first = id == live_.begin()->second;
+    const bool wants = is_first || (before.at(id).has_slot && WantsRows(*r.live));
+    r.num_unserved = wants && r.rows == 0 ? r.num_unserved + 1 : 0;
     const bool is_decoding = r.live->is_decoding;
     int& longest = is_first      ? counts_.longest_first_wait
                    : is_decoding ? counts_.longest_decode_wait
                                  : counts_.longest_prompt_wait;
     longest = std::max(longest, r.num_unserved);
-    const int bound = is_first      ? 2 * kMaxStepsInFlight
-                      : is_decoding ? 4 * limits_.max_sequences
-                                    : 2 * limits_.max_sequences * limits_.max_model_len;
+    const int bound = is_decoding ? 4 * limits_.max_sequences : 2 * limits_.max_sequences * limits_.max_model_len;
     EXPECT_LE(r.num_unserved, bound) << (is_first ? "the first starves" : "a sequence starves");
   }
 }

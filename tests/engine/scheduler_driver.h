@@ -6,6 +6,7 @@
 #include <deque>
 #include <map>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "engine/schedule/scheduler.h"
@@ -52,6 +53,7 @@ class SchedulerDriver {
  public:
   struct Options {
     int max_tokens = 16, priority = 0;
+    std::string client = {};
     bool scores = false;
     int deadline_turns = 0;  // from now; 0: none
   };
@@ -59,6 +61,7 @@ class SchedulerDriver {
     std::vector<int32_t> prompt, tokens;
     Options options;
     absl::Time submitted, deadline;
+    Admission::Order order;
     Context context;                 // of prompt and tokens
     const Sequence* live = nullptr;  // until its end
     int num_scored = 0;
@@ -66,12 +69,11 @@ class SchedulerDriver {
     FinishReason reason = FinishReason::kNone;
     absl::Status error;
     RequestTimes times;
-    int rows = 0;            // in the last step
-    int num_unserved = 0;    // steps since it was served, while of the highest present priority
-    uint64_t last_step = 0;  // that served it
+    int rows = 0;          // in the last step
+    int num_unserved = 0;  // steps since it was served, while it ran or was the first of all
   };
   struct Counts {
-    uint64_t cancelled = 0, expired = 0, rotations = 0, prompt_tokens_ended = 0, prompt_tokens = 0;
+    uint64_t cancelled = 0, expired = 0, overtakes = 0, prompt_tokens_ended = 0, prompt_tokens = 0;
     int longest_decode_wait = 0, longest_prompt_wait = 0, longest_first_wait = 0;  // steps
   };
 
@@ -98,12 +100,21 @@ class SchedulerDriver {
   const StepPlan& last_plan() const { return last_plan_; }
 
  private:
-  using Before = std::map<RequestId, std::pair<bool, bool>>;  // wants rows, was preempted
+  struct State {
+    bool has_slot, was_preempted;
+  };
+  using Before = std::map<RequestId, State>;
   bool WantsRows(const Sequence& s) const;
+  struct Waiting {
+    RequestId id = 0;  // 0: nobody waits
+    int num_preemptions = 0;
+    friend bool operator==(const Waiting&, const Waiting&) = default;
+  };
+  Waiting FirstWaiting() const;
   void CheckShape(const StepPlan& plan) const;
   void CheckOwnership(const StepPlan& plan);
-  void CheckPreemptions(const Before& before);
-  void CheckFairness(const Before& before, bool had_blocks);
+  void CheckAdmissions(const Before& before, Waiting first);
+  void CheckRows(const StepPlan& plan, bool had_blocks);
   void CheckWaits(const Before& before);
   void Serve(const StepPlan& plan);
   void Take(const Scheduler::Deltas& deltas);
@@ -120,9 +131,10 @@ class SchedulerDriver {
   };
   std::deque<InFlight> in_flight_;
   std::map<RequestId, Record> records_;
-  std::set<std::pair<int, RequestId>> live_;  // by (priority, arrival)
+  std::set<Admission::Order> live_;
   StepPlan last_plan_;
   Counts counts_;
+  int num_overtakers_ = 0;  // of the first that waits
   absl::Time now_ = absl::UnixEpoch();
   RequestId next_id_ = 1;
 };

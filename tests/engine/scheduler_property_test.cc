@@ -1,10 +1,12 @@
-// Scheduler under random load: arrivals, lengths, priorities, cancels, deadlines, tiny pools, few slots, few rows.
+// Scheduler under random load: arrivals, lengths, priorities, clients, cancels, deadlines, tiny pools, few slots, few
+// rows.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdio>
 #include <random>
+#include <string>
 
 #include "tests/engine/scheduler_driver.h"
 
@@ -23,7 +25,7 @@ struct Totals {
     const SchedulerDriver::Counts& c = driver.counts();
     counts.cancelled += c.cancelled;
     counts.expired += c.expired;
-    counts.rotations += c.rotations;
+    counts.overtakes += c.overtakes;
     counts.longest_first_wait = std::max(counts.longest_first_wait, c.longest_first_wait);
     counts.longest_decode_wait = std::max(counts.longest_decode_wait, c.longest_decode_wait);
     counts.longest_prompt_wait = std::max(counts.longest_prompt_wait, c.longest_prompt_wait);
@@ -39,7 +41,8 @@ void RunRandomLoad(uint32_t seed, Totals* totals) {
   const int max_model_len = std::min(num_blocks * kBlockTokens, 64 + below(400));
   const int max_batch_tokens = 1 + below(below(2) == 0 ? max_sequences : 100);
   const SchedulerLimits limits = {max_batch_tokens, max_sequences, max_sequences + 1 + below(16), max_model_len, {77}};
-  const int num_priorities = 1 + below(4), usual_length = 1 + below(60), usual_tokens = 1 + below(80);
+  const int num_priorities = 1 + below(4), num_clients = 1 + below(4), usual_length = 1 + below(60),
+            usual_tokens = 1 + below(80);
   const double rows = 0.5 * (usual_length + usual_tokens) + 0.1 * max_model_len;  // of a request, about
   const double arrivals = std::array{0.5, 1.0, 1.0, 2.0}[below(4)] * std::min(max_batch_tokens, max_sequences) / rows;
 
@@ -52,7 +55,8 @@ void RunRandomLoad(uint32_t seed, Totals* totals) {
       const int length = 1 + below(below(5) > 0 ? usual_length : max_model_len - 1);
       options.scores = below(4) == 0;
       options.max_tokens = below(below(5) > 0 ? usual_tokens : 300) + (options.scores ? 0 : 1);
-      options.priority = below(num_priorities);
+      options.priority = below(num_priorities) - (below(8) == 0 ? 1000 : 0);
+      options.client = std::string(1, static_cast<char>('a' + below(num_clients)));
       if (below(8) == 0) options.deadline_turns = 1 + below(200);
       last = driver.Add(std::min(length, max_model_len - 1), options);
     }
@@ -76,19 +80,18 @@ TEST(SchedulerProperty, RandomLoad) {
   std::printf(
       "[ measured ] %llu steps of %llu loads: %llu preemptions (%llu tokens recomputed), %llu cancellations, %llu "
       "expiries, %llu "
-      "rotations\n",
+      "overtakes\n",
       static_cast<unsigned long long>(totals.steps), static_cast<unsigned long long>(totals.loads),
       static_cast<unsigned long long>(totals.preemptions), static_cast<unsigned long long>(totals.recomputed),
       static_cast<unsigned long long>(counts.cancelled), static_cast<unsigned long long>(counts.expired),
-      static_cast<unsigned long long>(counts.rotations));
-  std::printf(
-      "[ measured ] longest wait for a row at the highest priority: the first %d steps, decoding %d, prompts %d\n",
-      counts.longest_first_wait, counts.longest_decode_wait, counts.longest_prompt_wait);
+      static_cast<unsigned long long>(counts.overtakes));
+  std::printf("[ measured ] longest wait for a row: the first of all %d steps, decoding %d, prompts %d\n",
+              counts.longest_first_wait, counts.longest_decode_wait, counts.longest_prompt_wait);
   EXPECT_GT(totals.preemptions, 0u);
   EXPECT_GT(totals.recomputed, 0u);
   EXPECT_GT(counts.cancelled, 0u);
   EXPECT_GT(counts.expired, 0u);
-  EXPECT_GT(counts.rotations, 0u);
+  EXPECT_GT(counts.overtakes, 0u);
 }
 
 }  // namespace

@@ -4,8 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <map>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "tests/engine/scheduler_driver.h"
 
@@ -205,32 +206,37 @@ TEST(Scheduler, ALongPromptAndShortOnesBothAdvance) {
   EXPECT_LE(slowest, absl::Seconds(2));
 }
 
-TEST(Scheduler, MoreSequencesThanRowsTakeTurns) {
-  Driver driver(Limits(4, 8), 64);
-  std::map<RequestId, int> served;
-  for (int i = 0; i < 4; ++i) driver.Add(1, {.max_tokens = 100, .priority = 1});
-  driver.Turn();
-  EXPECT_EQ(driver.LastRows().size(), 4u);
-  const RequestId high = driver.Add(1, {.max_tokens = 100});
-  for (int turn = 0; turn < 40; ++turn) {
-    driver.Turn();
-    for (const auto& [id, rows] : driver.LastRows()) served[id] += rows;
-  }
-  EXPECT_THAT(served, ElementsAre(Pair(1, 30), Pair(2, 30), Pair(3, 30), Pair(4, 30), Pair(high, 40)));
-  EXPECT_GT(driver.counts().rotations, 20u);
-  driver.Drain(1000);
-}
-
-TEST(Scheduler, APromptOfHigherPriorityComesBeforeDecodingOfLower) {
+TEST(Scheduler, DecodingComesBeforePromptsOfWhateverPriority) {
   Driver driver(Limits(8, 8), 64);
   for (int i = 0; i < 6; ++i) driver.Add(1, {.max_tokens = 100, .priority = 1});
   driver.Turn();
   const RequestId high = driver.Add(12, {.max_tokens = 1});
+  for (int i = 0; i < 6; ++i) {
+    driver.Turn();
+    EXPECT_EQ(driver.LastRows().size(), 7u);
+    EXPECT_EQ(driver.LastRows().at(high), 2);
+  }
+  driver.Drain(1000);
+}
+
+TEST(Scheduler, PromptsByPriorityBesideTheFirst) {
+  Driver driver(Limits(64, 8), 64);
+  const RequestId first = driver.Add(300, {}), low = driver.Add(20, {.priority = 1}), high = driver.Add(300, {});
   driver.Turn();
-  EXPECT_THAT(driver.LastRows(), ElementsAre(Pair(high, 8)));
+  EXPECT_THAT(driver.LastRows(), ElementsAre(Pair(first, 32), Pair(high, 32)));
+  driver.Drain(1000);
+  EXPECT_EQ(driver.record(low).reason, FinishReason::kLength);
+}
+
+TEST(Scheduler, ManyPromptsOfOneClientHoldUpNobodyElses) {
+  Driver driver(Limits(64, 32, 256), 128);
+  for (int i = 0; i < 20; ++i) driver.Add(40, {.client = "many"});
+  const RequestId other = driver.Add(50, {.client = "other"});
   driver.Turn();
-  EXPECT_EQ(driver.LastRows().at(high), 4);
-  EXPECT_EQ(driver.LastRows().size(), 5u);
+  driver.Turn();
+  EXPECT_THAT(driver.LastRows(), testing::Contains(Pair(other, testing::Ge(10))));
+  driver.Turn();
+  EXPECT_TRUE(driver.record(other).live->is_decoding);
   driver.Drain(1000);
 }
 
@@ -299,17 +305,100 @@ TEST(Scheduler, PreemptsNobodyInVain) {
   EXPECT_EQ(driver.stats().preemptions, 0u);
 }
 
-// A step's rows cap what runs, but not what runs for those of higher priority.
-TEST(Scheduler, AdmitsNoMoreThanAStepHasRows) {
+TEST(Scheduler, RunsNoMoreThanAStepHasRows) {
   Driver driver(Limits(2, 8), 64);
   for (int i = 0; i < 4; ++i) driver.Add(1, {.max_tokens = 20, .priority = 1});
   driver.Turn();
   EXPECT_EQ(driver.stats().running, 2);
   EXPECT_EQ(driver.stats().waiting_for_slots, 2);
-  driver.Add(1, {.max_tokens = 20});
-  driver.Turn();
-  EXPECT_EQ(driver.stats().running, 3);
+  const RequestId high = driver.Add(1, {.max_tokens = 20});
+  TurnsUntilEnd(driver, high, 25);
   driver.Drain(1000);
+  EXPECT_EQ(driver.stats().preemptions, 1u);
+}
+
+// ---- Order and turns ----
+
+// Requests of priority -1000 that never cease to arrive overtake an ordinary one for a while only, and preempt nobody.
+TEST(Scheduler, RaisingOneselfIsOfLittleUse) {
+  Driver driver(Limits(64, 2), 64);
+  driver.Add(1, {.max_tokens = 5, .client = "ordinary"});
+  const RequestId ordinary = driver.Add(1, {.max_tokens = 5, .client = "ordinary"});
+  for (int i = 0; driver.record(ordinary).reason == FinishReason::kNone; ++i) {
+    driver.Add(1, {.max_tokens = 5, .priority = -1000, .client = std::to_string(i)});
+    driver.Turn();
+    ASSERT_LT(i, 100);
+  }
+  EXPECT_LE(driver.record(ordinary).times.queued, absl::Seconds(10)) << "two turns of those that run";
+  driver.Drain(10000);
+  EXPECT_EQ(driver.stats().preemptions, 0u);
+}
+
+// So do ordinary ones with one of low priority, whose time comes: kPriorityStep for every unit.
+TEST(Scheduler, LowPriorityAges) {
+  Driver driver(Limits(64, 1), 64);
+  driver.Add(1, {.max_tokens = 5});
+  const RequestId low = driver.Add(1, {.max_tokens = 5, .priority = 4});
+  for (int i = 0; driver.record(low).reason == FinishReason::kNone; ++i) {
+    driver.Add(1, {.max_tokens = 2});
+    driver.Turn();
+    ASSERT_LT(i, 1000);
+  }
+  EXPECT_GT(driver.record(low).times.queued, 4 * Admission::kPriorityStep);
+  EXPECT_LE(driver.record(low).times.num_preemptions, Admission::kMaxGivingWay);
+  driver.Drain(100000);
+}
+
+TEST(Scheduler, GivesWayTwiceAtMost) {
+  Driver driver(Limits(64, 1), 64);
+  const RequestId low = driver.Add(1, {.max_tokens = 100, .priority = 100});
+  for (int i = 0; driver.record(low).reason == FinishReason::kNone; ++i) {
+    if (i % 20 == 5) driver.Add(1, {.max_tokens = 5});
+    driver.Turn();
+    ASSERT_LT(i, 1000);
+  }
+  EXPECT_EQ(driver.record(low).times.num_preemptions, 2);
+  driver.Drain(1000);
+}
+
+// Who has a thousand under way, and who has one.
+TEST(Scheduler, ClientsTakeTurns) {
+  Driver driver(Limits(64, 4), 64);
+  for (int i = 0; i < 100; ++i) driver.Add(1, {.max_tokens = 5 + i % 4, .client = "many"});
+  for (int i = 0; i < 10; ++i) driver.Turn();
+  const RequestId one = driver.Add(1, {.max_tokens = 5, .client = "one"});
+  TurnsUntilEnd(driver, one, 30);
+  EXPECT_LE(driver.record(one).times.queued, absl::Seconds(5));
+  driver.Drain(10000);
+}
+
+// Where nothing ends soon, one that runs gives way to a client that has nothing running, but to no more of its own.
+TEST(Scheduler, AClientWithNothingRunningIsNotKeptWaiting) {
+  Driver driver(Limits(64, 4), 64);
+  for (int i = 0; i < 4; ++i) driver.Add(1, {.max_tokens = 400, .client = "many"});
+  for (int i = 0; i < 10; ++i) driver.Turn();
+  const RequestId low = driver.Add(1, {.max_tokens = 5, .priority = 1, .client = "low"});
+  const RequestId one = driver.Add(1, {.max_tokens = 50, .client = "one"});
+  const RequestId another = driver.Add(1, {.max_tokens = 50, .client = "one"});
+  for (int i = 0; i < 20; ++i) driver.Turn();
+  EXPECT_LE(driver.record(one).live->first_step, driver.record(one).submitted + absl::Seconds(5));
+  EXPECT_LT(driver.record(low).live->slot, 0) << "who lowered himself preempts nobody";
+  EXPECT_LT(driver.record(another).live->slot, 0);
+  EXPECT_EQ(driver.stats().preemptions, 1u);
+  driver.Drain(10000);
+}
+
+// For blocks too; whoever has the most gives way, the last of them, and never the first of all.
+TEST(Scheduler, TheClientWithTheMostGivesWayForBlocks) {
+  Driver driver(Limits(64, 8, 256), 12);
+  const RequestId first = driver.Add(60, {.max_tokens = 150, .client = "many"});
+  std::vector<RequestId> many;
+  for (int i = 0; i < 3; ++i) many.push_back(driver.Add(60, {.max_tokens = 150, .client = "many"}));
+  const RequestId one = driver.Add(60, {.max_tokens = 150, .client = "one"});
+  driver.Drain(10000);
+  EXPECT_EQ(driver.record(first).times.num_preemptions, 0);
+  EXPECT_EQ(driver.record(one).times.num_preemptions, 0);
+  EXPECT_GT(driver.record(many.back()).times.num_preemptions, 0);
 }
 
 // ---- What a step carries ----

@@ -102,6 +102,21 @@ TEST_F(ChatCompletionsTest, SlowClientsGetLongerEvents) {
   EXPECT_EQ(events.back()["usage"]["completion_tokens"], num_tokens);
 }
 
+TEST_F(ChatCompletionsTest, AClientIsAConnection) {
+  Start();
+  Chat(R"("n":2)");
+  Chat(R"("max_tokens":1)");
+  RawHttpClient other(server_->port());
+  other.Send(RawRequest("/v1/chat/completions", absl::StrCat("{", kHello, "}")));
+  EXPECT_EQ(other.ReadResponse().status, 200);
+  const auto requests = engine_->requests();
+  ASSERT_EQ(requests.size(), 4u);
+  EXPECT_NE(requests[0].client, "");
+  EXPECT_EQ(requests[1].client, requests[0].client);
+  EXPECT_EQ(requests[2].client, requests[0].client);
+  EXPECT_NE(requests[3].client, requests[0].client);
+}
+
 // Log-probabilities cannot be joined: a client that lets too many of them wait loses its answer, and only it does.
 TEST_F(ChatCompletionsTest, TooManyLogprobsThatWaitEndTheRequest) {
   const int num_tokens = static_cast<int>(CompletionCall::kMaxHeldScores) / 21 * 2;  // sockets hold some, too

@@ -333,16 +333,18 @@ TEST_F(GeneratorTest, MinTokensPutsStopStringsOff) {
   }
 }
 
-TEST_F(GeneratorTest, PriorityAndDeadlineReachTheEngine) {
+TEST_F(GeneratorTest, PriorityClientAndDeadlineReachTheEngine) {
   GenerateCall call = Call("x", 1);
   Run({}, call);
   EXPECT_EQ(request_.priority, 0);
   EXPECT_EQ(request_.deadline, absl::InfiniteFuture());
   call.priority = -3;
+  call.client = "somebody";
   call.deadline = absl::FromUnixSeconds(4'000'000'000);
   call.sampling.logit_bias = {{5, -100.f}, {6, 100.f}};
   Run({}, call);
   EXPECT_EQ(request_.priority, -3);
+  EXPECT_EQ(request_.client, "somebody");
   EXPECT_EQ(request_.deadline, call.deadline);
   EXPECT_EQ(request_.sampling.logit_bias, call.sampling.logit_bias);
 }

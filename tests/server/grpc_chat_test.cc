@@ -157,6 +157,17 @@ TEST_F(GrpcChatTest, WhatARequestAsksReachesTheEngine) {
   EXPECT_EQ(sent.sampling.logit_bias, (std::vector<std::pair<int32_t, float>>{{7, -2.5f}}));
   EXPECT_EQ(sent.priority, -4);
   EXPECT_LT(absl::AbsDuration(sent.deadline - deadline), absl::Seconds(5));
+  // Another channel is another connection, unless the two share one.
+  grpc::ChannelArguments own_connection;
+  own_connection.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  const auto channel = grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", server_->port()),
+                                                 grpc::InsecureChannelCredentials(), own_connection);
+  grpc::ClientContext first, second;
+  ASSERT_TRUE(stub_->ChatUnary(&first, request, &response).ok());
+  ASSERT_TRUE(v1::Cachalot::NewStub(channel)->ChatUnary(&second, request, &response).ok());
+  EXPECT_NE(sent.client, "");
+  EXPECT_EQ(engine_->requests().at(1).client, sent.client);
+  EXPECT_NE(engine_->requests().at(2).client, sent.client);
 }
 
 TEST_F(GrpcChatTest, ErrorsNameTheField) {

@@ -1,0 +1,225 @@
+// Admission: the queue's two orders, and what is taken from whom when there is no room.
+#include "engine/schedule/admission.h"
+
+#include "absl/container/flat_hash_map.h"
+#include "kernels/check.h"
+
+namespace cachalot {
+namespace {
+
+// Of those that run, by who gives way first: priority, what the client has, order.
+bool GivesWayBefore(const Sequence* a, const Sequence* b) {
+  const auto rank = [](const Sequence* s) {
+    return std::tuple(Admission::ClassOf(*s), s->share->num_running, Admission::OrderOf(*s));
+  };
+  return rank(a) > rank(b);
+}
+
+}  // namespace
+
+Admission::Admission(int num_slots, BlockPool* pool) : pool_(pool) {
+  for (int slot = num_slots; slot-- > 0;) free_slots_.push_back(slot);
+}
+
+// ---- The queue ----
+
+void Admission::Add(std::unique_ptr<Sequence> sequence) {
+  const int priority = std::clamp(sequence->priority, -1, static_cast<int>(kLongestDelay / kPriorityStep));
+  sequence->standing = sequence->submitted + (priority < 0 ? -kRaise : priority * kPriorityStep);
+  const Order order = OrderOf(*sequence);
+  Sequences added;
+  added.emplace(order, std::move(sequence));
+  Queue(added.extract(order));
+}
+
+void Admission::Queue(Sequences::node_type node) {
+  Sequence* sequence = node.mapped().get();
+  ClientShare* client = sequence->share = &clients_[sequence->client];
+  waiting_.insert(std::move(node));
+  LeaveTurns(client);
+  client->waiting.emplace(ClassOf(*sequence), sequence->standing, sequence->id);
+  TakeTurn(client);
+}
+
+Admission::Sequences::node_type Admission::Unqueue(Sequence* sequence) {
+  LeaveTurns(sequence->share);
+  sequence->share->waiting.erase({ClassOf(*sequence), sequence->standing, sequence->id});
+  TakeTurn(sequence->share);
+  return waiting_.extract(OrderOf(*sequence));
+}
+
+void Admission::LeaveTurns(ClientShare* client) {
+  if (!client->waiting.empty()) turns_.erase(client->turn);
+}
+
+void Admission::TakeTurn(ClientShare* client) {
+  if (client->waiting.empty()) return;
+  const auto& [priority, standing, id] = *client->waiting.begin();
+  client->turn = {priority, client->num_running, standing, id};
+  turns_.insert(client->turn);
+}
+
+Sequence* Admission::Next() const { return is_fair_turn_ ? NextInShare() : waiting_.begin()->second.get(); }
+
+Sequence* Admission::NextInShare() const {
+  const auto& [priority, num_running, standing, id] = *turns_.begin();
+  return waiting_.at({standing, id}).get();
+}
+
+// ---- Admission ----
+
+void Admission::Admit(absl::Time now) {
+  for (lack_ = Lack::kNothing; !waiting_.empty();) {
+    Sequence* next = Next();
+    lack_ = LackOf(*next);
+    if (lack_ == Lack::kTurn) return;
+    if (lack_ != Lack::kNothing) {
+      if (!MakeRoom(*next, false)) is_fair_turn_ |= MakeRoomForShare(now);
+      // A preempted sequence that no step in flight names gives way at once.
+      if (!ReleaseEnded()) return;
+      continue;
+    }
+    auto node = Unqueue(next);
+    next->slot = free_slots_.back();
+    free_slots_.pop_back();
+    CHECK(pool_->Allocate(BlocksFor(static_cast<int>(next->tokens.size())), &next->blocks));
+    LeaveTurns(next->share);
+    ++next->share->num_running;
+    TakeTurn(next->share);
+    running_.insert(std::move(node));
+    is_fair_turn_ = !is_fair_turn_;
+  }
+}
+
+Admission::Lack Admission::LackOf(const Sequence& next) const {
+  for (auto it = running_.begin(); !is_fair_turn_ && it != running_.end() && it->first < OrderOf(next); ++it) {
+    if (it->second->is_preempted) return Lack::kTurn;
+  }
+  if (free_slots_.empty()) return Lack::kSlot;
+  const int needed = BlocksFor(static_cast<int>(next.tokens.size())) + static_cast<int>(running_.size());
+  return pool_->num_free() < needed ? Lack::kBlocks : Lack::kNothing;
+}
+
+bool Admission::MakeRoomForShare(absl::Time now) {
+  const Sequence* next = NextInShare();
+  return next->share->num_running == 0 && now - next->submitted >= kPatience && MakeRoom(*next, true);
+}
+
+// Preempts if that lets `next` in; what ended sequences are about to give back counts.
+bool Admission::MakeRoom(const Sequence& next, bool by_share) {
+  size_t num_slots = free_slots_.size();
+  int num_blocks = pool_->num_free(), num_staying = 0;
+  const auto gives_back = [&](const Sequence& sequence) {
+    ++num_slots;
+    num_blocks += static_cast<int>(sequence.blocks.size());
+  };
+  std::vector<Sequence*> candidates;
+  for (const auto& [order, sequence] : running_) {
+    if (sequence->is_ended) gives_back(*sequence);
+    num_staying += sequence->is_ended ? 0 : 1;
+    // NOTE: this is asked at every step while somebody waits: mostly nobody gives way, and nothing is sorted.
+    if (!sequence->is_ended && GivesWay(*sequence, next, 0, by_share)) candidates.push_back(sequence.get());
+  }
+  std::sort(candidates.begin(), candidates.end(), GivesWayBefore);
+  const int needed = BlocksFor(static_cast<int>(next.tokens.size()));
+  const auto has_room = [&] { return num_slots > 0 && num_blocks >= needed + num_staying; };
+  absl::flat_hash_map<const ClientShare*, int> num_leaving;
+  std::vector<Sequence*> victims;
+  for (auto it = candidates.begin(); it != candidates.end() && !has_room(); ++it) {
+    if (!GivesWay(**it, next, num_leaving[(*it)->share], by_share)) continue;
+    victims.push_back(*it);
+    ++num_leaving[(*it)->share];
+    gives_back(**it);
+    --num_staying;
+  }
+  if (!has_room() || (by_share && victims.empty())) return false;
+  for (Sequence* victim : victims) Preempt(victim);
+  return true;
+}
+
+// `num_leaving`: of the sequence's client, how many are giving way already.
+bool Admission::GivesWay(const Sequence& sequence, const Sequence& next, int num_leaving, bool by_share) {
+  if (sequence.num_preemptions >= kMaxGivingWay || ClassOf(sequence) < ClassOf(next)) return false;
+  if (by_share) return sequence.share->num_running - num_leaving > 1;
+  return ClassOf(sequence) > ClassOf(next) && OrderOf(sequence) > OrderOf(next);
+}
+
+// ---- Blocks, slots and ends ----
+
+bool Admission::ReserveBlocks(Sequence* sequence, int num_tokens) {
+  const int missing = BlocksFor(num_tokens) - static_cast<int>(sequence->blocks.size());
+  if (missing <= 0 || pool_->Allocate(missing, &sequence->blocks)) return true;
+  PreemptForBlock();
+  return false;
+}
+
+void Admission::PreemptForBlock() {
+  Sequence* victim = nullptr;
+  bool is_first = true;
+  for (const auto& [order, sequence] : running_) {
+    if (sequence->is_ended) return;  // its blocks are on their way back: wait for those first
+    if (!is_first && (victim == nullptr || GivesWayBefore(sequence.get(), victim))) victim = sequence.get();
+    is_first = false;
+  }
+  CHECK(victim != nullptr, "one sequence alone finds no block");
+  Preempt(victim);
+}
+
+void Admission::Preempt(Sequence* sequence) {
+  StopRunning(sequence);
+  sequence->is_ended = sequence->is_preempted = true;
+  ++sequence->num_preemptions;
+  ++num_preemptions_;
+}
+
+void Admission::StopRunning(Sequence* sequence) {
+  ClientShare* client = sequence->share;
+  LeaveTurns(client);
+  --client->num_running;
+  TakeTurn(client);
+  sequence->share = nullptr;
+  if (client->num_running == 0 && client->waiting.empty()) clients_.erase(sequence->client);
+}
+
+void Admission::End(Sequence* sequence) {
+  if (sequence->slot < 0) {
+    ClientShare* client = sequence->share;
+    const auto node = Unqueue(sequence);
+    if (client->num_running == 0 && client->waiting.empty()) clients_.erase(sequence->client);
+    return;
+  }
+  if (!sequence->is_ended) StopRunning(sequence);
+  sequence->is_ended = true;
+  sequence->is_preempted = false;
+}
+
+bool Admission::ReleaseEnded() {
+  bool released = false;
+  for (auto it = running_.begin(); it != running_.end();) {
+    Sequence* sequence = it->second.get();
+    if (!sequence->is_ended || sequence->num_in_flight > 0) {
+      ++it;
+      continue;
+    }
+    released = true;
+    pool_->Release(sequence->blocks);
+    free_slots_.push_back(sequence->slot);
+    auto node = running_.extract(it++);
+    if (!sequence->is_preempted) continue;
+    sequence->blocks.clear();
+    sequence->slot = -1;
+    sequence->num_fed = sequence->num_blocks_told = 0;
+    sequence->is_ended = sequence->is_preempted = sequence->is_decoding = sequence->is_in_slot = false;
+    Queue(std::move(node));
+  }
+  return released;
+}
+
+void Admission::Clear() {
+  turns_.clear();
+  clients_.clear();
+  waiting_.clear();
+  running_.clear();
+}
+
+}  // namespace cachalot
