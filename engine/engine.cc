@@ -44,8 +44,10 @@ OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
   OpLimits limits = config.op_limits();
   limits.max_tokens = options.max_batch_tokens;
   limits.max_sequences = options.max_sequences;
-  limits.max_rows = options.max_sequences + 64;  // room to score a prompt beside full decoding
+  limits.max_drafts = options.speculative_tokens;
+  limits.max_rows = options.max_sequences * (1 + limits.max_drafts) + 64;  // room to score beside full decoding
   limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
+  limits.max_context += DraftSlack(limits.max_drafts);
   return limits;
 }
 
@@ -119,11 +121,15 @@ absl::Status EngineImpl::Open() {
   }
   if (options_.random_weights) {
     checkpoint_ = MakeRandomCheckpoint(config_);
-    return absl::OkStatus();
+  } else {
+    auto checkpoint = Checkpoint::Open(options_.model_dir);
+    if (!checkpoint.ok()) return checkpoint.status();
+    checkpoint_ = *std::move(checkpoint);
   }
-  auto checkpoint = Checkpoint::Open(options_.model_dir);
-  if (!checkpoint.ok()) return checkpoint.status();
-  checkpoint_ = *std::move(checkpoint);
+  if (options_.speculative_tokens > 0 && !ModelWeights::HasMtp(config_, *checkpoint_)) {
+    return absl::InvalidArgumentError(absl::StrFormat("speculative-tokens: found %d, but %s has no MTP layer",
+                                                      options_.speculative_tokens, options_.model_dir));
+  }
   return absl::OkStatus();
 }
 
@@ -156,7 +162,7 @@ absl::StatusOr<MemoryDemand> EngineImpl::ChooseBackend() {
   if (!kv_dtype.ok()) return kv_dtype.status();
   const bool is_quantised = WantsFp8() || (options_.activation == "auto" && !on_cpu && config_.is_fp8);
   const ActivationFormat plain = on_cpu ? ActivationFormat::kF32 : ActivationFormat::kBF16;
-  const KvOptions kv = {*kv_dtype, /*has_mtp=*/false, backend_->value_dtype()};
+  const KvOptions kv = {*kv_dtype, /*has_mtp=*/options_.speculative_tokens > 0, backend_->value_dtype()};
   return MemoryDemand{options.limits, kv, is_quantised ? ActivationFormat::kFP8 : plain};
 }
 
@@ -170,7 +176,7 @@ absl::Status EngineImpl::Load(int valid_tokens) {
 
   RunnerOptions runner_options;
   runner_options.limits = demand->limits;
-  runner_options.limits.max_context = plan->max_model_len;
+  runner_options.limits.max_context = plan->max_model_len + DraftSlack(runner_options.limits.max_drafts);
   runner_options.kv = demand->kv;
   runner_options.format = demand->format;
   runner_options.num_blocks = plan->num_blocks;
@@ -190,7 +196,7 @@ absl::Status EngineImpl::Load(int valid_tokens) {
 
   pool_ = std::make_unique<BlockPool>(plan->num_blocks);
   const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, runner_options.limits.max_rows,
-                                  plan->max_model_len, config_.eos_token_ids};
+                                  plan->max_model_len,       config_.eos_token_ids,  options_.speculative_tokens};
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
   model_info_.model_type = config_.model_type;
   model_info_.backend = backend_->name();

@@ -63,7 +63,8 @@ int64_t DeviceWeightBytes(const ModelConfig& config, const Checkpoint& checkpoin
   absl::flat_hash_map<int, int64_t> stacks;  // one allocation each
   for (const ExpectedTensor& expected : ExpectedTensors(config)) {
     const CheckpointTensor* stored = checkpoint.Find(expected.name);
-    if (expected.mtp_layer >= 0 || stored == nullptr) continue;
+    if (expected.is_optional || stored == nullptr) continue;
+    if (expected.mtp_layer >= 0 && (limits.max_drafts == 0 || expected.mtp_layer > config.num_hidden_layers)) continue;
     const int64_t bytes = TensorBytes(config, expected, *stored);
     if (expected.stack < 0) {
       total += RoundedAllocation(bytes);
@@ -87,7 +88,8 @@ absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOpti
                                                       wanted_len, config.max_position_embeddings));
   }
   const int64_t bytes_with_block = plan.block_bytes + Runner::kStateBytesPerBlock;
-  int64_t num_blocks = DivideUp(wanted_len, kBlockTokens) * options.max_sequences;
+  const int64_t slack = DraftSlack(options.speculative_tokens);
+  int64_t num_blocks = DivideUp(wanted_len + slack, kBlockTokens) * options.max_sequences;
   if (options.kv_cache_bytes > 0) {
     num_blocks = options.kv_cache_bytes / plan.block_bytes;
   } else if (options.kv_cache_share > 0) {
@@ -96,12 +98,12 @@ absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOpti
     num_blocks = std::min(num_blocks, static_cast<int64_t>(left * default_share) / bytes_with_block);
   }
   num_blocks = std::min<int64_t>(num_blocks, 1 << 24);
-  const int64_t max_len = std::min<int64_t>(wanted_len, num_blocks * kBlockTokens);
-  if (num_blocks < 1 || (options.max_model_len > 0 && max_len < options.max_model_len)) {
+  const int64_t max_len = std::min<int64_t>(wanted_len, num_blocks * kBlockTokens - slack);
+  if (max_len < 1 || (options.max_model_len > 0 && max_len < options.max_model_len)) {
     return absl::ResourceExhaustedError(absl::StrFormat(
         "KV cache: %d tokens fit (%d bytes a token), but one sequence may have %d: raise --kv-cache-memory or lower "
         "--max-model-len",
-        num_blocks * kBlockTokens, plan.block_bytes / kBlockTokens, wanted_len));
+        std::max<int64_t>(max_len, 0), plan.block_bytes / kBlockTokens, wanted_len));
   }
   plan.num_blocks = static_cast<int>(num_blocks);
   plan.max_model_len = static_cast<int>(max_len);
@@ -120,7 +122,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
   const int64_t state = Runner::StateBytes(demand.limits, config.qk_rope_head_dim);
   const int64_t num_shapes = std::ssize(StepShapes(demand.limits, backend.device()).Decode());
   const int64_t reserve = kCodeReserve + kGraphReserve * kMaxStepsInFlight * num_shapes +
-                          kAllocationBytes * (kNumOtherAllocations + config.num_hidden_layers);
+                          kAllocationBytes * (kNumOtherAllocations + config.num_hidden_layers + 2);
   const int64_t workspace = static_cast<int64_t>(backend.workspace_bytes());
   const int64_t left = free - weights - workspace - activations - state - reserve;
   if (left <= 0) {

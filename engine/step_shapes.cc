@@ -30,8 +30,7 @@ StepShape StepShapes::Of(const StepPlan& plan) const {
   if (const int rows = RowsPerSequence(plan); rows > 0) {
     return StepShape::Decode(Padded(num_sequences, MaxSequences(rows)), rows);
   }
-  return {StepShape::Path::kMixed, Padded(num_sequences, limits_.max_sequences),
-          Padded(plan.num_rows, limits_.max_tokens),
+  return {StepShape::Path::kMixed, Padded(num_sequences, MaxSequences(1)), Padded(plan.num_rows, limits_.max_tokens),
           Padded(static_cast<int>(plan.logits_rows.size()), limits_.max_rows)};
 }
 

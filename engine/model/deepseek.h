@@ -40,9 +40,12 @@ class DeepSeek {
   // The MTP layer's own forward pass, its cache written too; Logits has what it predicts to follow each row's token.
   // `previous` [T,D]: the main model's output one position before each row, or the layer's own.
   void ForwardMtp(const StepArrays& step, const Tensor& previous);
-  // Of the rows' sequences, out of the borders; and the MTP layer's output at the rows of its last pass.
+  // Of rows of different sequences, out of the borders.
   Tensor PreviousOutputs(const StepArrays& step);
-  Tensor MtpOutputs(const StepArrays& step) const;
+  // All that comes after Sample: tokens proposed to follow the last one of every sequence that has sampled, [S,X]. More
+  // than one recycles the layer: its own output stands for the main model's. `drafts` has room for S rows.
+  void Draft(const StepArrays& step, const Tensor& num_accepted, const StepArrays& drafts, const Tensor& proposed,
+             int num_valid_tokens);
 
  private:
   DeepSeek(const ModelConfig& config, ModelWeights weights, const KvStore& cache, RopeTable rope, Backend& backend)

@@ -28,7 +28,17 @@ Tensor DeepSeek::PreviousOutputs(const StepArrays& step) {
   return a.previous;
 }
 
-Tensor DeepSeek::MtpOutputs(const StepArrays& step) const { return View(step).normed.values; }
+void DeepSeek::Draft(const StepArrays& step, const Tensor& num_accepted, const StepArrays& drafts,
+                     const Tensor& proposed, int num_valid_tokens) {
+  KeepBorders(step);
+  ops_.BeginDrafts(drafts.rows, drafts.input, drafts.state, step.input, num_accepted);
+  Tensor previous = PreviousOutputs(drafts);
+  for (int i = 0; i < static_cast<int>(proposed.dim(1)); ++i) {
+    ForwardMtp(drafts, previous);
+    ops_.ProposeDrafts(proposed, drafts.rows, drafts.state, Logits(drafts), drafts.input, i, num_valid_tokens);
+    previous = View(drafts).normed.values;
+  }
+}
 
 void DeepSeek::ForwardMtp(const StepArrays& step, const Tensor& previous) {
   const Activations a = View(step);

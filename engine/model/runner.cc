@@ -53,14 +53,15 @@ StepInput PackInput(Packer* packer, const StepShape& shape) {
   return input;
 }
 
-SampleOutput PackOutput(Packer* packer, const StepShape& shape) {
+StepOutput PackOutput(Packer* packer, const StepShape& shape, int max_drafts) {
   const int64_t S = shape.num_sequences, L = shape.num_rows;
-  SampleOutput output;
-  output.tokens = packer->Take(DType::kI32, {L});
-  output.logprobs = packer->Take(DType::kF32, {L});
-  output.top_tokens = packer->Take(DType::kI32, {L, kMaxTopLogprobs});
-  output.top_logprobs = packer->Take(DType::kF32, {L, kMaxTopLogprobs});
-  output.num_accepted = packer->Take(DType::kI32, {S});
+  StepOutput output;
+  output.sample.tokens = packer->Take(DType::kI32, {L});
+  output.sample.logprobs = packer->Take(DType::kF32, {L});
+  output.sample.top_tokens = packer->Take(DType::kI32, {L, kMaxTopLogprobs});
+  output.sample.top_logprobs = packer->Take(DType::kF32, {L, kMaxTopLogprobs});
+  output.sample.num_accepted = packer->Take(DType::kI32, {S});
+  output.drafts = packer->Take(DType::kI32, {S, max_drafts});
   return output;
 }
 
@@ -79,6 +80,7 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
                                                        const RunnerOptions& options, Backend& backend) {
   std::unique_ptr<Runner> runner(new Runner(options, backend));
   const OpLimits& limits = options.limits;
+  CHECK(options.kv.has_mtp == (limits.max_drafts > 0), "drafts and the MTP layer come together");
   auto weights =
       ModelWeights::Load(config, checkpoint, {0, limits.num_local_experts}, options.kv.has_mtp, backend.ops());
   if (!weights.ok()) return weights.status();
@@ -131,11 +133,19 @@ absl::Status Runner::MakeState() {
   state_.block_table = make(DType::kI32, {U, max_blocks});
   state_.length = make(DType::kI32, {U});
   state_.last_token = make(DType::kI32, {U});
-  if (limits.max_drafts > 0) state_.drafts = make(DType::kI32, {U, limits.max_drafts});
   state_.params = make(DType::kU8, {U, static_cast<int64_t>(sizeof(SlotParams))});
   state_.counts = make(DType::kU16, {U, limits.vocab_size});
   rows_ = {make(DType::kI32, {T}), make(DType::kI32, {T}), make(DType::kI32, {T})};
   state_.token_biases = make(DType::kU8, {U, kMaxTokenBiases, static_cast<int64_t>(sizeof(TokenBias))});
+  if (limits.max_drafts > 0) {
+    state_.drafts = make(DType::kI32, {U, limits.max_drafts});
+    drafts_.rows = {make(DType::kI32, {U}), make(DType::kI32, {U}), make(DType::kI32, {U})};
+    drafts_.input.query_start = make(DType::kI32, {U + 1});
+    for (Tensor* t : {&drafts_.input.seq_slot, &drafts_.input.seq_start, &drafts_.input.row_token,
+                      &drafts_.input.row_seq, &drafts_.input.row_target}) {
+      *t = make(DType::kI32, {U});
+    }
+  }
   block_updates_ = make(DType::kI32, {options_.num_blocks, 3});
   bias_updates_ = make(DType::kI32, {U * kMaxTokenBiases, 4});
   return status;
@@ -149,8 +159,9 @@ int64_t Runner::StateBytes(const OpLimits& limits, int rope_dim) {
                        kMaxTokenBiases * static_cast<int64_t>(sizeof(TokenBias) + sizeof(BiasUpdate));
   Packer input(nullptr), output(nullptr);
   PackInput(&input, LargestShape(limits));
-  PackOutput(&output, LargestShape(limits));
-  return U * slot + limits.max_tokens * 12 + input.bytes() + output.bytes() +
+  PackOutput(&output, LargestShape(limits), limits.max_drafts);
+  const int64_t drafts = limits.max_drafts > 0 ? 9 * U + 1 : 0;
+  return U * slot + drafts * 4 + limits.max_tokens * 12 + input.bytes() + output.bytes() +
          (static_cast<int64_t>(limits.max_context) + 1) * rope_dim * 4;
 }
 
@@ -158,7 +169,7 @@ absl::Status Runner::MakeStaging() {
   const StepShape largest = LargestShape(options_.limits);
   Packer input(nullptr), output(nullptr);
   PackInput(&input, largest);
-  PackOutput(&output, largest);
+  PackOutput(&output, largest, options_.limits.max_drafts);
   auto device_input = NewTensor(DType::kU8, {input.bytes()});
   auto device_output = NewTensor(DType::kU8, {output.bytes()});
   if (!device_input.ok()) return device_input.status();
@@ -183,9 +194,9 @@ StepInput Runner::InputAt(void* base, const StepShape& shape) const {
   return PackInput(&packer, shape);
 }
 
-SampleOutput Runner::OutputAt(void* base, const StepShape& shape) const {
+StepOutput Runner::OutputAt(void* base, const StepShape& shape) const {
   Packer packer(base);
-  return PackOutput(&packer, shape);
+  return PackOutput(&packer, shape, options_.limits.max_drafts);
 }
 
 Tensor Runner::PackedInput(const StepShape& shape) const {
@@ -196,7 +207,7 @@ Tensor Runner::PackedInput(const StepShape& shape) const {
 
 Tensor Runner::PackedOutput(const StepShape& shape) const {
   Packer packer(nullptr);
-  PackOutput(&packer, shape);
+  PackOutput(&packer, shape, options_.limits.max_drafts);
   return output_.Rows(0, packer.bytes());
 }
 
@@ -258,20 +269,40 @@ StepArrays Runner::ArraysOf(const StepShape& shape) const {
           state_};
 }
 
+StepArrays Runner::DraftsOf(const StepShape& shape) const {
+  const int64_t S = shape.num_sequences;
+  StepArrays drafts;
+  drafts.state = state_;
+  drafts.rows = {drafts_.rows.tokens.Rows(0, S), drafts_.rows.positions.Rows(0, S), drafts_.rows.slots.Rows(0, S)};
+  drafts.input.seq_slot = drafts_.input.seq_slot.Rows(0, S);
+  drafts.input.seq_start = drafts_.input.seq_start.Rows(0, S);
+  drafts.input.query_start = drafts_.input.query_start.Rows(0, S + 1);
+  drafts.input.row_token = drafts_.input.row_token.Rows(0, S);
+  drafts.input.row_seq = drafts_.input.row_seq.Rows(0, S);
+  drafts.input.row_target = drafts_.input.row_target.Rows(0, S);
+  return drafts;
+}
+
 Runner::Submission Runner::Forward(const StepShape& shape, int set) {
   return {KeyOf(shape, kForward, set), [this, shape, set] {
             device_.Upload(PackedInput(shape), staging_[set].input);
             const StepArrays step = ArraysOf(shape);
             backend_.ops().BeginStep(step.rows, step.state, step.input);
             model_->Forward(step);
+            if (options_.limits.max_drafts > 0) model_->FeedMtp(step);
           }};
 }
 
 Runner::Submission Runner::Sample(const StepShape& shape, int set) {
   return {KeyOf(shape, kSample, set), [this, shape, set] {
             const StepArrays step = ArraysOf(shape);
-            backend_.ops().Sample(OutputAt(output_.data, shape), step.state, model_->Logits(step), Tensor(), step.input,
-                                  step.rows, options_.num_valid_tokens);
+            const StepOutput output = OutputAt(output_.data, shape);
+            backend_.ops().Sample(output.sample, step.state, model_->Logits(step), Tensor(), step.input, step.rows,
+                                  options_.num_valid_tokens);
+            if (options_.limits.max_drafts > 0) {
+              model_->Draft(step, output.sample.num_accepted, DraftsOf(shape), output.drafts,
+                            options_.num_valid_tokens);
+            }
             device_.Download(staging_[set].output, PackedOutput(shape));
           }};
 }
@@ -323,7 +354,8 @@ absl::StatusOr<StepResult> Runner::Wait(absl::Duration timeout) {
   const absl::Status status = device_.Wait(pending.event, timeout);
   if (!status.ok()) return status;
   pending_.pop_front();
-  const SampleOutput output = OutputAt(staging_[pending.set].output, pending.shape);
+  const StepOutput brought = OutputAt(staging_[pending.set].output, pending.shape);
+  const SampleOutput& output = brought.sample;
   StepResult result;
   result.step = pending.step;
   result.tokens = Copy<int32_t>(output.tokens, pending.num_rows);
@@ -331,6 +363,7 @@ absl::StatusOr<StepResult> Runner::Wait(absl::Duration timeout) {
   result.top_tokens = Copy<int32_t>(output.top_tokens, pending.num_rows);
   result.top_logprobs = Copy<float>(output.top_logprobs, pending.num_rows);
   result.num_accepted = Copy<int32_t>(output.num_accepted, pending.num_sequences);
+  result.drafts = Copy<int32_t>(brought.drafts, pending.num_sequences);
   return result;
 }
 

@@ -24,6 +24,12 @@ struct RunnerOptions {
   int num_valid_tokens = 0;  // ids from here on are never sampled
 };
 
+// What a step brings back.
+struct StepOutput {
+  SampleOutput sample;
+  Tensor drafts;  // [S,X]
+};
+
 // One thread: the rank's step thread. See engine/schedule/step.h for how two steps follow each other.
 class Runner {
  public:
@@ -68,10 +74,11 @@ class Runner {
   absl::Status MakeStaging();
   absl::StatusOr<Tensor> NewTensor(DType dtype, std::initializer_list<int64_t> dims);
   StepInput InputAt(void* base, const StepShape& shape) const;
-  SampleOutput OutputAt(void* base, const StepShape& shape) const;
+  StepOutput OutputAt(void* base, const StepShape& shape) const;
   Tensor PackedInput(const StepShape& shape) const;  // the device's input arrays as one run of bytes
   Tensor PackedOutput(const StepShape& shape) const;
   StepArrays ArraysOf(const StepShape& shape) const;
+  StepArrays DraftsOf(const StepShape& shape) const;
   Submission Forward(const StepShape& shape, int set);
   Submission Sample(const StepShape& shape, int set);
   void FillInput(const StepPlan& plan, const StepShape& shape, const StepInput& input) const;
@@ -86,6 +93,7 @@ class Runner {
   std::unique_ptr<DeepSeek> model_;
   SlotState state_;
   StepRows rows_;          // at the maxima
+  StepArrays drafts_;      // likewise, of a drafting pass; empty without drafts
   Tensor block_updates_;   // [max,3]
   Tensor bias_updates_;    // [max,4]
   Tensor input_, output_;  // device, bytes

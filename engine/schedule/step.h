@@ -25,8 +25,11 @@
 // What follows from it for a GPU backend: a plan's shape picks the graph, its contents travel in the one upload, and
 // everything a later step needs from an earlier one (token, position, length, drafts, counts) stays on the device, in
 // the slot. A preempted sequence is treated as an ended one, then enters a slot anew with its tokens so far
-// as prompt. With X drafts a decode sequence has 1 + X rows, `num_accepted` of its sampled tokens count, and the
-// scheduler reserves blocks for 1 + X tokens for each step in flight, since it cannot know how many were accepted.
+// as prompt.
+//
+// With X drafts a decode sequence has 1 + X rows, and `num_accepted` of its sampled tokens count. Whoever plans a step
+// cannot know how many will in those under way: the scheduler counts all rows as fed, and reserves blocks for all and
+// for the entries of X drafts more; each commit takes back what was not accepted. So no step is planned less for it.
 #ifndef CACHALOT_ENGINE_SCHEDULE_STEP_H_
 #define CACHALOT_ENGINE_SCHEDULE_STEP_H_
 
@@ -39,6 +42,10 @@
 namespace cachalot {
 
 inline constexpr int kMaxStepsInFlight = 2;
+
+// How far beyond a sequence's last token steps may write, with X drafts: each in flight may have X that turn out wrong,
+// and proposes X more.
+constexpr int DraftSlack(int max_drafts) { return (kMaxStepsInFlight + 1) * max_drafts; }
 
 // One sequence's part of a step.
 struct SequenceStep {
@@ -98,6 +105,7 @@ struct StepResult {
   std::vector<int32_t> top_tokens;    // [L, kMaxTopLogprobs]
   std::vector<float> top_logprobs;    // [L, kMaxTopLogprobs]
   std::vector<int32_t> num_accepted;  // [S] sampled tokens that count, from the sequence's first sampling row on
+  std::vector<int32_t> drafts;        // [S, X] tokens proposed to follow; of sequences that have sampled
 };
 
 }  // namespace cachalot

@@ -31,6 +31,10 @@ struct Golden {
 // Aborts the test program when the case cannot be read. `prefix` "aq." reads the activation-quantised reference.
 Golden LoadGolden(const std::string& name, const std::string& prefix = "");
 
+// The demo checkpoint, and the first 50 of its eval/chats.json as tokens.
+std::string DemoDir();
+std::vector<std::vector<int32_t>> DemoPrompts();
+
 // What a request brought, once it has ended.
 struct Answer {
   std::vector<int32_t> tokens;
@@ -42,6 +46,9 @@ struct Answer {
 
 // Submits all at once, but the last `num_late` once each of the others has a token or has ended, and waits for all.
 std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests, size_t num_late = 0);
+
+// Every token id and every log-probability's bits, in order.
+std::vector<uint32_t> Bits(const Answer& answer);
 
 // Made or the test program aborts.
 std::unique_ptr<Engine> MakeEngine(const EngineOptions& options);

@@ -14,13 +14,13 @@ namespace {
 
 using testing::HasSubstr;
 
-TEST(RandomCheckpointTest, HasEveryTensorOfTheMainModel) {
+TEST(RandomCheckpointTest, HasEveryTensorOnce) {
   const ModelConfig config = ParseConfig(TinyConfig());
   const auto checkpoint = MakeRandomCheckpoint(config);
   EXPECT_FALSE(checkpoint->has_data());
   for (const ExpectedTensor& expected : ExpectedTensors(config)) {
     const CheckpointTensor* tensor = checkpoint->Find(expected.name);
-    ASSERT_EQ(tensor != nullptr, expected.mtp_layer < 0) << expected.name;
+    ASSERT_EQ(tensor != nullptr, !expected.is_optional) << expected.name;
     if (tensor == nullptr) continue;
     EXPECT_EQ(tensor->shape, expected.shape) << expected.name;
     EXPECT_EQ(tensor->data, nullptr);
@@ -44,6 +44,13 @@ TEST(MemoryPlanTest, WeightsTakeWhatIsStoredAndLittleMore) {
   const int64_t all = DeviceWeightBytes(config, *checkpoint, limits);
   EXPECT_GT(all, elements);
   EXPECT_LT(all, elements * 5 + 512 * 100);
+  limits.max_drafts = 1;
+  int64_t mtp = 0;
+  for (const ExpectedTensor& expected : ExpectedTensors(config)) {
+    if (expected.mtp_layer >= 0 && !expected.is_optional) mtp += expected.num_elements();
+  }
+  EXPECT_GT(DeviceWeightBytes(config, *checkpoint, limits), all + mtp);
+  limits.max_drafts = 0;
   limits.num_local_experts /= 2;
   EXPECT_LT(DeviceWeightBytes(config, *checkpoint, limits), all);
 }
@@ -61,6 +68,10 @@ TEST(MemoryPlanTest, TheCacheTakesWhatIsAskedFor) {
   options.kv_cache_share = 0.8;
   EXPECT_EQ(plan(10 * (block_bytes + 12))->num_blocks, 8);
   EXPECT_EQ(plan(10 * (block_bytes + 12))->max_model_len, std::min(512, config.max_position_embeddings));
+  options.speculative_tokens = 2;
+  EXPECT_EQ(plan(10 * (block_bytes + 12))->max_model_len, std::min(512 - 6, config.max_position_embeddings))
+      << "drafts go beyond a sequence's end";
+  options.speculative_tokens = 0;
   options.kv_cache_bytes = 3 * block_bytes;
   EXPECT_EQ(plan(0)->num_blocks, 3);
   options.max_model_len = config.max_position_embeddings;

@@ -64,6 +64,9 @@ TEST(StepShapesTest, WhateverElseIsMixed) {
   EXPECT_EQ(shapes.Of(PlanOf({Decode(2), Chunk(30), Decode(2)})), (StepShape{kMixed, 4, 64, 8}));
   EXPECT_EQ(shapes.Of(PlanOf({Decode(2), Decode(1)})), (StepShape{kMixed, 2, 4, 4})) << "rows differ";
   EXPECT_EQ(shapes.Of(PlanOf({Chunk(1)})), (StepShape{kMixed, 1, 1, 1})) << "a prompt of one token";
+  EXPECT_EQ(StepShapes(Limits(3, 48, 0), device).Of(PlanOf({Decode(1), Decode(1), Chunk(1)})),
+            (StepShape{kMixed, 3, 3, 4}))
+      << "no more sequences than rows";
   EXPECT_EQ(shapes.Of(PlanOf({Chunk(400)})), (StepShape{kMixed, 1, 512, 1}));
 }
 
