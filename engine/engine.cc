@@ -19,6 +19,7 @@
 #include "engine/model/random_checkpoint.h"
 #include "engine/model/runner.h"
 #include "engine/schedule/scheduler.h"
+#include "engine/step_shapes.h"
 #include "engine/step_watch.h"
 #include "engine/validation.h"
 
@@ -49,8 +50,10 @@ OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
   OpLimits limits = config.op_limits();
   limits.max_tokens = options.max_batch_tokens;
   limits.max_sequences = options.max_sequences;
-  limits.max_rows = options.max_sequences + kScoredAtOnce;
+  limits.max_drafts = options.speculative_tokens;
+  limits.max_rows = options.max_sequences * (1 + limits.max_drafts) + kScoredAtOnce;
   limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
+  limits.max_context += DraftSlack(limits.max_drafts);
   return limits;
 }
 
@@ -85,6 +88,7 @@ class EngineImpl : public Engine {
   ModelInfo model_info_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Backend> backend_;
+  std::unique_ptr<StepShapes> shapes_;
   std::unique_ptr<Runner> runner_;
   std::unique_ptr<BlockPool> pool_;
   std::unique_ptr<Scheduler> scheduler_;
@@ -126,11 +130,15 @@ absl::Status EngineImpl::Open() {
   }
   if (options_.random_weights) {
     checkpoint_ = MakeRandomCheckpoint(config_);
-    return absl::OkStatus();
+  } else {
+    auto checkpoint = Checkpoint::Open(options_.model_dir);
+    if (!checkpoint.ok()) return checkpoint.status();
+    checkpoint_ = *std::move(checkpoint);
   }
-  auto checkpoint = Checkpoint::Open(options_.model_dir);
-  if (!checkpoint.ok()) return checkpoint.status();
-  checkpoint_ = *std::move(checkpoint);
+  if (options_.speculative_tokens > 0 && !ModelWeights::HasMtp(config_, *checkpoint_)) {
+    return absl::InvalidArgumentError(absl::StrFormat("speculative-tokens: found %d, but %s has no MTP layer",
+                                                      options_.speculative_tokens, options_.model_dir));
+  }
   return absl::OkStatus();
 }
 
@@ -163,7 +171,8 @@ absl::StatusOr<MemoryDemand> EngineImpl::ChooseBackend() {
   if (!kv_dtype.ok()) return kv_dtype.status();
   const bool is_quantised = WantsFp8() || (options_.activation == "auto" && !on_cpu && config_.is_fp8);
   const ActivationFormat plain = on_cpu ? ActivationFormat::kF32 : ActivationFormat::kBF16;
-  return MemoryDemand{options.limits, *kv_dtype, is_quantised ? ActivationFormat::kFP8 : plain};
+  const KvOptions kv = {*kv_dtype, /*has_mtp=*/options_.speculative_tokens > 0, backend_->value_dtype()};
+  return MemoryDemand{options.limits, kv, is_quantised ? ActivationFormat::kFP8 : plain};
 }
 
 // A checkpoint may name them in any of three files; what ends an answer in one ends it in all.
@@ -192,8 +201,8 @@ absl::Status EngineImpl::Load(const TokenizerInfo& tokenizer) {
 
   RunnerOptions runner_options;
   runner_options.limits = demand->limits;
-  runner_options.limits.max_context = plan->max_model_len;
-  runner_options.kv_dtype = demand->kv_dtype;
+  runner_options.limits.max_context = plan->max_model_len + DraftSlack(runner_options.limits.max_drafts);
+  runner_options.kv = demand->kv;
   runner_options.format = demand->format;
   runner_options.num_blocks = plan->num_blocks;
   runner_options.num_valid_tokens =
@@ -205,6 +214,7 @@ absl::Status EngineImpl::Load(const TokenizerInfo& tokenizer) {
   log.reset();
   if (!runner.ok()) return runner.status();
   runner_ = *std::move(runner);
+  shapes_ = std::make_unique<StepShapes>(runner_options.limits, backend_->device());
   if (plan->weights > 0) {
     const double seconds = absl::ToDoubleSeconds(absl::Now() - begin), gigabytes = plan->weights * 1e-9;
     spdlog::info("{:.2f} GB of weights in {:.1f} s: {:.2f} GB/s", gigabytes, seconds, gigabytes / seconds);
@@ -212,7 +222,7 @@ absl::Status EngineImpl::Load(const TokenizerInfo& tokenizer) {
 
   pool_ = std::make_unique<BlockPool>(plan->num_blocks);
   const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, plan->max_model_len,
-                                  model_info_.eos_token_ids};
+                                  model_info_.eos_token_ids, options_.speculative_tokens};
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
   model_info_.model_type = config_.model_type;
   model_info_.backend = backend_->name();
@@ -228,7 +238,7 @@ absl::Status EngineImpl::Load(const TokenizerInfo& tokenizer) {
 // A real step or two: everything that serving will touch has been touched before anybody is told that we are ready.
 absl::Status EngineImpl::WarmUp() {
   watch_.emplace(backend_->is_gpu() ? kLeastStepLimit : kLeastStepLimitOnCpu);
-  const auto graphs = runner_->Prepare();
+  const auto graphs = runner_->Prepare(shapes_->Decode());
   if (!graphs.ok()) return graphs.status();
   if (!graphs->empty()) spdlog::info("{}", *graphs);
   auto sequence = std::make_unique<Sequence>();
@@ -348,7 +358,7 @@ bool EngineImpl::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
 }
 
 void EngineImpl::Launch(const StepPlan& plan) {
-  runner_->Launch(plan);
+  runner_->Launch(plan, shapes_->Of(plan));
   watch_->Launched(StepWatch::WorkOf(plan.num_rows, plan.num_keys), absl::Now());
 }
 

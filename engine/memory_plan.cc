@@ -2,11 +2,13 @@
 #include "engine/memory_plan.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "absl/strings/str_format.h"
 #include "engine/model/activations.h"
 #include "engine/model/runner.h"
 #include "engine/model/weights.h"
+#include "engine/step_shapes.h"
 
 namespace cachalot {
 namespace {
@@ -15,8 +17,8 @@ constexpr double kCpuShare = 0.25, kGpuShare = 0.9;
 constexpr int64_t kMiB = int64_t{1} << 20;
 // Large allocations of CUDA are multiples of this.
 constexpr int64_t kAllocationBytes = 2 * kMiB;
-// Kernels' code and the driver's own; a graph of a thousand kernels; allocations other than weights that are rounded
-// up.
+// Kernels' code and the driver's own; the graphs of a step of a thousand kernels; allocations other than weights that
+// are rounded up.
 constexpr int64_t kCodeReserve = 256 * kMiB, kGraphReserve = 8 * kMiB;
 constexpr int kNumOtherAllocations = 64;
 
@@ -33,17 +35,17 @@ std::string MemoryPlan::ToString() const {
       Gigabytes(reserve), Gigabytes(cache), int64_t{num_blocks} * kBlockTokens);
 }
 
-absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, KvDType kv_dtype,
+absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, const KvOptions& kv,
                                      int64_t left, double default_share) {
   MemoryPlan plan;
-  plan.block_bytes =
-      KvTokenBytes(kv_dtype, config.kv_lora_rank, config.qk_rope_head_dim) * kBlockTokens * config.num_hidden_layers;
+  plan.block_bytes = KvStore::BlockBytes(config, kv);
   const int64_t wanted_len = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
   if (wanted_len > config.max_position_embeddings) {
     return absl::InvalidArgumentError(absl::StrFormat("max-model-len: found %d, expected at most the model's %d",
                                                       wanted_len, config.max_position_embeddings));
   }
-  int64_t num_blocks = DivideUp(wanted_len, kBlockTokens) * options.max_sequences;
+  const int64_t slack = DraftSlack(options.speculative_tokens);
+  int64_t num_blocks = DivideUp(wanted_len + slack, kBlockTokens) * options.max_sequences;
   if (options.kv_cache_bytes > 0) {
     num_blocks = options.kv_cache_bytes / plan.block_bytes;
   } else if (options.kv_cache_share > 0) {
@@ -52,12 +54,12 @@ absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOpti
     num_blocks = std::min(num_blocks, static_cast<int64_t>(left * default_share) / plan.block_bytes);
   }
   num_blocks = std::min<int64_t>(num_blocks, 1 << 24);
-  const int64_t max_len = std::min<int64_t>(wanted_len, num_blocks * kBlockTokens);
-  if (num_blocks < 1 || (options.max_model_len > 0 && max_len < options.max_model_len)) {
+  const int64_t max_len = std::min<int64_t>(wanted_len, num_blocks * kBlockTokens - slack);
+  if (max_len < 1 || (options.max_model_len > 0 && max_len < options.max_model_len)) {
     return absl::ResourceExhaustedError(absl::StrFormat(
         "KV cache: %d tokens fit (%d bytes a token), but one sequence may have %d: raise --kv-cache-memory or lower "
         "--max-model-len",
-        num_blocks * kBlockTokens, plan.block_bytes / kBlockTokens, wanted_len));
+        std::max<int64_t>(max_len, 0), plan.block_bytes / kBlockTokens, wanted_len));
   }
   plan.num_blocks = static_cast<int>(num_blocks);
   plan.max_model_len = static_cast<int>(max_len);
@@ -69,15 +71,17 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
                                       const EngineOptions& options, const MemoryDemand& demand, Backend& backend) {
   const int64_t free = static_cast<int64_t>(backend.device().FreeMemory());
   const bool is_gpu = backend.is_gpu();
-  if (!is_gpu) return PlanCache(config, options, demand.kv_dtype, free, kCpuShare);
+  if (!is_gpu) return PlanCache(config, options, demand.kv, free, kCpuShare);
 
   const ExpertShare share = {0, demand.limits.num_local_experts};
-  const absl::StatusOr<int64_t> weights = ModelWeights::DeviceBytes(config, checkpoint, share, backend.ops());
+  const absl::StatusOr<int64_t> weights =
+      ModelWeights::DeviceBytes(config, checkpoint, share, demand.kv.has_mtp, backend.ops());
   if (!weights.ok()) return weights.status();
   const int64_t activations = ActivationBuffers::Bytes(config, backend.value_dtype(), demand.limits, demand.format);
   const int64_t state = Runner::StateBytes(demand.limits, backend);
-  const int64_t reserve = kCodeReserve + kGraphReserve * Runner::NumGraphs(backend.device(), demand.limits) +
-                          kAllocationBytes * (kNumOtherAllocations + config.num_hidden_layers);
+  const int64_t num_shapes = std::ssize(StepShapes(demand.limits, backend.device()).Decode());
+  const int64_t reserve = kCodeReserve + kGraphReserve * kMaxStepsInFlight * num_shapes +
+                          kAllocationBytes * (kNumOtherAllocations + config.num_hidden_layers + 2);
   const int64_t workspace = static_cast<int64_t>(backend.workspace_bytes());
   const int64_t left = free - *weights - workspace - activations - state - reserve;
   if (left <= 0) {
@@ -87,7 +91,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
         Gigabytes(free), Gigabytes(*weights), Gigabytes(workspace), Gigabytes(activations), Gigabytes(state),
         Gigabytes(reserve)));
   }
-  absl::StatusOr<MemoryPlan> plan = PlanCache(config, options, demand.kv_dtype, left, kGpuShare);
+  absl::StatusOr<MemoryPlan> plan = PlanCache(config, options, demand.kv, left, kGpuShare);
   if (!plan.ok()) return plan.status();
   if (plan->cache > left) {
     return absl::ResourceExhaustedError(absl::StrFormat(

@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/model/config.h"
+#include "engine/model/kv_store.h"
 #include "engine/model/safetensors.h"
 #include "engine/options.h"
 #include "kernels/backend.h"
@@ -28,13 +29,13 @@ struct MemoryPlan {
 // What the plan depends on, besides the options.
 struct MemoryDemand {
   OpLimits limits;
-  KvDType kv_dtype = KvDType::kF32;
+  KvOptions kv;
   ActivationFormat format = ActivationFormat::kF32;
 };
 
 // The cache, given what is left for it. `left` < 0: the rest alone does not fit. InvalidArgument or ResourceExhausted,
 // naming the option to change. `limits.max_context` is not used.
-absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, KvDType kv_dtype,
+absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, const KvOptions& kv,
                                      int64_t left, double default_share);
 
 // The whole: PlanCache of what a backend's free memory leaves.

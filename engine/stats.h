@@ -40,6 +40,8 @@ struct EngineStats {
   uint64_t recomputed_tokens = 0;  // fed again after a preemption, prompt and generated alike
   uint64_t generated_tokens = 0;
   uint64_t preemptions = 0;
+  // Tokens that an MTP layer proposed and that were verified; those of them that the model took.
+  uint64_t draft_tokens = 0, accepted_draft_tokens = 0;
   // What the step thread worked while steps were under way, waiting for the device not counted.
   double host_seconds = 0;
   StepRowsHistogram step_rows;

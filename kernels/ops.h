@@ -80,14 +80,15 @@ class Ops {
                                    const StepRows& rows, const RopeTable& rope, float eps) = 0;
 
   // Multi-head latent attention over the paged cache, causal by position, keys of this step included (report eq. 6-11).
-  // Ropes q's last R of every head itself; whether W_UK / W_UV are absorbed is the backend's choice.
+  // Ropes q's last R of every head itself; whether W_UK / W_UV are absorbed is the backend's choice. Keys at positions
+  // below `first_key` do not exist, nor do rows.
   virtual void MlaAttention(const Activation& out,  // [T,H*V]
                             const Tensor& q,        // [T,H*(N+R)], not yet rotated
                             const Weight& kv_up,    // MakeKvUp
                             const KvCache& cache,
                             const SlotState& state,  // block tables
-                            const StepInput& input, const StepRows& rows, const RopeTable& rope,
-                            float softmax_scale) = 0;
+                            const StepInput& input, const StepRows& rows, const RopeTable& rope, float softmax_scale,
+                            int first_key) = 0;
 
   virtual void SiluMul(const Activation& out, const Tensor& gate_up) = 0;  // [T,F] <- silu([T,0:F]) * [T,F:2F]
 
@@ -108,6 +109,28 @@ class Ops {
 
   // x of the rows that logits are wanted of: out[l] = x[row_token[l]]; padding (-1) gives zeros.
   virtual void GatherRows(const Activation& out, const Activation& x, const Tensor& row_token) = 0;  // [L,D] <- [T,D]
+
+  // ---- Drafting with an MTP layer (report 2.2), whose row at position j is made of token j and of the main model's
+  // output at position j - 1. `borders` [B,D] keeps for each block the output at the last of its positions that counts.
+
+  // The output one position before each row: in `hidden`, where the row before is of the same sequence, else in
+  // `borders`; zeros at position 0 and in padding. `hidden` may be empty where no two rows are of one sequence.
+  virtual void PreviousHidden(const Tensor& out,     // [T,D]
+                              const Tensor& hidden,  // [T,D]
+                              const Tensor& borders, const SlotState& state, const StepRows& rows) = 0;
+  // After Sample: `borders` of every block that rows are in which count, those below their slot's `length`.
+  virtual void KeepBorders(const Tensor& borders, const Tensor& hidden, const SlotState& state,
+                           const StepRows& rows) = 0;
+  // After Sample: the rows of a drafting pass, one for each sequence of the step. Where it has sampled, the slot's last
+  // token at position `length`; else padding. `drafts` says of the rows what verbs need: all but parameters and tokens.
+  virtual void BeginDrafts(const StepRows& rows, const StepInput& drafts, const SlotState& state,
+                           const StepInput& input,
+                           const Tensor& num_accepted) = 0;  // [S] i32
+  // Draft `index` of every row is what Sample would draw from these logits, the last token not counted. It is the row's
+  // token in the next pass, one position on; `proposed` [S,X] gets it too.
+  virtual void ProposeDrafts(const Tensor& proposed, const StepRows& rows, const SlotState& state,
+                             const Tensor& logits,  // [S,W] f32
+                             const StepInput& drafts, int index, int num_valid_tokens) = 0;
 
   // ---- A step's end: sampled tokens, drafts verified, log-probabilities; each slot's state moves on.
   // Biases, penalties (repetition, then frequency and presence), mask and bans, temperature, top_k, top_p of what that

@@ -96,6 +96,8 @@ void RenderEngine(const EngineStats& stats, const ModelInfo& model, Page* page) 
   page->Counter("vllm:prompt_tokens_total", stats.prompt_tokens, "Prompt tokens computed, each prompt once.");
   page->Counter("vllm:prompt_tokens_recomputed_total", stats.recomputed_tokens, "Tokens computed again after that.");
   page->Counter("vllm:generation_tokens_total", stats.generated_tokens, "Tokens generated.");
+  page->Counter("vllm:spec_decode_num_draft_tokens_total", stats.draft_tokens, "Drafts that were verified.");
+  page->Counter("vllm:spec_decode_num_accepted_tokens_total", stats.accepted_draft_tokens, "Those that were right.");
   RenderStepRows(stats.step_rows, page);
 }
 

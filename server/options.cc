@@ -103,6 +103,9 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
   MustBeWithin(app->add_option("--max-batch-tokens", engine->max_batch_tokens,
                                "tokens of one step; less: steadier streams, more: faster prompts"),
                1, kMaxBatchTokens);
+  MustBeWithin(app->add_option("--speculative-tokens", engine->speculative_tokens,
+                               "tokens that the checkpoint's MTP layer drafts a step; they change no token"),
+               0, kMaxSpeculativeTokens);
   MustBeWithin(
       app->add_option("--max-waiting", engine->max_waiting, "requests that wait; one more is refused with 429"), 1,
       kMaxWaiting);

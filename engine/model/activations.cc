@@ -54,6 +54,9 @@ void ActivationBuffers::MakeAll(const ModelConfig& config, DType value, Activati
   a.normed = NewActivation(plain, T, D);
   a.head_in = NewActivation(plain, L, D);
   a.logits = NewTensor(DType::kF32, L, limits.vocab_size);
+  if (limits.max_drafts == 0) return;
+  a.previous = NewTensor(value, T, D);
+  a.eh = NewActivation(plain, T, 2 * D);
 }
 
 Tensor ActivationBuffers::NewTensor(DType dtype, int64_t rows, int64_t cols) {
@@ -83,10 +86,11 @@ Activations ActivationBuffers::View(int num_tokens, int num_rows) const {
   const auto head_of = [](const Activation& a, int64_t rows) { return a.values.empty() ? a : a.Rows(0, rows); };
   const int64_t T = num_tokens, M = T * limits_.num_experts_per_tok;
   Activations a = full_;
-  for (Tensor* t : {&a.h, &a.plain, &a.q_kv_a, &a.q, &a.delta, &a.gate_up, &a.shared, &a.topk_slots, &a.topk_weights}) {
+  for (Tensor* t : {&a.h, &a.plain, &a.q_kv_a, &a.q, &a.delta, &a.gate_up, &a.shared, &a.topk_slots, &a.topk_weights,
+                    &a.previous}) {
     *t = head(*t, T);
   }
-  for (Activation* t : {&a.x, &a.q_latent, &a.attention, &a.intermediate, &a.normed}) *t = head_of(*t, T);
+  for (Activation* t : {&a.x, &a.q_latent, &a.attention, &a.intermediate, &a.normed, &a.eh}) *t = head_of(*t, T);
   for (Tensor* t : {&a.expert_gate_up, &a.expert_out}) *t = head(*t, M);
   for (Activation* t : {&a.expert_rows.x, &a.expert_intermediate}) *t = head_of(*t, M);
   if (M > 0) a.expert_rows.offsets = a.expert_rows.offsets.Reshape({limits_.num_local_experts + 1});

@@ -33,6 +33,9 @@ struct Activations {
   Activation normed;               // [T,D] after the final norm, unquantised
   Activation head_in;              // [L,D]
   Tensor logits;                   // [L,W] f32
+  // Of an MTP layer; empty where there are no drafts.
+  Tensor previous;  // [T,D] what the main model put out one position before
+  Activation eh;    // [T,2D] normed: the row's token, embedded, and `previous`
 };
 
 class ActivationBuffers {

@@ -6,52 +6,55 @@
 namespace cachalot {
 
 void DeepSeek::Forward(const StepArrays& step) {
-  const Activations a = buffers_->View(static_cast<int>(step.rows.tokens.dim(0)), 0);
-  const float eps = static_cast<float>(config_.rms_norm_eps);
-
+  const Activations a = View(step);
   ops_.Embed(a.h, *weights_.embed_tokens, step.rows);  // [T,D]
   Tensor delta;                                        // what the last sublayer adds to h: the next norm does it
   for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    const LayerWeights& w = weights_.layers[layer];
-    ops_.AddRmsNorm(a.h, a.x, Tensor(), delta, *w.input_layernorm, eps);
-    Attention(a, w, caches_[layer], step);
+    Layer(a, weights_.layers[layer], {cache_.layer(layer), rope_, 0}, delta, step);
     delta = a.delta;
-    if (config_.is_moe_layer(layer)) {
-      ops_.AddRmsNorm(a.h, a.x, a.plain, delta, *w.post_attention_layernorm, eps);
-      Moe(a, w, step);
-    } else {
-      ops_.AddRmsNorm(a.h, a.x, Tensor(), delta, *w.post_attention_layernorm, eps);
-      Mlp(a.delta, a, w);
-    }
   }
-  ops_.AddRmsNorm(a.h, a.normed, Tensor(), delta, *weights_.norm, eps);
+  ops_.AddRmsNorm(a.h, a.normed, Tensor(), delta, *weights_.norm, eps());
 }
 
 Tensor DeepSeek::Head(const StepArrays& step, const Tensor& row_token) {
-  const Activations a = buffers_->View(static_cast<int>(step.rows.tokens.dim(0)), static_cast<int>(row_token.dim(0)));
+  const Activations a = View(step, row_token.dim(0));
   ops_.GatherRows(a.head_in, a.normed, row_token);      // [L,D]
   ops_.Linear(a.logits, a.head_in, *weights_.lm_head);  // [L,W]
   return a.logits;
 }
 
+// a.h + delta -> a.h, and a.delta for the next norm to add.
+void DeepSeek::Layer(const Activations& a, const LayerWeights& w, const Keys& keys, const Tensor& delta,
+                     const StepArrays& step) {
+  ops_.AddRmsNorm(a.h, a.x, Tensor(), delta, *w.input_layernorm, eps());
+  Attention(a, w, keys, step);
+  if (w.gate != nullptr) {
+    ops_.AddRmsNorm(a.h, a.x, a.plain, a.delta, *w.post_attention_layernorm, eps());
+    Moe(a, w, step);
+  } else {
+    ops_.AddRmsNorm(a.h, a.x, Tensor(), a.delta, *w.post_attention_layernorm, eps());
+    Mlp(a.delta, a, w);
+  }
+}
+
 // a.x -> a.delta. Multi-head latent attention (report 2.1.1): latents are cached, heads are never.
-void DeepSeek::Attention(const Activations& a, const LayerWeights& w, const KvCache& cache, const StepArrays& step) {
+void DeepSeek::Attention(const Activations& a, const LayerWeights& w, const Keys& keys, const StepArrays& step) {
   ops_.Linear(a.q_kv_a, a.x, *w.q_kv_a_proj);  // [T,Q+C+R]
   const int64_t kv_width = config_.kv_lora_rank + config_.qk_rope_head_dim;
   const int64_t q_width = a.q_kv_a.dim(1) - kv_width;
   const Tensor q_a = a.q_kv_a.Columns(0, q_width), kv = a.q_kv_a.Columns(q_width, kv_width);
   Tensor q = q_a;  // [T,H*(N+R)] without q_lora_rank
   if (w.q_b_proj == nullptr) {
-    ops_.LatentNormRopeWrite(cache, step.state, Activation(), Tensor(), kv, nullptr, *w.kv_a_layernorm, step.rows,
-                             rope_, kLatentNormEps);
+    ops_.LatentNormRopeWrite(keys.cache, step.state, Activation(), Tensor(), kv, nullptr, *w.kv_a_layernorm, step.rows,
+                             keys.rope, kLatentNormEps);
   } else {
-    ops_.LatentNormRopeWrite(cache, step.state, a.q_latent, q_a, kv, w.q_a_layernorm.get(), *w.kv_a_layernorm,
-                             step.rows, rope_, kLatentNormEps);
+    ops_.LatentNormRopeWrite(keys.cache, step.state, a.q_latent, q_a, kv, w.q_a_layernorm.get(), *w.kv_a_layernorm,
+                             step.rows, keys.rope, kLatentNormEps);
     ops_.Linear(a.q, a.q_latent, *w.q_b_proj);
     q = a.q;
   }
-  ops_.MlaAttention(a.attention, q, *w.kv_b_proj, cache, step.state, step.input, step.rows, rope_,
-                    config_.softmax_scale());  // [T,H*V]
+  ops_.MlaAttention(a.attention, q, *w.kv_b_proj, keys.cache, step.state, step.input, step.rows, keys.rope,
+                    config_.softmax_scale(), keys.first);  // [T,H*V]
   ops_.Linear(a.delta, a.attention, *w.o_proj);
 }
 
@@ -82,11 +85,14 @@ void DeepSeek::Moe(const Activations& a, const LayerWeights& w, const StepArrays
   communicator_.Combine(a.delta, a.expert_out, a.topk_weights, w.gate_up_proj != nullptr ? a.shared : Tensor());
 }
 
+Activations DeepSeek::View(const StepArrays& step, int64_t num_logits) const {
+  return buffers_->View(static_cast<int>(step.rows.tokens.dim(0)), static_cast<int>(num_logits));
+}
+
 absl::StatusOr<std::unique_ptr<DeepSeek>> DeepSeek::Create(const ModelConfig& config, ModelWeights weights,
-                                                           std::vector<KvCache> caches, RopeTable rope,
-                                                           Backend& backend, const OpLimits& limits,
-                                                           ActivationFormat format) {
-  std::unique_ptr<DeepSeek> model(new DeepSeek(config, std::move(weights), std::move(caches), rope, backend));
+                                                           const KvStore& cache, RopeTable rope, Backend& backend,
+                                                           const OpLimits& limits, ActivationFormat format) {
+  std::unique_ptr<DeepSeek> model(new DeepSeek(config, std::move(weights), cache, rope, backend));
   auto buffers = ActivationBuffers::Create(model->config_, backend, limits, format);
   if (!buffers.ok()) return buffers.status();
   model->buffers_ = *std::move(buffers);

@@ -10,7 +10,7 @@ namespace cachalot {
 std::unique_ptr<Checkpoint> MakeRandomCheckpoint(const ModelConfig& config) {
   absl::flat_hash_map<std::string, CheckpointTensor> tensors;
   for (const ExpectedTensor& expected : ExpectedTensors(config)) {
-    if (expected.mtp_layer >= 0) continue;
+    if (expected.is_optional) continue;
     CheckpointTensor tensor;
     tensor.dtype = expected.use == TensorUse::kBias ? "F32" : "BF16";
     tensor.shape = expected.shape;

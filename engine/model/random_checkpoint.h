@@ -9,8 +9,8 @@
 
 namespace cachalot {
 
-// Every tensor that the main model needs, stored as DeepSeek-V3's are. A backend makes up the values of weights without
-// data (kernels/ops.h).
+// Every tensor that the model and its MTP layers need, stored as DeepSeek-V3's are. A backend makes up the values of
+// weights without data (kernels/ops.h).
 std::unique_ptr<Checkpoint> MakeRandomCheckpoint(const ModelConfig& config);
 
 }  // namespace cachalot

@@ -9,8 +9,14 @@
 namespace cachalot {
 namespace {
 
-// NOTE: a step's kinds are kStep + its staging set, whose addresses are part of it.
-enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kStep = 2 };
+enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kForward = 2, kSample = 3, kNumKinds = 4 };
+
+// NOTE: the staging set's addresses are part of a step's submissions.
+StepKey KeyOf(const StepShape& shape, SubmitKind kind, int set) {
+  const int path = static_cast<int>(shape.path);
+  return {shape.num_tokens, shape.num_sequences, shape.num_rows, (path * kMaxStepsInFlight + set) * kNumKinds + kind,
+          shape.long_chunks};
+}
 
 constexpr int64_t kBlockUpdatesAtOnce = 8192;
 
@@ -36,7 +42,8 @@ class Packer {
   uintptr_t next_;
 };
 
-StepInput PackInput(Packer* packer, int64_t T, int64_t S, int64_t L) {
+StepInput PackInput(Packer* packer, const StepShape& shape) {
+  const int64_t T = shape.num_tokens, S = shape.num_sequences, L = shape.num_rows;
   StepInput input;
   input.seq_slot = packer->Take(DType::kI32, {S});
   input.seq_start = packer->Take(DType::kI32, {S});
@@ -49,14 +56,20 @@ StepInput PackInput(Packer* packer, int64_t T, int64_t S, int64_t L) {
   return input;
 }
 
-SampleOutput PackOutput(Packer* packer, int64_t S, int64_t L) {
-  SampleOutput output;
-  output.tokens = packer->Take(DType::kI32, {L});
-  output.logprobs = packer->Take(DType::kF32, {L});
-  output.top_tokens = packer->Take(DType::kI32, {L, kMaxTopLogprobs});
-  output.top_logprobs = packer->Take(DType::kF32, {L, kMaxTopLogprobs});
-  output.num_accepted = packer->Take(DType::kI32, {S});
+StepOutput PackOutput(Packer* packer, const StepShape& shape, int max_drafts) {
+  const int64_t S = shape.num_sequences, L = shape.num_rows;
+  StepOutput output;
+  output.sample.tokens = packer->Take(DType::kI32, {L});
+  output.sample.logprobs = packer->Take(DType::kF32, {L});
+  output.sample.top_tokens = packer->Take(DType::kI32, {L, kMaxTopLogprobs});
+  output.sample.top_logprobs = packer->Take(DType::kF32, {L, kMaxTopLogprobs});
+  output.sample.num_accepted = packer->Take(DType::kI32, {S});
+  output.drafts = packer->Take(DType::kI32, {S, max_drafts});
   return output;
+}
+
+StepShape LargestShape(const OpLimits& limits) {
+  return {StepShape::Path::kMixed, limits.max_sequences, limits.max_tokens, limits.max_tokens};
 }
 
 template <typename T>
@@ -70,22 +83,20 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
                                                        const RunnerOptions& options, Backend& backend) {
   std::unique_ptr<Runner> runner(new Runner(options, backend));
   const OpLimits& limits = options.limits;
-  auto weights = ModelWeights::Load(config, checkpoint, {0, limits.num_local_experts}, backend.ops());
+  CHECK(options.kv.has_mtp == (limits.max_drafts > 0), "drafts and the MTP layer come together");
+  auto weights =
+      ModelWeights::Load(config, checkpoint, {0, limits.num_local_experts}, options.kv.has_mtp, backend.ops());
   if (!weights.ok()) return weights.status();
   absl::Status status = runner->MakeState();
   if (status.ok()) status = runner->MakeStaging();
   if (status.ok()) status = runner->FillAngles(config);
   if (!status.ok()) return status;
 
-  std::vector<KvCache> caches;
-  const int64_t token_bytes = KvTokenBytes(options.kv_dtype, config.kv_lora_rank, config.qk_rope_head_dim);
-  for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
-    auto blocks = runner->NewTensor(DType::kU8, {options.num_blocks, kBlockTokens, token_bytes});
-    if (!blocks.ok()) return blocks.status();
-    caches.push_back({*blocks, options.kv_dtype});
-  }
+  auto store = KvStore::Create(config, options.kv, options.num_blocks, backend.device());
+  if (!store.ok()) return store.status();
+  runner->store_ = *std::move(store);
 
-  auto model = DeepSeek::Create(config, *std::move(weights), std::move(caches), RopeTable{runner->angles_}, backend,
+  auto model = DeepSeek::Create(config, *std::move(weights), *runner->store_, RopeTable{runner->angles_}, backend,
                                 limits, options.format);
   if (!model.ok()) return model.status();
   runner->model_ = *std::move(model);
@@ -118,12 +129,13 @@ int64_t Runner::StateBytes(const OpLimits& limits, Backend& backend) {
   return runner.device_bytes_;
 }
 
-// Made on the host, the same in every backend.
+// Made on the host, the same in every backend. The first row is of no position.
 absl::Status Runner::FillAngles(const ModelConfig& config) {
   const std::vector<float> angles = MakeRopeTable(config, options_.limits.max_context);
   auto staging = device_.Allocate(angles_.num_bytes(), Device::Memory::kPinnedHost);
   if (!staging.ok()) return staging.status();
-  std::memcpy(staging->data(), angles.data(), angles_.num_bytes());
+  auto* staged = static_cast<float*>(staging->data());
+  std::copy(angles.begin(), angles.end(), std::fill_n(staged, angles_.dim(1), 0.0f));
   device_.Upload(angles_, staging->data());
   return device_.Wait(device_.Record(), absl::Minutes(1));
 }
@@ -138,15 +150,23 @@ absl::Status Runner::MakeState() {
     status.Update(tensor.status());
     return tensor.value_or(Tensor());
   };
-  angles_ = make(DType::kF32, {limits.max_context, limits.qk_rope_head_dim});
+  angles_ = make(DType::kF32, {limits.max_context + 1, limits.qk_rope_head_dim});
   state_.block_table = make(DType::kI32, {U, max_blocks});
   state_.length = make(DType::kI32, {U});
   state_.last_token = make(DType::kI32, {U});
-  if (limits.max_drafts > 0) state_.drafts = make(DType::kI32, {U, limits.max_drafts});
   state_.params = make(DType::kU8, {U, static_cast<int64_t>(sizeof(SlotParams))});
   state_.counts = make(DType::kU16, {U, limits.vocab_size});
   rows_ = {make(DType::kI32, {T}), make(DType::kI32, {T}), make(DType::kI32, {T})};
   state_.token_biases = make(DType::kU8, {U, kMaxTokenBiases, static_cast<int64_t>(sizeof(TokenBias))});
+  if (limits.max_drafts > 0) {
+    state_.drafts = make(DType::kI32, {U, limits.max_drafts});
+    drafts_.rows = {make(DType::kI32, {U}), make(DType::kI32, {U}), make(DType::kI32, {U})};
+    drafts_.input.query_start = make(DType::kI32, {U + 1});
+    for (Tensor* t : {&drafts_.input.seq_slot, &drafts_.input.seq_start, &drafts_.input.row_token,
+                      &drafts_.input.row_seq, &drafts_.input.row_target}) {
+      *t = make(DType::kI32, {U});
+    }
+  }
   block_updates_ = make(DType::kI32, {std::min(kBlockUpdatesAtOnce, U * max_blocks), 3});
   bias_updates_ = make(DType::kI32, {U * kMaxTokenBiases, 4});
   none_accepted_ = make(DType::kI32, {U});
@@ -154,11 +174,10 @@ absl::Status Runner::MakeState() {
 }
 
 absl::Status Runner::MakeStaging() {
-  const OpLimits& limits = options_.limits;
-  const Shape max = {limits.max_tokens, limits.max_sequences, limits.max_tokens};
+  const StepShape largest = LargestShape(options_.limits);
   Packer input(nullptr), output(nullptr);
-  PackInput(&input, max.T, max.S, max.L);
-  PackOutput(&output, max.S, max.L);
+  PackInput(&input, largest);
+  PackOutput(&output, largest, options_.limits.max_drafts);
   auto device_input = NewTensor(DType::kU8, {input.bytes()});
   auto device_output = NewTensor(DType::kU8, {output.bytes()});
   if (!device_input.ok()) return device_input.status();
@@ -177,34 +196,34 @@ absl::Status Runner::MakeStaging() {
   return absl::OkStatus();
 }
 
-StepInput Runner::InputAt(void* base, Shape shape) const {
+StepInput Runner::InputAt(void* base, const StepShape& shape) const {
   Packer packer(base);
-  StepInput input = PackInput(&packer, shape.T, shape.S, shape.L);
+  StepInput input = PackInput(&packer, shape);
   input.long_chunks = shape.long_chunks;
   return input;
 }
 
-SampleOutput Runner::OutputAt(void* base, Shape shape) const {
+StepOutput Runner::OutputAt(void* base, const StepShape& shape) const {
   Packer packer(base);
-  return PackOutput(&packer, shape.S, shape.L);
+  return PackOutput(&packer, shape, options_.limits.max_drafts);
 }
 
-Tensor Runner::PackedInput(Shape shape) const {
+Tensor Runner::PackedInput(const StepShape& shape) const {
   Packer packer(nullptr);
-  PackInput(&packer, shape.T, shape.S, shape.L);
+  PackInput(&packer, shape);
   return input_.Rows(0, packer.bytes());
 }
 
-Tensor Runner::PackedOutput(Shape shape) const {
+Tensor Runner::PackedOutput(const StepShape& shape) const {
   Packer packer(nullptr);
-  PackOutput(&packer, shape.S, shape.L);
+  PackOutput(&packer, shape, options_.limits.max_drafts);
   return output_.Rows(0, packer.bytes());
 }
 
-void Runner::FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const {
+void Runner::FillInput(const StepPlan& plan, const StepShape& shape, const StepInput& input) const {
   int row = 0;
   auto* params = reinterpret_cast<SlotParams*>(input.seq_params.as<uint8_t>());
-  for (int s = 0; s < shape.S; ++s) {
+  for (int s = 0; s < shape.num_sequences; ++s) {
     const bool is_real = s < static_cast<int>(plan.sequences.size());
     const SequenceStep sequence = is_real ? plan.sequences[s] : SequenceStep();
     input.seq_slot.as<int32_t>()[s] = is_real ? sequence.slot : -1;
@@ -214,8 +233,8 @@ void Runner::FillInput(const StepPlan& plan, Shape shape, const StepInput& input
     std::copy(sequence.tokens.begin(), sequence.tokens.end(), input.tokens.as<int32_t>() + row);
     row += sequence.num_rows;
   }
-  input.query_start.as<int32_t>()[shape.S] = row;
-  for (int l = 0; l < shape.L; ++l) {
+  input.query_start.as<int32_t>()[shape.num_sequences] = row;
+  for (int l = 0; l < shape.num_rows; ++l) {
     const bool is_real = l < static_cast<int>(plan.logits_rows.size());
     const LogitsRow wanted = is_real ? plan.logits_rows[l] : LogitsRow{-1, -1, -1};
     CHECK(l < options_.limits.max_rows || !is_real || wanted.target >= 0, "row {} samples", l);
@@ -257,35 +276,53 @@ void Runner::UploadTokenBiases(const std::vector<SequenceStep>& sequences, int s
   device_.Submit({padded, 0, 0, kBiasUpdates}, [this, target] { backend_.ops().UpdateTokenBiases(state_, target); });
 }
 
-Runner::Shape Runner::PaddedShape(int num_tokens, int num_sequences, int num_rows) const {
-  const OpLimits& limits = options_.limits;
-  return {std::min(device_.Bucket(num_tokens), limits.max_tokens),
-          std::min(device_.Bucket(num_sequences), limits.max_sequences),
-          std::min(device_.Bucket(num_rows), limits.max_tokens), LongChunks()};
+StepArrays Runner::ArraysOf(const StepShape& shape) const {
+  const int64_t T = shape.num_tokens;
+  return {InputAt(input_.data, shape),
+          {rows_.tokens.Rows(0, T), rows_.positions.Rows(0, T), rows_.slots.Rows(0, T)},
+          state_};
 }
 
-LongChunks Runner::LongChunksOf(const StepPlan& plan) {
-  LongChunkFinder finder(kLongChunkRows);
-  for (const SequenceStep& sequence : plan.sequences) finder.Add(sequence.start, sequence.num_rows);
-  return finder.found();
+StepArrays Runner::DraftsOf(const StepShape& shape) const {
+  const int64_t S = shape.num_sequences;
+  StepArrays drafts;
+  drafts.state = state_;
+  drafts.rows = {drafts_.rows.tokens.Rows(0, S), drafts_.rows.positions.Rows(0, S), drafts_.rows.slots.Rows(0, S)};
+  drafts.input.seq_slot = drafts_.input.seq_slot.Rows(0, S);
+  drafts.input.seq_start = drafts_.input.seq_start.Rows(0, S);
+  drafts.input.query_start = drafts_.input.query_start.Rows(0, S + 1);
+  drafts.input.row_token = drafts_.input.row_token.Rows(0, S);
+  drafts.input.row_seq = drafts_.input.row_seq.Rows(0, S);
+  drafts.input.row_target = drafts_.input.row_target.Rows(0, S);
+  return drafts;
 }
 
-std::function<void()> Runner::StepBody(Shape shape, int set) {
-  return [this, shape, set] {
-    device_.Upload(PackedInput(shape), staging_[set].input);
-    const StepRows rows = {rows_.tokens.Rows(0, shape.T), rows_.positions.Rows(0, shape.T),
-                           rows_.slots.Rows(0, shape.T)};
-    const StepArrays step = {InputAt(input_.data, shape), rows, state_};
-    backend_.ops().BeginStep(step.rows, step.state, step.input);
-    model_->Forward(step);
-    Sample(step, OutputAt(output_.data, shape));
-    device_.Download(staging_[set].output, PackedOutput(shape));
-  };
+Runner::Submission Runner::Forward(const StepShape& shape, int set) {
+  return {KeyOf(shape, kForward, set), [this, shape, set] {
+            device_.Upload(PackedInput(shape), staging_[set].input);
+            const StepArrays step = ArraysOf(shape);
+            backend_.ops().BeginStep(step.rows, step.state, step.input);
+            model_->Forward(step);
+            if (options_.limits.max_drafts > 0) model_->FeedMtp(step);
+          }};
+}
+
+Runner::Submission Runner::Sample(const StepShape& shape, int set) {
+  return {KeyOf(shape, kSample, set), [this, shape, set] {
+            const StepArrays step = ArraysOf(shape);
+            const StepOutput output = OutputAt(output_.data, shape);
+            SampleRows(step, output.sample);
+            if (options_.limits.max_drafts > 0) {
+              model_->Draft(step, output.sample.num_accepted, DraftsOf(shape), output.drafts,
+                            options_.num_valid_tokens);
+            }
+            device_.Download(staging_[set].output, PackedOutput(shape));
+          }};
 }
 
 // As many rows at a time as there is room for logits: a long prompt is scored in steps as long as any. All rows that
-// sample are among the first.
-void Runner::Sample(const StepArrays& step, const SampleOutput& output) {
+// sample, drafts to be verified among them, are among the first.
+void Runner::SampleRows(const StepArrays& step, const SampleOutput& output) {
   const int64_t num_rows = step.input.row_token.dim(0), max_rows = options_.limits.max_rows;
   for (int64_t begin = 0; begin == 0 || begin < num_rows; begin += max_rows) {
     const int64_t count = std::min(max_rows, num_rows - begin);
@@ -301,47 +338,44 @@ void Runner::Sample(const StepArrays& step, const SampleOutput& output) {
   }
 }
 
-int Runner::NumGraphs(const Device& device, const OpLimits& limits) {
-  int count = 0;
-  for (int n = 1; n <= std::min(limits.max_sequences, limits.max_tokens); n = device.Bucket(n) + 1) ++count;
-  return count * kMaxStepsInFlight;
-}
-
 // NOTE: every step that is prepared runs on padding only, which changes nothing.
-absl::StatusOr<std::string> Runner::Prepare() {
+absl::StatusOr<std::string> Runner::Prepare(const std::vector<StepShape>& shapes) {
   int num_graphs = 0, num_kernels = 0;
-  const int largest = std::min(options_.limits.max_sequences, options_.limits.max_tokens);
-  for (int n = 1; n <= largest; n = device_.Bucket(n) + 1) {
-    const Shape shape = PaddedShape(n, n, n);
+  for (const StepShape& shape : shapes) {
     for (int set = 0; set < kMaxStepsInFlight; ++set) {
-      const StepKey key = {shape.T, shape.S, shape.L, kStep + set};
       FillInput(StepPlan(), shape, InputAt(staging_[set].input, shape));
-      if (absl::Status status = device_.Prepare(key, StepBody(shape, set)); !status.ok()) return status;
-      if (absl::Status status = device_.Wait(device_.Record(), absl::Minutes(1)); !status.ok()) return status;
-      if (device_.NumKernels(key) == 0) return "";  // the CPU: there is nothing to prepare
-      ++num_graphs;
-      num_kernels = device_.NumKernels(key);
+      num_kernels = 0;
+      for (const Submission& submission : {Forward(shape, set), Sample(shape, set)}) {
+        absl::Status status = device_.Prepare(submission.key, submission.body);
+        if (status.ok()) status = device_.Wait(device_.Record(), absl::Minutes(1));
+        if (!status.ok()) return status;
+        if (device_.NumKernels(submission.key) == 0) return "";  // the CPU: there is nothing to prepare
+        ++num_graphs;
+        num_kernels += device_.NumKernels(submission.key);
+      }
     }
   }
-  return absl::StrFormat("%d graphs of decode steps, the largest of %d kernels for %d sequences", num_graphs,
-                         num_kernels, largest);
+  return absl::StrFormat("%d graphs of decode steps, a step of %d sequences of %d kernels", num_graphs,
+                         shapes.empty() ? 0 : shapes.back().num_sequences, num_kernels);
 }
 
-void Runner::Launch(const StepPlan& plan) {
+void Runner::Launch(const StepPlan& plan, const StepShape& shape) {
   CHECK(pending_.size() < kMaxStepsInFlight, "{} steps in flight", pending_.size());
   const OpLimits& limits = options_.limits;
   const int num_sequences = static_cast<int>(plan.sequences.size());
   const int num_rows = static_cast<int>(plan.logits_rows.size());
-  CHECK(plan.num_rows <= limits.max_tokens && num_sequences <= limits.max_sequences && num_rows <= plan.num_rows);
-  Shape shape = PaddedShape(plan.num_rows, num_sequences, num_rows);
-  shape.long_chunks = LongChunksOf(plan);
+  CHECK(plan.num_rows <= shape.num_tokens && num_sequences <= shape.num_sequences && num_rows <= shape.num_rows);
+  CHECK(shape.num_tokens <= limits.max_tokens && shape.num_sequences <= limits.max_sequences &&
+        shape.num_rows <= limits.max_tokens);
   const int set = next_set_;
   next_set_ = (next_set_ + 1) % kMaxStepsInFlight;
 
   UploadBlockUpdates(plan.block_updates, set);
   UploadTokenBiases(plan.sequences, set);
   FillInput(plan, shape, InputAt(staging_[set].input, shape));
-  device_.Submit({shape.T, shape.S, shape.L, kStep + set, shape.long_chunks}, StepBody(shape, set));
+  for (Submission& submission : std::array{Forward(shape, set), Sample(shape, set)}) {
+    device_.Submit(submission.key, std::move(submission.body));
+  }
   pending_.push_back({plan.step, shape, num_rows, num_sequences, set, device_.Record()});
 }
 
@@ -351,7 +385,8 @@ absl::StatusOr<StepResult> Runner::Wait(absl::Duration timeout) {
   const absl::Status status = device_.Wait(pending.event, timeout);
   if (!status.ok()) return status;
   pending_.pop_front();
-  const SampleOutput output = OutputAt(staging_[pending.set].output, pending.shape);
+  const StepOutput brought = OutputAt(staging_[pending.set].output, pending.shape);
+  const SampleOutput& output = brought.sample;
   StepResult result;
   result.step = pending.step;
   result.tokens = Copy<int32_t>(output.tokens, pending.num_rows);
@@ -359,6 +394,7 @@ absl::StatusOr<StepResult> Runner::Wait(absl::Duration timeout) {
   result.top_tokens = Copy<int32_t>(output.top_tokens, pending.num_rows);
   result.top_logprobs = Copy<float>(output.top_logprobs, pending.num_rows);
   result.num_accepted = Copy<int32_t>(output.num_accepted, pending.num_sequences);
+  result.drafts = Copy<int32_t>(brought.drafts, pending.num_sequences);
   return result;
 }
 

@@ -18,10 +18,16 @@ namespace cachalot {
 
 struct RunnerOptions {
   OpLimits limits;
-  KvDType kv_dtype = KvDType::kF32;
+  KvOptions kv;
   ActivationFormat format = ActivationFormat::kF32;  // of the layers' activations
   int num_blocks = 0;
   int num_valid_tokens = 0;  // ids from here on are never sampled
+};
+
+// What a step brings back.
+struct StepOutput {
+  SampleOutput sample;
+  Tensor drafts;  // [S,X]
 };
 
 // One thread: the rank's step thread. See engine/schedule/step.h for how two steps follow each other.
@@ -35,30 +41,26 @@ class Runner {
   // the cache's blocks not included.
   static int64_t StateBytes(const OpLimits& limits, Backend& backend);
 
-  // A prompt's chunk of so many rows is long (LongChunks). Measured on an H200 at V3's dimensions: from here on to make
-  // keys and values of all that it sees costs no more than to absorb its queries, however long its context is.
-  static constexpr int kLongChunkRows = 128;
+  // Before the first step: has the device make graphs of steps of these shapes, where it replays graphs. What was made,
+  // for a log; empty where it does not.
+  absl::StatusOr<std::string> Prepare(const std::vector<StepShape>& shapes);
 
-  // Before the first step: has the device make graphs of decode steps of every size, where it replays graphs. What was
-  // made, for a log; empty where it does not.
-  absl::StatusOr<std::string> Prepare();
-  // How many graphs that will be.
-  static int NumGraphs(const Device& device, const OpLimits& limits);
-
-  // Queues the step and returns. At most kMaxStepsInFlight are launched and not yet waited for.
-  void Launch(const StepPlan& plan);
+  // Queues the step at a shape that has room for it, and returns. At most kMaxStepsInFlight are launched and not yet
+  // waited for.
+  void Launch(const StepPlan& plan, const StepShape& shape);
 
   // The oldest launched step's result; DeadlineExceeded, or the device's fault: the rank is dead then.
   absl::StatusOr<StepResult> Wait(absl::Duration timeout);
 
  private:
-  struct Shape {  // of a step, padded to the device's bucket
-    int T, S, L;
-    LongChunks long_chunks = {};
+  // A step is two submissions, so that something may be uploaded for the second while the first runs.
+  struct Submission {
+    StepKey key;
+    std::function<void()> body;
   };
   struct Pending {
     uint64_t step;
-    Shape shape;
+    StepShape shape;
     int num_rows, num_sequences;  // before padding
     int set;
     Device::Event event;
@@ -72,15 +74,16 @@ class Runner {
   absl::Status MakeStaging();
   absl::StatusOr<void*> Allocate(int64_t bytes, Device::Memory memory);
   absl::StatusOr<Tensor> NewTensor(DType dtype, std::initializer_list<int64_t> dims);
-  StepInput InputAt(void* base, Shape shape) const;
-  SampleOutput OutputAt(void* base, Shape shape) const;
-  Tensor PackedInput(Shape shape) const;  // the device's input arrays as one run of bytes
-  Tensor PackedOutput(Shape shape) const;
-  Shape PaddedShape(int num_tokens, int num_sequences, int num_rows) const;
-  static LongChunks LongChunksOf(const StepPlan& plan);
-  std::function<void()> StepBody(Shape shape, int set);
-  void Sample(const StepArrays& step, const SampleOutput& output);
-  void FillInput(const StepPlan& plan, Shape shape, const StepInput& input) const;
+  StepInput InputAt(void* base, const StepShape& shape) const;
+  StepOutput OutputAt(void* base, const StepShape& shape) const;
+  Tensor PackedInput(const StepShape& shape) const;  // the device's input arrays as one run of bytes
+  Tensor PackedOutput(const StepShape& shape) const;
+  StepArrays ArraysOf(const StepShape& shape) const;
+  StepArrays DraftsOf(const StepShape& shape) const;
+  Submission Forward(const StepShape& shape, int set);
+  Submission Sample(const StepShape& shape, int set);
+  void SampleRows(const StepArrays& step, const SampleOutput& output);
+  void FillInput(const StepPlan& plan, const StepShape& shape, const StepInput& input) const;
   int64_t max_block_updates() const {
     return int64_t{options_.limits.max_sequences} * ((options_.limits.max_context + kBlockTokens - 1) / kBlockTokens);
   }
@@ -93,10 +96,12 @@ class Runner {
   std::vector<Buffer> buffers_;
   bool is_dry_run_ = false;   // allocates nothing
   int64_t device_bytes_ = 0;  // allocated, or in a dry run not
+  std::unique_ptr<KvStore> store_;
   std::unique_ptr<DeepSeek> model_;
   SlotState state_;
   StepRows rows_;          // at the maxima
-  Tensor angles_;          // [max_context,R]
+  StepArrays drafts_;      // likewise, of a drafting pass; empty without drafts
+  Tensor angles_;          // [1+max_context,R]
   Tensor block_updates_;   // [kBlockUpdatesAtOnce,3]
   Tensor bias_updates_;    // [max,4]
   Tensor none_accepted_;   // [U], of rows that do not sample

@@ -47,21 +47,15 @@ class Loader {
   Loader(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share, Ops& ops)
       : config_(config), checkpoint_(checkpoint), share_(share), ops_(ops) {}
 
-  ModelWeights Load() {
+  ModelWeights Load(bool with_mtp) {
     ModelWeights weights;
     prefix_ = "model.";
     weights.embed_tokens = Linear({"embed_tokens"});
     weights.norm = Vector("norm");
     for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-      prefix_ = LayerPrefix(layer);
-      LayerWeights& loaded = weights.layers.emplace_back();
-      LoadAttention(&loaded);
-      if (config_.is_moe_layer(layer)) {
-        LoadMoe(&loaded, &weights.converted);
-      } else {
-        LoadMlp("mlp.", &loaded);
-      }
+      LoadLayer(layer, &weights.layers.emplace_back(), &weights.converted);
     }
+    if (with_mtp) LoadMtp(&weights);
     prefix_.clear();
     weights.lm_head = Linear({"lm_head"});
     return weights;
@@ -86,6 +80,25 @@ class Loader {
     std::vector<WeightPart> parts;
     for (const std::string& module : row_stacked) parts.push_back(Part(module));
     return ops_.MakeLinear(parts);
+  }
+
+  void LoadLayer(int index, LayerWeights* layer, std::vector<std::vector<float>>* converted) {
+    prefix_ = LayerPrefix(index);
+    LoadAttention(layer);
+    if (config_.is_moe_layer(index)) {
+      LoadMoe(layer, converted);
+    } else {
+      LoadMlp("mlp.", layer);
+    }
+  }
+
+  void LoadMtp(ModelWeights* weights) {
+    weights->mtp = std::make_unique<MtpWeights>();
+    LoadLayer(config_.num_hidden_layers, &weights->mtp->layer, &weights->converted);
+    weights->mtp->enorm = Vector("enorm");
+    weights->mtp->hnorm = Vector("hnorm");
+    weights->mtp->eh_proj = Linear({"eh_proj"});
+    weights->mtp->shared_head_norm = Vector("shared_head.norm");
   }
 
   void LoadAttention(LayerWeights* layer) const {
@@ -159,18 +172,23 @@ absl::Status CheckLoadable(const ModelConfig& config, const Checkpoint& checkpoi
 
 }  // namespace
 
+bool ModelWeights::HasMtp(const ModelConfig& config, const Checkpoint& checkpoint) {
+  return config.num_nextn_predict_layers > 0 &&
+         checkpoint.Find(LayerPrefix(config.num_hidden_layers) + "eh_proj.weight") != nullptr;
+}
+
 absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                ExpertShare share, Ops& ops) {
+                                                ExpertShare share, bool with_mtp, Ops& ops) {
   if (absl::Status status = CheckLoadable(config, checkpoint, share); !status.ok()) return status;
-  ModelWeights weights = Loader(config, checkpoint, share, ops).Load();
+  ModelWeights weights = Loader(config, checkpoint, share, ops).Load(with_mtp);
   if (absl::Status status = ops.FinishWeights(); !status.ok()) return status;
   return weights;
 }
 
 absl::StatusOr<int64_t> ModelWeights::DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                  ExpertShare share, Ops& ops) {
+                                                  ExpertShare share, bool with_mtp, Ops& ops) {
   if (absl::Status status = CheckLoadable(config, checkpoint, share); !status.ok()) return status;
-  return ops.MeasureWeights([&] { Loader(config, checkpoint, share, ops).Load(); });
+  return ops.MeasureWeights([&] { Loader(config, checkpoint, share, ops).Load(with_mtp); });
 }
 
 }  // namespace cachalot

@@ -36,6 +36,15 @@ struct LayerWeights {
   WeightPtr experts_down_proj;        // G of [D, F]
 };
 
+// The first MTP layer (report 2.2). It embeds and predicts with the main model's embed_tokens and lm_head: a
+// checkpoint's copies of them are not loaded.
+struct MtpWeights {
+  WeightPtr enorm, hnorm;  // [D]
+  WeightPtr eh_proj;       // [D, 2D], columns of the embedding first
+  LayerWeights layer;
+  WeightPtr shared_head_norm;  // [D]
+};
+
 // Which routed experts this rank holds: physical slots first_expert .. first_expert + num_experts.
 struct ExpertShare {
   int first_expert = 0;
@@ -47,6 +56,7 @@ struct ModelWeights {
   WeightPtr norm;          // [D]
   WeightPtr lm_head;       // [W, D]
   std::vector<LayerWeights> layers;
+  std::unique_ptr<MtpWeights> mtp;            // null where it was not asked for
   std::vector<std::vector<float>> converted;  // e_score_correction_biases that are not stored as f32: owned here
 
   // Every tensor the model needs is there, has the shape the config says and a known dtype, FP8 weights have their
@@ -57,13 +67,16 @@ struct ModelWeights {
   // embed_tokens / shared_head.head copies are optional. Tensors that are stacked into one weight must be stored alike.
   static std::vector<std::string> Problems(const ModelConfig& config, const Checkpoint& checkpoint, bool deep);
 
+  // Whether the checkpoint has the first MTP layer.
+  static bool HasMtp(const ModelConfig& config, const Checkpoint& checkpoint);
+
   // InvalidArgument with the first problem. The checkpoint must outlive the weights: stored bytes are not copied where
-  // the backend can read them in place.
+  // the backend can read them in place. `with_mtp`: HasMtp must be true.
   static absl::StatusOr<ModelWeights> Load(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share,
-                                           Ops& ops);
+                                           bool with_mtp, Ops& ops);
   // What Load would take of the device's memory, by a dry run of it; fails as it would.
   static absl::StatusOr<int64_t> DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share,
-                                             Ops& ops);
+                                             bool with_mtp, Ops& ops);
 };
 
 }  // namespace cachalot

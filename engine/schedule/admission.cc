@@ -17,7 +17,7 @@ bool GivesWayBefore(const Sequence* a, const Sequence* b) {
 
 }  // namespace
 
-Admission::Admission(int num_slots, BlockPool* pool) : pool_(pool) {
+Admission::Admission(int num_slots, int max_drafts, BlockPool* pool) : max_drafts_(max_drafts), pool_(pool) {
   for (int slot = num_slots; slot-- > 0;) free_slots_.push_back(slot);
 }
 
@@ -82,7 +82,7 @@ void Admission::Admit(absl::Time now) {
     auto node = Unqueue(next);
     next->slot = free_slots_.back();
     free_slots_.pop_back();
-    CHECK(pool_->Allocate(BlocksFor(static_cast<int>(next->tokens.size())), &next->blocks));
+    CHECK(pool_->Allocate(BlocksToAdmit(*next), &next->blocks));
     LeaveTurns(next->share);
     ++next->share->num_running;
     TakeTurn(next->share);
@@ -96,7 +96,7 @@ Admission::Lack Admission::LackOf(const Sequence& next) const {
     if (it->second->is_preempted) return Lack::kTurn;
   }
   if (free_slots_.empty()) return Lack::kSlot;
-  const int needed = BlocksFor(static_cast<int>(next.tokens.size())) + static_cast<int>(running_.size());
+  const int needed = BlocksToAdmit(next) + static_cast<int>(running_.size());
   return pool_->num_free() < needed ? Lack::kBlocks : Lack::kNothing;
 }
 
@@ -121,7 +121,7 @@ bool Admission::MakeRoom(const Sequence& next, bool by_share) {
     if (!sequence->is_ended && GivesWay(*sequence, next, 0, by_share)) candidates.push_back(sequence.get());
   }
   std::sort(candidates.begin(), candidates.end(), GivesWayBefore);
-  const int needed = BlocksFor(static_cast<int>(next.tokens.size()));
+  const int needed = BlocksToAdmit(next);
   const auto has_room = [&] { return num_slots > 0 && num_blocks >= needed + num_staying; };
   absl::flat_hash_map<const ClientShare*, int> num_leaving;
   std::vector<Sequence*> victims;
@@ -206,6 +206,7 @@ bool Admission::ReleaseEnded() {
     free_slots_.push_back(sequence->slot);
     auto node = running_.extract(it++);
     if (!sequence->is_preempted) continue;
+    sequence->num_ever_fed = std::max(sequence->num_ever_fed, sequence->num_fed);
     sequence->blocks.clear();
     sequence->slot = -1;
     sequence->num_fed = sequence->num_blocks_told = 0;

@@ -59,7 +59,8 @@ class Admission {
   // Why whose turn it is is not admitted; kTurn: one in front of it is preempted and about to queue again.
   enum class Lack { kNothing, kTurn, kSlot, kBlocks };
 
-  Admission(int num_slots, BlockPool* pool);
+  // `max_drafts`: tokens beyond a sequence's own that a step may write.
+  Admission(int num_slots, int max_drafts, BlockPool* pool);
 
   void Add(std::unique_ptr<Sequence> sequence);
 
@@ -91,6 +92,9 @@ class Admission {
   Sequence* Next() const;
   Sequence* NextInShare() const;
   Lack LackOf(const Sequence& next) const;
+  int BlocksToAdmit(const Sequence& next) const {
+    return BlocksFor(static_cast<int>(next.tokens.size()) + max_drafts_);
+  }
   bool MakeRoomForShare(absl::Time now);
   bool MakeRoom(const Sequence& next, bool by_share);
   static bool GivesWay(const Sequence& sequence, const Sequence& next, int num_leaving, bool by_share);
@@ -103,6 +107,7 @@ class Admission {
   void LeaveTurns(ClientShare* client);
   void TakeTurn(ClientShare* client);
 
+  const int max_drafts_;
   BlockPool* const pool_;
   Sequences waiting_, running_;
   std::map<std::string, ClientShare> clients_;  // that have anything waiting or running

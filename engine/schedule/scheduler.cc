@@ -88,8 +88,9 @@ void SortByTurns(std::vector<Sequence*>::iterator begin, std::vector<Sequence*>:
 Scheduler::Scheduler(SchedulerLimits limits, BlockPool* pool)
     : limits_(std::move(limits)),
       pool_(pool),
-      admission_(std::min(limits_.max_sequences, limits_.max_batch_tokens), pool) {
-  CHECK(BlocksFor(limits_.max_model_len) <= pool->num_blocks(), "one sequence must fit the pool");
+      admission_(std::min(limits_.max_sequences, limits_.max_batch_tokens), limits_.max_drafts, pool) {
+  CHECK(BlocksFor(limits_.max_model_len + DraftSlack(limits_.max_drafts)) <= pool->num_blocks(),
+        "one sequence must fit the pool");
 }
 
 void Scheduler::Add(std::unique_ptr<Sequence> sequence) {
@@ -136,6 +137,11 @@ StepPlan Scheduler::Plan(absl::Time now) {
 }
 
 void Scheduler::PlanRows(NewStep* next) {
+  const auto num_wanting =
+      static_cast<int>(std::count_if(admission_.running().begin(), admission_.running().end(),
+                                     [this](const auto& running) { return WantsRows(*running.second); }));
+  if (num_wanting == 0) return;
+  next->num_drafts = std::min(limits_.max_drafts, limits_.max_batch_tokens / num_wanting - 1);
   std::vector<Sequence*> prompts;
   for (const auto& [order, sequence] : admission_.running()) {
     if (!WantsRows(*sequence)) continue;
@@ -151,15 +157,15 @@ void Scheduler::PlanRows(NewStep* next) {
 bool Scheduler::WantsRows(const Sequence& sequence) const {
   if (sequence.is_ended) return false;
   if (!sequence.is_decoding) return sequence.num_unfed() > 0;
-  // Nothing more to sample once the tokens under way reach a limit.
+  // Nothing more to sample once the tokens under way, as few as they may be, reach a limit.
   const int num_coming = sequence.num_generated() + sequence.num_sampling;
   return num_coming < sequence.sampling.max_tokens && sequence.num_prompt_tokens + num_coming < limits_.max_model_len;
 }
 
 void Scheduler::PlanDecode(Sequence* sequence, NewStep* next) {
-  if (!admission_.ReserveBlocks(sequence, sequence->num_fed + 1)) return;
   SequenceStep step;
-  step.num_rows = 1;
+  step.num_rows = 1 + next->num_drafts;
+  if (!admission_.ReserveBlocks(sequence, sequence->num_fed + step.num_rows + limits_.max_drafts)) return;
   AddRows(sequence, step, next);
 }
 
@@ -212,10 +218,13 @@ void Scheduler::AddRows(Sequence* sequence, SequenceStep step, NewStep* next) {
   }
   sequence->num_fed += step.num_rows;
   plan->num_keys += int64_t{step.num_rows} * sequence->num_fed;
-  sequence->num_ever_fed = std::max(sequence->num_ever_fed, sequence->num_fed);
-  const bool is_last = step.start < 0 || sequence->num_unfed() == 0;
+  const bool is_decode = step.start < 0;
+  if (!is_decode) sequence->num_ever_fed = std::max(sequence->num_ever_fed, sequence->num_fed);
+  const bool is_last = is_decode || sequence->num_unfed() == 0;
   if (is_last && sequence->num_generated() + sequence->num_sampling < sequence->sampling.max_tokens) {
-    plan->logits_rows.push_back({plan->num_rows + step.num_rows - 1, index, -1});
+    for (int i = is_decode ? 0 : step.num_rows - 1; i < step.num_rows; ++i) {
+      plan->logits_rows.push_back({plan->num_rows + i, index, -1});
+    }
     sequence->is_decoding = true;
     ++sequence->num_sampling;
   }
@@ -265,6 +274,9 @@ void Scheduler::CommitTokens(const StepResult& result, RowRange rows, int num_ac
   if (num_rows > 0) {
     CHECK(num_accepted >= 1 && num_accepted <= num_rows, "{} tokens of {} rows", num_accepted, num_rows);
     --sequence->num_sampling;
+    sequence->num_fed -= num_rows - num_accepted;
+    counters_.draft_tokens += num_rows - 1;
+    counters_.accepted_draft_tokens += num_accepted - 1;
     sequence->first_token = std::min(sequence->first_token, now);
   }
   for (int i = 0; num_rows > 0 && i < num_accepted && reason == FinishReason::kNone; ++i) {

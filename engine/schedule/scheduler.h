@@ -22,16 +22,18 @@ namespace cachalot {
 struct SchedulerLimits {
   int max_batch_tokens = 0;  // rows of a step
   int max_sequences = 0;     // slots
-  int max_model_len = 0;     // its blocks must fit the pool
+  int max_model_len = 0;     // its blocks, and those of DraftSlack, must fit the pool
   std::vector<int> eos_token_ids;
+  int max_drafts = 0;  // tokens proposed to follow each that is sampled
 };
 
 // One thread: the step thread. Time is what the caller says it is.
 //
-// Who runs is Admission's business: no more than a step has rows. Each decoding sequence has its row, and what they
-// leave goes to prompts: half to the first in Admission's order, so that it cannot starve, half to the others by
-// priority, then to the client's turn, then to the fewest tokens left, so that a long prompt holds up no short one and
-// many prompts of one client hold up nobody else's; what either half leaves goes to the other.
+// Who runs is Admission's business: no more than a step has rows. Each decoding sequence has its row and as many drafts
+// as leave a row for everybody; what they leave goes to prompts: half to the first in Admission's order, so that it
+// cannot starve, half to the others by priority, then to the client's turn, then to the fewest tokens left, so that a
+// long prompt holds up no short one and many prompts of one client hold up nobody else's; what either half leaves goes
+// to the other.
 class Scheduler {
  public:
   using Deltas = std::vector<std::pair<RequestId, Delta>>;
@@ -77,6 +79,7 @@ class Scheduler {
     InFlight record;
     std::vector<LogitsRow> scored;  // goes to the plan's end
     absl::Time now;
+    int num_drafts = 0;  // of each sequence that decodes
   };
 
   void PlanRows(NewStep* next);

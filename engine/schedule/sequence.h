@@ -36,8 +36,8 @@ struct Sequence {
   std::vector<int32_t> blocks;
 
   // What launched steps have done, whether or not they have been committed.
-  int num_fed = 0;            // tokens whose latents are, or will be, in the cache
-  int num_sampling = 0;       // sampled tokens under way: launched, not committed
+  int num_fed = 0;            // tokens whose latents are, or will be, in the cache, if every draft under way is right
+  int num_sampling = 0;       // launched steps that sample and are not committed: each brings at least one token
   int num_in_flight = 0;      // launched steps that name this sequence
   int num_prompt_scored = 0;  // prompt log-probabilities asked of launched steps
   int num_blocks_told = 0;    // blocks whose ids launched steps have brought to the slot

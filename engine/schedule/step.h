@@ -22,11 +22,14 @@
 //              pools when n+1 is committed: the last launched step that names them. n+1's token for A is dropped.
 //   Plan n+2   staging set 0 is free again: n has been waited for.
 //
-// What follows from it for a GPU backend: a plan's shape (T, S, L) picks the graph, its contents travel in the one
-// upload, and everything a later step needs from an earlier one (token, position, length, drafts, counts) stays on the
-// device, in the slot. A preempted sequence is treated as an ended one, then enters a slot anew with its tokens so far
-// as prompt. With X drafts a decode sequence has 1 + X rows, `num_accepted` of its sampled tokens count, and the
-// scheduler reserves blocks for 1 + X tokens for each step in flight, since it cannot know how many were accepted.
+// What follows from it for a GPU backend: a plan's shape picks the graph, its contents travel in the one upload, and
+// everything a later step needs from an earlier one (token, position, length, drafts, counts) stays on the device, in
+// the slot. A preempted sequence is treated as an ended one, then enters a slot anew with its tokens so far
+// as prompt.
+//
+// With X drafts a decode sequence has 1 + X rows, and `num_accepted` of its sampled tokens count. Whoever plans a step
+// cannot know how many will in those under way: the scheduler counts all rows as fed, and reserves blocks for all and
+// for the entries of X drafts more; each commit takes back what was not accepted. So no step is planned less for it.
 #ifndef CACHALOT_ENGINE_SCHEDULE_STEP_H_
 #define CACHALOT_ENGINE_SCHEDULE_STEP_H_
 
@@ -39,6 +42,10 @@
 namespace cachalot {
 
 inline constexpr int kMaxStepsInFlight = 2;
+
+// How far beyond a sequence's last token steps may write, with X drafts: each in flight may have X that turn out wrong,
+// and proposes X more.
+constexpr int DraftSlack(int max_drafts) { return (kMaxStepsInFlight + 1) * max_drafts; }
 
 // One sequence's part of a step.
 struct SequenceStep {
@@ -73,6 +80,26 @@ struct StepPlan {
   bool empty() const { return sequences.empty(); }
 };
 
+// The padded sizes that a step runs at, chosen outside whatever runs it. Steps of one shape issue the same operations
+// on the same addresses; ranks that work on one step together must have the same.
+struct StepShape {
+  enum class Path : uint8_t {
+    kMixed,  // anything; T, S and L have nothing to do with each other
+    kDecode  // every sequence decodes, 1 + k rows each and logits of all: T = L = (1 + k) * S
+  };
+  Path path = Path::kMixed;
+  int num_sequences = 0;  // S
+  int num_tokens = 0;     // T
+  int num_rows = 0;       // L
+  LongChunks long_chunks = {};
+  friend bool operator==(const StepShape&, const StepShape&) = default;
+
+  static StepShape Decode(int num_sequences, int rows_per_sequence) {
+    const int num_rows = num_sequences * rows_per_sequence;
+    return {Path::kDecode, num_sequences, num_rows, num_rows};
+  }
+};
+
 // Indexed like the plan: rows as logits_rows, num_accepted as sequences.
 struct StepResult {
   uint64_t step = 0;
@@ -81,6 +108,7 @@ struct StepResult {
   std::vector<int32_t> top_tokens;    // [L, kMaxTopLogprobs]
   std::vector<float> top_logprobs;    // [L, kMaxTopLogprobs]
   std::vector<int32_t> num_accepted;  // [S] sampled tokens that count, from the sequence's first sampling row on
+  std::vector<int32_t> drafts;        // [S, X] tokens proposed to follow; of sequences that have sampled
 };
 
 }  // namespace cachalot

@@ -71,6 +71,7 @@ struct CpuOps::AttentionPlan {
   const SlotState* state;
   const RopeTable* rope;
   float softmax_scale;
+  int first_key;
   const int32_t* positions;  // of the block's rows
   const int32_t* slots;
   int64_t num_rows;
@@ -161,6 +162,7 @@ void CpuOps::AttentionPlan::Attend(const QueryTile& tile, int64_t g, const Parti
   GroupAttention group;
   group.queries = queries + tile.first_query * dims.query_stride();
   group.visible = visible;
+  group.num_hidden = g == 0 ? first_key : 0;
   group.num_queries = tile.num_queries;
   group.dtype = cache->dtype;
   group.kv_lora_rank = dims.latent;
@@ -231,6 +233,7 @@ void CpuOps::AttentionPlan::AttendRowAsGpu(int64_t t) const {
   row.num_heads = dims.heads;
   row.kv_lora_rank = dims.latent;
   row.rope_dim = dims.rope;
+  row.first_key = first_key;
   row.num_keys = positions[t] + 1;
   row.dtype = cache->dtype;
   row.softmax_scale = softmax_scale;
@@ -330,7 +333,7 @@ std::vector<KeySplits> GpuKeySplits(const Dimensions& dims, const StepInput& inp
 
 void CpuOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& kv_up, const KvCache& cache,
                           const SlotState& state, const StepInput& input, const StepRows& rows, const RopeTable& rope,
-                          float softmax_scale) {
+                          float softmax_scale, int first_key) {
   const auto* up = dynamic_cast<const CpuKvUp*>(&kv_up);
   CHECK(up != nullptr, "this weight was not made by MakeKvUp");
   const int64_t num_rows = q.dim(0);
@@ -343,6 +346,10 @@ void CpuOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& 
   CHECK_SHAPE(cache.blocks, -1, kBlockTokens, KvTokenBytes(cache.dtype, dims.latent, dims.rope));
   CHECK_SHAPE(rows.slots, num_rows);
   CHECK_SHAPE(rows.positions, num_rows);
+  CHECK(first_key < kBlockTokens, "first key {}", first_key);
+  for (int64_t t = 0; t < num_rows; ++t) {
+    CHECK(rows.slots.as<int32_t>()[t] < 0 || rows.positions.as<int32_t>()[t] >= first_key, "row {} sees no key", t);
+  }
 
   std::vector<KeySplits> key_splits;
   if (ImitatesGpu()) key_splits = GpuKeySplits(dims, input, rows.positions.as<int32_t>(), num_rows);
@@ -357,6 +364,7 @@ void CpuOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& 
     plan.state = &state;
     plan.rope = &rope;
     plan.softmax_scale = softmax_scale;
+    plan.first_key = first_key;
     plan.imitates_gpu = ImitatesGpu();
     plan.num_call_rows = num_rows;
     plan.key_splits = key_splits.data() + (key_splits.empty() ? 0 : begin * dims.heads);

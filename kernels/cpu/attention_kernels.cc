@@ -122,20 +122,22 @@ inline void SoftmaxInPlace(float* scores, int n, float* max, float* sum) {
   *sum = SumOfLanes(total);
 }
 
+// Columns of the values of consecutive keys of a page.
 struct ValueSlice {
-  const float* values;  // of the page's first key
+  const float* values;
   int64_t stride, width;
+  int first_key, num_keys;
 };
 
-// latents[i] += weights of the page's keys * values, for up to four queries.
-inline void AddValues(const ValueSlice& slice, const int32_t* visible, int count, int first_key, const float* weights,
-                      float* latents, int64_t latent_stride) {
-  const int least = *std::min_element(visible, visible + count);
-  const int common = std::clamp(least - first_key, 0, kBlockTokens);
+// latents[i] += weights of the slice's keys * values, for up to four queries.
+inline void AddValues(const ValueSlice& slice, const int32_t* visible, int count, const float* weights, float* latents,
+                      int64_t latent_stride) {
+  const int first_key = slice.first_key, least = *std::min_element(visible, visible + count);
+  const int common = std::clamp(least - first_key, 0, slice.num_keys);
   AddWeightedRows(weights + first_key, kGroupTokens, count, slice.values, slice.stride, common, latents, latent_stride,
                   slice.width);
   for (int i = 0; i < count; ++i) {
-    const int rest = std::clamp(visible[i] - first_key, 0, kBlockTokens) - common;
+    const int rest = std::clamp(visible[i] - first_key, 0, slice.num_keys) - common;
     if (rest <= 0) continue;
     AddWeightedRows(weights + i * kGroupTokens + first_key + common, kGroupTokens, 1,
                     slice.values + common * slice.stride, slice.stride, rest, latents + i * latent_stride,
@@ -190,6 +192,7 @@ void AttendGroup(const GroupAttention& group, const PartialAttention& out, Arena
   for (int q = 0; q < num_queries; ++q) {
     std::fill_n(out.latents + q * latent_stride, latent_stride, 0.0f);
     if (group.visible[q] == 0) continue;
+    std::fill_n(scores + q * kGroupTokens, group.num_hidden, -std::numeric_limits<float>::infinity());
     SoftmaxInPlace(scores + q * kGroupTokens, group.visible[q], out.max + q, out.sum + q);
   }
 
@@ -197,11 +200,13 @@ void AttendGroup(const GroupAttention& group, const PartialAttention& out, Arena
   // stays in the first-level cache for all queries.
   const int64_t value_width = RoundUpToLanes(kv_lora_rank), slice = kWideVectors * kLanes;
   for (int page = 0; page < kGroupPages && num_keys[page] > 0; ++page) {
+    const int hidden = page == 0 ? group.num_hidden : 0;
     for (int64_t c = 0; c < value_width; c += slice) {
-      const ValueSlice values = {keys[page] + c, key_stride, std::min(slice, value_width - c)};
+      const ValueSlice values = {keys[page] + hidden * key_stride + c, key_stride, std::min(slice, value_width - c),
+                                 page * kBlockTokens + hidden, kBlockTokens - hidden};
       for (int q = 0; q < num_queries; q += 4) {
-        AddValues(values, group.visible + q, std::min(4, num_queries - q), page * kBlockTokens,
-                  scores + q * kGroupTokens, out.latents + q * latent_stride + c, latent_stride);
+        AddValues(values, group.visible + q, std::min(4, num_queries - q), scores + q * kGroupTokens,
+                  out.latents + q * latent_stride + c, latent_stride);
       }
     }
   }

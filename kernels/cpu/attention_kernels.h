@@ -32,6 +32,7 @@ void AbsorbHead(const std::vector<RowBlock>& w_uk, const Tensor& q,  // [T,N] f3
 struct GroupAttention {
   const float* queries = nullptr;    // [num_queries][PaddedQuery], scaled, zero-padded
   const int32_t* visible = nullptr;  // [num_queries] keys of this group, a prefix of it; 0 is legal
+  int num_hidden = 0;                // keys at its begin that no query sees; less than any `visible`
   int num_queries = 0;
   const uint8_t* pages[kGroupPages] = {};  // null where no query sees any
   KvDType dtype = KvDType::kF32;

@@ -269,7 +269,8 @@ void TensorCoreBlock(const RowBlock& block, const Activation& x, const Tensor& y
 
 namespace {
 
-// As plain_attention_kernels.cu: a warp a key, then keys one after the other.
+// As plain_attention_kernels.cu: a warp a key, then keys one after the other. NOTE: a GPU that leaves keys out goes
+// through them in another order.
 void AttendPlainly(const RowAttention& row, absl::FunctionRef<const uint8_t*(int64_t)> page_at) {
   const int64_t latent_dim = row.kv_lora_rank, entry_dim = latent_dim + row.rope_dim;
   const int64_t stride = PaddedQuery(latent_dim, row.rope_dim);
@@ -278,8 +279,9 @@ void AttendPlainly(const RowAttention& row, absl::FunctionRef<const uint8_t*(int
   for (int64_t h = 0; h < row.num_heads; ++h) std::fill_n(row.out + h * row.out_stride, latent_dim, 0.0f);
   for (int64_t first = 0; first < row.num_keys; first += kBlockTokens) {
     const int64_t num_keys = std::min<int64_t>(kBlockTokens, row.num_keys - first);
+    const int64_t hidden = std::max<int64_t>(row.first_key - first, 0);
     const uint8_t* page = page_at(first / kBlockTokens);
-    for (int64_t k = 0; k < num_keys; ++k) {
+    for (int64_t k = hidden; k < num_keys; ++k) {
       float* entry = entries.data() + k * stride;
       ReadKvEntry(row.dtype, page + k * entry_bytes, latent_dim, row.rope_dim, stride, entry);
       RoundToBf16(entry, entry_dim);
@@ -288,7 +290,7 @@ void AttendPlainly(const RowAttention& row, absl::FunctionRef<const uint8_t*(int
       const float* query = row.queries + h * row.query_stride;
       float* out = row.out + h * row.out_stride;
       float scores[kBlockTokens];
-      for (int64_t k = 0; k < num_keys; ++k) {
+      for (int64_t k = hidden; k < num_keys; ++k) {
         float lanes[32] = {};
         for (int64_t i = 0; i < entry_dim; ++i) {
           lanes[i % 32] = std::fma(query[i], entries[k * stride + i], lanes[i % 32]);
@@ -296,11 +298,11 @@ void AttendPlainly(const RowAttention& row, absl::FunctionRef<const uint8_t*(int
         scores[k] = WarpSum(lanes) * row.softmax_scale * kLog2E;
       }
       const float before = max[h];
-      max[h] = std::max(before, *std::max_element(scores, scores + num_keys));
+      max[h] = std::max(before, *std::max_element(scores + hidden, scores + num_keys));
       const float shrink = Exp2(before - max[h]);
       sum[h] *= shrink;
       for (int64_t c = 0; c < latent_dim; ++c) out[c] *= shrink;
-      for (int64_t k = 0; k < num_keys; ++k) {
+      for (int64_t k = hidden; k < num_keys; ++k) {
         const float p = Exp2(scores[k] - max[h]), rounded = Bf16ToFloat(FloatToBf16(p));
         sum[h] += p;
         for (int64_t c = 0; c < latent_dim; ++c) out[c] = std::fma(rounded, entries[k * stride + c], out[c]);
@@ -317,7 +319,9 @@ void AttendPlainly(const RowAttention& row, absl::FunctionRef<const uint8_t*(int
 }  // namespace
 
 void AttendAsGpu(const RowAttention& row, absl::FunctionRef<const uint8_t*(int64_t)> page_at) {
-  if (row.kv_lora_rank != kLatentDim || row.rope_dim != kRopeDim) return AttendPlainly(row, page_at);
+  if (row.kv_lora_rank != kLatentDim || row.rope_dim != kRopeDim || row.first_key > 0) {
+    return AttendPlainly(row, page_at);
+  }
 
   const int64_t latent_dim = row.kv_lora_rank, entry_dim = latent_dim + row.rope_dim;
   const int64_t stride = PaddedQuery(latent_dim, row.rope_dim);  // NOTE: entries are read as whole vectors

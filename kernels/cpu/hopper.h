@@ -33,7 +33,7 @@ struct RowAttention {
   float* out = nullptr;               // [H][out_stride], of which C become means of latents, in bf16
   const KeySplits* splits = nullptr;  // [H], of each head's tile
   int64_t query_stride = 0, out_stride = 0;
-  int64_t num_heads = 0, kv_lora_rank = 0, rope_dim = 0, num_keys = 0;
+  int64_t num_heads = 0, kv_lora_rank = 0, rope_dim = 0, first_key = 0, num_keys = 0;
   KvDType dtype = KvDType::kBF16;
   float softmax_scale = 0;
 };

@@ -281,4 +281,25 @@ void CpuOps::Sample(const SampleOutput& out, const SlotState& state, const Tenso
   VerifyDrafts(call);
 }
 
+void CpuOps::ProposeDrafts(const Tensor& proposed, const StepRows& rows, const SlotState& state, const Tensor& logits,
+                           const StepInput& drafts, int index, int num_valid_tokens) {
+  const int64_t num_rows = logits.dim(0);
+  CHECK_SHAPE(proposed, num_rows, state.drafts.dim(1));
+  CHECK_SHAPE(rows.tokens, num_rows);
+  CHECK_SHAPE(rows.positions, num_rows);
+  CHECK_SHAPE(drafts.row_token, num_rows);
+  CHECK_SHAPE(drafts.row_seq, num_rows);
+  CHECK(index >= 0 && index < proposed.dim(1) && num_valid_tokens <= logits.dim(1), "draft {}", index);
+  const SampleOutput unused;
+  const SampleCall call = {unused, state, logits, unused.tokens, drafts, rows, num_valid_tokens};
+  pool_.Run(num_rows, [&](int64_t l, int worker) {
+    const int32_t slot = call.slot(l), token = slot < 0 ? 0 : call.Draw(l, WorkerArena(worker));
+    proposed.row<int32_t>(l)[index] = token;
+    if (slot < 0) return;
+    state.drafts.row<int32_t>(slot)[index] = token;
+    rows.tokens.as<int32_t>()[l] = token;
+    ++rows.positions.as<int32_t>()[l];
+  });
+}
+
 }  // namespace cachalot

@@ -2,6 +2,7 @@
 // prefill chunks with keys and values made of the latents instead (prefill_attention_kernels.h).
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/drafts_kernels.h"
 #include "kernels/cuda/prefill_attention_kernels.h"
 
 namespace cachalot {
@@ -35,7 +36,7 @@ bool CudaOps::HasPlan(const StepRows& rows, const StepInput& input, int64_t num_
 
 void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight& kv_up, const KvCache& cache,
                            const SlotState& state, const StepInput& input, const StepRows& rows, const RopeTable& rope,
-                           float softmax_scale) {
+                           float softmax_scale, int first_key) {
   const auto* up = dynamic_cast<const CudaKvUp*>(&kv_up);
   CHECK(up != nullptr, "this weight was not made by MakeKvUp");
   const int64_t num_tokens = q.dim(0), num_heads = up->w_uk().num_groups, num_sequences = input.seq_slot.dim(0);
@@ -71,18 +72,18 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   attention.softmax_scale = softmax_scale;
   attention.plan = workspace_.attention_plan;
   attention.partials = workspace_.attention_partials;
-  attention.has_plan = HasPlan(rows, input, num_heads);
+  if (first_key == 0) attention.has_plan = HasPlan(rows, input, num_heads);
 
   // NOTE: what is absorbed comes first: rows of long chunks among its own it spoils, and both work in the same memory.
   PrefillArguments prefill;
-  if (!TakesLongChunks(input.long_chunks, attention, out, q, *up, rope, &prefill)) {
-    Absorb(out, q, *up, rope, attention);
+  if (first_key > 0 || !TakesLongChunks(input.long_chunks, attention, out, q, *up, rope, &prefill)) {
+    Absorb(out, q, *up, rope, attention, first_key);
     return;
   }
   attention.num_tokens = input.long_chunks.other_rows;
   attention.max_rows = input.long_chunks.min_rows;
   if (attention.num_tokens > 0) {
-    Absorb(FirstRows(out, attention.num_tokens), q.Rows(0, attention.num_tokens), *up, rope, attention);
+    Absorb(FirstRows(out, attention.num_tokens), q.Rows(0, attention.num_tokens), *up, rope, attention, first_key);
   }
   CHECK(LaunchPrefillAttention(stream_.get(), prefill), "no tensor map of {} rows", num_tokens);
   stream_.Launched("prefill attention");
@@ -123,7 +124,7 @@ bool CudaOps::TakesLongChunks(const LongChunks& chunks, const AttentionArguments
 }
 
 void CudaOps::Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up, const RopeTable& rope,
-                     AttentionArguments attention) {
+                     AttentionArguments attention, int first_key) {
   const int64_t num_tokens = q.dim(0), num_heads = attention.num_heads, nope_dim = up.w_uk().cols;
   const int64_t v_dim = up.w_uv().rows, latent_dim = attention.latent_dim, rope_dim = attention.rope_dim;
   const int64_t entry_dim = latent_dim + rope_dim;
@@ -147,7 +148,11 @@ void CudaOps::Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up,
 
   attention.q = absorbed.data;
   attention.out = latents.data;
-  CHECK(LaunchAttention(stream_.get(), attention), "no tensor map of {} blocks", attention.num_blocks);
+  if (first_key > 0) {
+    LaunchAttentionFrom(stream_.get(), attention, first_key);
+  } else {
+    CHECK(LaunchAttention(stream_.get(), attention), "no tensor map of {} blocks", attention.num_blocks);
+  }
   stream_.Launched("attention");
 
   if (out.values.dtype != DType::kF8E4M3) {

@@ -48,7 +48,7 @@ class CudaOps : public Ops {
                            const StepRows& rows, const RopeTable& rope, float eps) override;
   void MlaAttention(const Activation& out, const Tensor& q, const Weight& kv_up, const KvCache& cache,
                     const SlotState& state, const StepInput& input, const StepRows& rows, const RopeTable& rope,
-                    float softmax_scale) override;
+                    float softmax_scale, int first_key) override;
   void SiluMul(const Activation& out, const Tensor& gate_up) override;
   void Router(const Tensor& topk_slots, const Tensor& topk_weights, const Tensor& x, const Weight& gate,
               const Weight* correction_bias, const Tensor& expert_slots, const StepRows& rows,
@@ -56,6 +56,14 @@ class CudaOps : public Ops {
   void GroupedLinear(const Tensor& y, const Activation& x, const Weight& experts, const Tensor& offsets) override;
   void GroupedSiluMul(const Activation& out, const Tensor& gate_up, const Tensor& offsets) override;
   void GatherRows(const Activation& out, const Activation& x, const Tensor& row_token) override;
+
+  void PreviousHidden(const Tensor& out, const Tensor& hidden, const Tensor& borders, const SlotState& state,
+                      const StepRows& rows) override;
+  void KeepBorders(const Tensor& borders, const Tensor& hidden, const SlotState& state, const StepRows& rows) override;
+  void BeginDrafts(const StepRows& rows, const StepInput& drafts, const SlotState& state, const StepInput& input,
+                   const Tensor& num_accepted) override;
+  void ProposeDrafts(const Tensor& proposed, const StepRows& rows, const SlotState& state, const Tensor& logits,
+                     const StepInput& drafts, int index, int num_valid_tokens) override;
 
   void Sample(const SampleOutput& out, const SlotState& state, const Tensor& logits, const Tensor& mask,
               const StepInput& input, const StepRows& rows, int num_valid_tokens) override;
@@ -77,6 +85,7 @@ class CudaOps : public Ops {
     void* attention_plan = nullptr;  // attention_kernels.h: AttentionPlan's arrays
     float* attention_partials = nullptr;
     float* processed_logits = nullptr;  // [L,W], of rows that Sample reads more than once
+    void* draft_samples = nullptr;      // SampleOutput of [S] drafts, which only tokens are taken of
   };
   absl::Status MakeWorkspace();
 
@@ -98,7 +107,7 @@ class CudaOps : public Ops {
   bool TakesLongChunks(const LongChunks& chunks, const AttentionArguments& a, const Activation& out, const Tensor& q,
                        const CudaKvUp& up, const RopeTable& rope, PrefillArguments* prefill);
   void Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up, const RopeTable& rope,
-              AttentionArguments attention);
+              AttentionArguments attention, int first_key);
 
   // kernels/cuda/weights.cc: groups of alike parts, stacked by rows. Without data when there is no room, or
   // when they are only measured.

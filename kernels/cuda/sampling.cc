@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/drafts_kernels.h"
 #include "kernels/cuda/sampling_kernels.h"
 
 namespace cachalot {
@@ -110,6 +111,43 @@ void CudaOps::Sample(const SampleOutput& out, const SlotState& state, const Tens
     LaunchVerifyDrafts(args, stream_.get());
     stream_.Launched("verify drafts");
   }
+}
+
+void CudaOps::ProposeDrafts(const Tensor& proposed, const StepRows& rows, const SlotState& state, const Tensor& logits,
+                            const StepInput& drafts, int index, int num_valid_tokens) {
+  const int64_t num_rows = logits.dim(0);
+  CHECK_SHAPE(proposed, num_rows, state.drafts.dim(1));
+  CHECK(index >= 0 && index < proposed.dim(1) && num_rows <= options_.limits.max_sequences, "draft {}", index);
+  if (num_rows == 0) return;
+  auto* scratch = static_cast<int32_t*>(workspace_.draft_samples);
+  const auto take = [&scratch](DType dtype, std::initializer_list<int64_t> dims) {
+    const Tensor tensor(scratch, dtype, dims);
+    scratch += tensor.num_elements();
+    return tensor;
+  };
+  SampleOutput drawn;
+  drawn.tokens = take(DType::kI32, {num_rows});
+  drawn.logprobs = take(DType::kF32, {num_rows});
+  drawn.top_tokens = take(DType::kI32, {num_rows, kMaxTopLogprobs});
+  drawn.top_logprobs = take(DType::kF32, {num_rows, kMaxTopLogprobs});
+  drawn.num_accepted = drawn.tokens;  // NOTE: not written, since nothing is verified
+  CheckSample(drawn, state, logits, Tensor(), drafts, rows, num_valid_tokens);
+  SampleArgs args = ArgsOf(drawn, state, logits, Tensor(), drafts, rows);
+  args.processed = workspace_.processed_logits;
+  args.num_valid_tokens = num_valid_tokens;
+  LaunchSample(args, stream_.get());
+  stream_.Launched("sample drafts");
+  LaunchTakeDrafts(stream_.get(), {.drawn = drawn.tokens.as<int32_t>(),
+                                   .proposed = proposed.as<int32_t>(),
+                                   .drafts = state.drafts.as<int32_t>(),
+                                   .tokens = rows.tokens.as<int32_t>(),
+                                   .positions = rows.positions.as<int32_t>(),
+                                   .slots = rows.slots.as<int32_t>(),
+                                   .proposed_stride = proposed.row_stride,
+                                   .drafts_stride = state.drafts.row_stride,
+                                   .index = index,
+                                   .num_rows = static_cast<int32_t>(num_rows)});
+  stream_.Launched("take drafts");
 }
 
 }  // namespace cachalot

@@ -13,7 +13,16 @@
 namespace cachalot {
 namespace {
 
-enum Part { kRouterLogits, kAttention, kAttentionOut, kAttentionPlan, kAttentionPartials, kProcessedLogits, kNumParts };
+enum Part {
+  kRouterLogits,
+  kAttention,
+  kAttentionOut,
+  kAttentionPlan,
+  kAttentionPartials,
+  kProcessedLogits,
+  kDraftSamples,
+  kNumParts
+};
 
 constexpr size_t kAlignment = 256, kBf16 = 2, kF32 = 4;
 
@@ -54,6 +63,7 @@ std::array<size_t, kNumParts> PartBytes(const OpLimits& limits, int num_sms) {
   bytes[kAttentionPlan] = AttentionPlanBytes(limits.max_tokens, limits.max_sequences, limits.num_heads, num_sms);
   bytes[kAttentionPartials] = AttentionPartialsBytes(num_sms);
   bytes[kProcessedLogits] = static_cast<size_t>(limits.max_rows) * SampleWorkStride(limits.vocab_size) * kF32;
+  bytes[kDraftSamples] = limits.max_sequences * (2 + 2 * kMaxTopLogprobs) * kF32;
   for (size_t& part : bytes) part = (part / kAlignment + 1) * kAlignment;
   return bytes;
 }
@@ -82,6 +92,7 @@ absl::Status CudaOps::MakeWorkspace() {
   workspace_.attention_plan = data[kAttentionPlan];
   workspace_.attention_partials = static_cast<float*>(data[kAttentionPartials]);
   workspace_.processed_logits = static_cast<float*>(data[kProcessedLogits]);
+  workspace_.draft_samples = data[kDraftSamples];
   return absl::OkStatus();
 }
 

@@ -148,11 +148,13 @@ int Main(int argc, char** argv) {
       options.num_threads = std::atoi(value());
     else if (std::strcmp(argv[i], "--max-batch-tokens") == 0)
       options.max_batch_tokens = std::atoi(value());
+    else if (std::strcmp(argv[i], "--speculative-tokens") == 0)
+      options.speculative_tokens = std::atoi(value());
   }
   if (options.model_dir.empty()) {
     std::fprintf(stderr,
                  "usage: engine_bench --model DIR [--device cpu|cuda] [--random-weights] [--threads N] "
-                 "[--max-batch-tokens N]\n");
+                 "[--max-batch-tokens N] [--speculative-tokens K]\n");
     return 1;
   }
   const bool on_gpu = options.device == "cuda";

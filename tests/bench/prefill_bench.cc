@@ -128,7 +128,7 @@ class PrefillBench {
     for (int i = 0; i < options_.repetitions + 1; ++i) {
       const absl::Time begin = absl::Now();
       for (int call = 0; call < kGroupCalls; ++call) {
-        ops_.MlaAttention(out, q_.Rows(0, cell.rows), *kv_up_, cache_, state_, input, rows, rope_, 0.1352337789f);
+        ops_.MlaAttention(out, q_.Rows(0, cell.rows), *kv_up_, cache_, state_, input, rows, rope_, 0.1352337789f, 0);
       }
       Finish();
       if (i > 0) times.push_back(absl::ToDoubleSeconds(absl::Now() - begin) / kGroupCalls);

@@ -95,13 +95,13 @@ class RankBench {
 
   void Load() {
     checkpoint_ = MakeRandomCheckpoint(config_);
-    auto weights = Must(ModelWeights::Load(config_, *checkpoint_, {0, options_.local_experts}, inner_.ops()));
+    auto weights = Must(ModelWeights::Load(config_, *checkpoint_, {0, options_.local_experts}, false, inner_.ops()));
     MakeState();
     backend_ = std::make_unique<BalancedBackend>(inner_, balanced_);
     const RopeTable rope{MakeRope()};
-    std::vector<KvCache> caches = MakeCaches();
+    MakeCache();
     model_ =
-        Must(DeepSeek::Create(config_, std::move(weights), caches, rope, *backend_, limits_, ActivationFormat::kFP8));
+        Must(DeepSeek::Create(config_, std::move(weights), *store_, rope, *backend_, limits_, ActivationFormat::kFP8));
   }
 
   int64_t cache_tokens() const { return num_blocks_ * kBlockTokens; }
@@ -134,7 +134,7 @@ class RankBench {
 
   void MakeState();
   Tensor MakeRope();
-  std::vector<KvCache> MakeCaches();
+  void MakeCache();
   void Fill(const Cell& cell);
   void Reset(const Cell& cell);
   StepArrays Arrays(const Cell& cell) const;
@@ -150,6 +150,7 @@ class RankBench {
   std::vector<Buffer> buffers_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<BalancedBackend> backend_;
+  std::unique_ptr<KvStore> store_;
   std::unique_ptr<DeepSeek> model_;
   int64_t num_blocks_ = 0;
   Tensor balanced_;
@@ -182,29 +183,25 @@ void RankBench::MakeState() {
 
 Tensor RankBench::MakeRope() {
   const std::vector<float> angles = MakeRopeTable(config_, limits_.max_context);
-  const Tensor table = New(DType::kF32, {limits_.max_context, config_.qk_rope_head_dim});
-  Put(table, angles.data());
+  const Tensor table = New(DType::kF32, {limits_.max_context + 1, config_.qk_rope_head_dim});
+  Put(table.Rows(1, limits_.max_context), angles.data());
   return table;
 }
 
 // All memory that is left but 6 GB, for activations.
-std::vector<KvCache> RankBench::MakeCaches() {
-  const KvDType dtype = options_.kv_dtype == "fp8" ? KvDType::kFP8 : KvDType::kBF16;
-  const int64_t token_bytes = KvTokenBytes(dtype, config_.kv_lora_rank, config_.qk_rope_head_dim);
-  const int64_t free = static_cast<int64_t>(device_.FreeMemory()) - (int64_t{6} << 30);
-  num_blocks_ = free / (token_bytes * kBlockTokens * config_.num_hidden_layers);
+void RankBench::MakeCache() {
+  const KvOptions kv = {options_.kv_dtype == "fp8" ? KvDType::kFP8 : KvDType::kBF16};
+  num_blocks_ = (static_cast<int64_t>(device_.FreeMemory()) - (int64_t{6} << 30)) / KvStore::BlockBytes(config_, kv);
   if (num_blocks_ < 1) Die("no room for a cache");
-  std::vector<KvCache> caches;
+  store_ = Must(KvStore::Create(config_, kv, static_cast<int>(num_blocks_), device_));
   for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    const Tensor blocks = New(DType::kU8, {num_blocks_, kBlockTokens, token_bytes});
-    if (dtype == KvDType::kFP8) {
+    const Tensor& blocks = store_->layer(layer).blocks;
+    if (kv.dtype == KvDType::kFP8) {
       FillFp8Entries(blocks.data, num_blocks_ * kBlockTokens, layer);
     } else {
       FillNormalBf16(blocks.data, blocks.num_bytes() / 2, layer, 1.0f);
     }
-    caches.push_back({blocks, dtype});
   }
-  return caches;
 }
 
 // Lengths even over [context / 2, 3 context / 2], pages in random order, the parameters of ordinary sampling.

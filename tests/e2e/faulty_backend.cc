@@ -84,13 +84,18 @@ class NoOps : public Ops {
   void LatentNormRopeWrite(const KvCache&, const SlotState&, const Activation&, const Tensor&, const Tensor&,
                            const Weight*, const Weight&, const StepRows&, const RopeTable&, float) override {}
   void MlaAttention(const Activation&, const Tensor&, const Weight&, const KvCache&, const SlotState&, const StepInput&,
-                    const StepRows&, const RopeTable&, float) override {}
+                    const StepRows&, const RopeTable&, float, int) override {}
   void SiluMul(const Activation&, const Tensor&) override {}
   void Router(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Weight*, const Tensor&, const StepRows&,
               const RouterOptions&) override {}
   void GroupedLinear(const Tensor&, const Activation&, const Weight&, const Tensor&) override {}
   void GroupedSiluMul(const Activation&, const Tensor&, const Tensor&) override {}
   void GatherRows(const Activation&, const Activation&, const Tensor&) override {}
+  void PreviousHidden(const Tensor&, const Tensor&, const Tensor&, const SlotState&, const StepRows&) override {}
+  void KeepBorders(const Tensor&, const Tensor&, const SlotState&, const StepRows&) override {}
+  void BeginDrafts(const StepRows&, const StepInput&, const SlotState&, const StepInput&, const Tensor&) override {}
+  void ProposeDrafts(const Tensor&, const StepRows&, const SlotState&, const Tensor&, const StepInput&, int,
+                     int) override {}
   void Sample(const SampleOutput&, const SlotState&, const Tensor&, const Tensor&, const StepInput&, const StepRows&,
               int) override {}
 };

@@ -288,6 +288,11 @@ def test_a_model_of_another_kind(binary, copy):
     assert "llama" in serve_and_fail(binary, copy).lower()
 
 
+def test_drafts_without_an_mtp_layer(binary, checkpoint):
+    message = serve_and_fail(binary, checkpoint.parent / "v2_lite", "--speculative-tokens", "1")
+    assert "speculative-tokens" in message and "no MTP layer" in message
+
+
 def test_a_shard_that_is_missing(binary, copy):
     shard = first_shard(copy)
     shard.unlink()

@@ -7,11 +7,9 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <numeric>
-#include <sstream>
 
-#include "engine/model/runner.h"
+#include "engine/step_shapes.h"
 #include "kernels/ops_types.h"
 #include "tests/engine/golden.h"
 
@@ -29,21 +27,6 @@ class CudaEngineTest : public ::testing::Test {
     if (!HasGpu()) GTEST_SKIP() << "no GPU: did not run";
   }
 };
-
-std::string DemoDir() { return CACHALOT_TEST_DATA_DIR "/../deploy/demo"; }
-
-// The first 50 of deploy/demo/eval/chats.json as tokens, one a line.
-std::vector<std::vector<int32_t>> DemoPrompts() {
-  std::ifstream file(CACHALOT_TEST_DATA_DIR "/engine/data/demo_prompts.txt");
-  std::vector<std::vector<int32_t>> prompts;
-  for (std::string line; std::getline(file, line);) {
-    std::istringstream tokens(line);
-    std::vector<int32_t>& prompt = prompts.emplace_back();
-    for (int32_t token; tokens >> token;) prompt.push_back(token);
-  }
-  EXPECT_EQ(prompts.size(), 50u);
-  return prompts;
-}
 
 EngineOptions Options(const std::string& model_dir, const std::string& device, const std::string& kv_dtype,
                       const std::string& activation) {
@@ -125,7 +108,7 @@ void Print(const std::string& what, const Agreement& a) {
 // that fill whole steps come first, and all texts are there when the first of them begins. By default no chunk is as
 // long as LongChunks are: of those the oracle knows nothing.
 std::vector<Answer> Score(EngineOptions options, const std::vector<std::vector<int32_t>>& texts,
-                          int max_batch_tokens = Runner::kLongChunkRows - 1) {
+                          int max_batch_tokens = StepShapes::kLongChunkRows - 1) {
   constexpr int kNumFillers = 4;
   options.max_batch_tokens = max_batch_tokens;
   Request filler = Greedy(std::vector<int32_t>(options.max_batch_tokens, 3), 1);
@@ -362,6 +345,33 @@ TEST_F(CudaEngineTest, CompanyChangesLittle) {
   EXPECT_EQ(same.num_different, 0);
   EXPECT_EQ(same.num_other_tokens, 0);
   for (const Difference& d : {batch, chunk}) EXPECT_LT(d.max, 0.3);
+}
+
+// More rows a step change sums in their last bits; where the margin is clear, no draft changes a token.
+TEST_F(CudaEngineTest, DraftsChangeLittle) {
+  std::vector<Request> requests;
+  for (const auto& prompt : DemoPrompts()) requests.push_back(Greedy(prompt, 96));
+  EngineOptions options = Options(DemoDir(), "cuda", "bf16", "auto");
+  const auto expected = RunAll(*MakeEngine(options), requests);
+  for (int k : {1, 2}) {
+    options.speculative_tokens = k;
+    const auto engine = MakeEngine(options);
+    const auto answers = RunAll(*engine, requests);
+    const EngineStats stats = engine->stats();
+    const double share = static_cast<double>(stats.accepted_draft_tokens) / static_cast<double>(stats.draft_tokens);
+    std::printf("[ measured ] k = %d: %d of %zu greedy answers the same, %.1f %% of %llu drafts accepted\n", k,
+                CountSame(expected, answers), requests.size(), 100 * share,
+                static_cast<unsigned long long>(stats.draft_tokens));
+    EXPECT_GT(share, k == 1 ? 0.9 : 0.6);
+    for (size_t i = 0; i < answers.size(); ++i) {
+      const auto &want = expected[i].logprobs, &got = answers[i].logprobs;
+      for (size_t j = 0; j < std::min(want.size(), got.size()); ++j) {
+        if (want[j].token == got[j].token) continue;
+        EXPECT_LE(want[j].top[0].second - want[j].top[1].second, kMargin) << "answer " << i << ", token " << j;
+        break;
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // The same log-probabilities and tokens, bit for bit, however work is batched, chunked or preempted.
 #include <gtest/gtest.h>
 
-#include <bit>
 #include <cstdio>
 #include <random>
 
@@ -10,23 +9,6 @@
 
 namespace cachalot {
 namespace {
-
-// Every token id and every log-probability's bits, in order.
-std::vector<uint32_t> Bits(const Answer& answer) {
-  std::vector<uint32_t> bits;
-  const auto add = [&bits](const TokenLogprob& l) {
-    bits.push_back(l.token);
-    bits.push_back(std::bit_cast<uint32_t>(l.logprob));
-    for (const auto& [token, logprob] : l.top) {
-      bits.push_back(token);
-      bits.push_back(std::bit_cast<uint32_t>(logprob));
-    }
-  };
-  for (int32_t token : answer.tokens) bits.push_back(token);
-  for (const TokenLogprob& l : answer.logprobs) add(l);
-  for (const TokenLogprob& l : answer.prompt_logprobs) add(l);
-  return bits;
-}
 
 EngineOptions Options(const Golden& golden, int max_batch_tokens) {
   EngineOptions options;

@@ -64,7 +64,7 @@ class FakeOps : public Ops {
     Unused();
   }
   void MlaAttention(const Activation&, const Tensor&, const Weight&, const KvCache&, const SlotState&, const StepInput&,
-                    const StepRows&, const RopeTable&, float) override {
+                    const StepRows&, const RopeTable&, float, int) override {
     Unused();
   }
   void SiluMul(const Activation&, const Tensor&) override { Unused(); }
@@ -75,6 +75,17 @@ class FakeOps : public Ops {
   void GroupedLinear(const Tensor&, const Activation&, const Weight&, const Tensor&) override { Unused(); }
   void GroupedSiluMul(const Activation&, const Tensor&, const Tensor&) override { Unused(); }
   void GatherRows(const Activation&, const Activation&, const Tensor&) override { Unused(); }
+  void PreviousHidden(const Tensor&, const Tensor&, const Tensor&, const SlotState&, const StepRows&) override {
+    Unused();
+  }
+  void KeepBorders(const Tensor&, const Tensor&, const SlotState&, const StepRows&) override { Unused(); }
+  void BeginDrafts(const StepRows&, const StepInput&, const SlotState&, const StepInput&, const Tensor&) override {
+    Unused();
+  }
+  void ProposeDrafts(const Tensor&, const StepRows&, const SlotState&, const Tensor&, const StepInput&, int,
+                     int) override {
+    Unused();
+  }
   void Sample(const SampleOutput&, const SlotState&, const Tensor&, const Tensor&, const StepInput&, const StepRows&,
               int) override {
     Unused();

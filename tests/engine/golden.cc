@@ -1,9 +1,12 @@
 // Reading golden cases, and running requests to their end.
 #include "tests/engine/golden.h"
 
+#include <bit>
 #include <condition_variable>
 #include <cstring>
+#include <fstream>
 #include <mutex>
+#include <sstream>
 
 #include "absl/strings/str_cat.h"
 #include "engine/model/safetensors.h"
@@ -58,6 +61,10 @@ Golden LoadGolden(const std::string& name, const std::string& prefix) {
     p.top1_margin = file.Read<float>(prefix + "top1_margin" + index);
     p.router_margin = file.Read<float>(prefix + "router_margin" + index);
     p.last_logprobs = file.Read<double>(prefix + "last_logits" + index);
+    if (file.Has(prefix + "mtp_logprobs" + index)) {
+      p.mtp_logprobs = file.Read<double>(prefix + "mtp_logprobs" + index);
+      p.mtp_last_logprobs = file.Read<double>(prefix + "mtp_last_logits" + index);
+    }
     golden.prompts.push_back(std::move(p));
   }
   CHECK(!golden.prompts.empty());
@@ -67,6 +74,20 @@ Golden LoadGolden(const std::string& name, const std::string& prefix) {
     golden.greedy_margin = file.Read<float>("greedy.margin");
   }
   return golden;
+}
+
+std::string DemoDir() { return CACHALOT_TEST_DATA_DIR "/../deploy/demo"; }
+
+std::vector<std::vector<int32_t>> DemoPrompts() {
+  std::ifstream file(CACHALOT_TEST_DATA_DIR "/engine/data/demo_prompts.txt");
+  std::vector<std::vector<int32_t>> prompts;
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream tokens(line);
+    std::vector<int32_t>& prompt = prompts.emplace_back();
+    for (int32_t token; tokens >> token;) prompt.push_back(token);
+  }
+  CHECK(prompts.size() == 50, "{} prompts", prompts.size());
+  return prompts;
 }
 
 void AppendDelta(Delta delta, Answer* answer) {
@@ -96,6 +117,22 @@ std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests)
   std::unique_lock lock(mutex);
   changed.wait(lock, [&] { return num_ended == requests.size(); });
   return answers;
+}
+
+std::vector<uint32_t> Bits(const Answer& answer) {
+  std::vector<uint32_t> bits;
+  const auto add = [&bits](const TokenLogprob& l) {
+    bits.push_back(l.token);
+    bits.push_back(std::bit_cast<uint32_t>(l.logprob));
+    for (const auto& [token, logprob] : l.top) {
+      bits.push_back(token);
+      bits.push_back(std::bit_cast<uint32_t>(logprob));
+    }
+  };
+  for (int32_t token : answer.tokens) bits.push_back(token);
+  for (const TokenLogprob& l : answer.logprobs) add(l);
+  for (const TokenLogprob& l : answer.prompt_logprobs) add(l);
+  return bits;
 }
 
 std::unique_ptr<Engine> MakeEngine(const EngineOptions& options) {

@@ -17,6 +17,8 @@ struct GoldenPrompt {
   std::vector<float> top1_margin;     // [T] over the second best, in logits
   std::vector<float> router_margin;   // [T] the closest expert choice at the position
   std::vector<double> last_logprobs;  // [W] after the last position
+  // Of the MTP layer, where the case has one: of tokens 2..T-1, and after the last position but one.
+  std::vector<double> mtp_logprobs, mtp_last_logprobs;  // [T-2], [W]
 };
 
 struct Golden {
@@ -28,6 +30,10 @@ struct Golden {
 
 // Aborts the test program when the case cannot be read. `prefix` "aq." reads the activation-quantised reference.
 Golden LoadGolden(const std::string& name, const std::string& prefix = "");
+
+// The demo checkpoint, and the first 50 of its eval/chats.json as tokens.
+std::string DemoDir();
+std::vector<std::vector<int32_t>> DemoPrompts();
 
 // What a request brought, once it has ended.
 struct Answer {
@@ -42,6 +48,9 @@ void AppendDelta(Delta delta, Answer* answer);
 
 // Submits all and waits for all.
 std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests);
+
+// Every token id and every log-probability's bits, in order.
+std::vector<uint32_t> Bits(const Answer& answer);
 
 // Made or the test program aborts.
 std::unique_ptr<Engine> MakeEngine(const EngineOptions& options);

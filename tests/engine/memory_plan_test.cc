@@ -18,13 +18,13 @@ namespace {
 
 using testing::HasSubstr;
 
-TEST(RandomCheckpointTest, HasEveryTensorOfTheMainModel) {
+TEST(RandomCheckpointTest, HasEveryTensorOnce) {
   const ModelConfig config = ParseConfig(TinyConfig());
   const auto checkpoint = MakeRandomCheckpoint(config);
   EXPECT_FALSE(checkpoint->has_data());
   for (const ExpectedTensor& expected : ExpectedTensors(config)) {
     const CheckpointTensor* tensor = checkpoint->Find(expected.name);
-    ASSERT_EQ(tensor != nullptr, expected.mtp_layer < 0) << expected.name;
+    ASSERT_EQ(tensor != nullptr, !expected.is_optional) << expected.name;
     if (tensor == nullptr) continue;
     EXPECT_EQ(tensor->shape, expected.shape) << expected.name;
     EXPECT_EQ(tensor->data, nullptr);
@@ -76,20 +76,29 @@ TEST(MemoryPlanTest, WeightsTakeWhatADryRunOfTheirMakesSays) {
   const auto config = ModelConfig::Load(golden.model_dir);
   const auto checkpoint = Checkpoint::Open(golden.model_dir);
   ASSERT_TRUE(config.ok() && checkpoint.ok());
-  int64_t stored = 0, experts = 0;
+  int64_t stored = 0, experts = 0, mtp = 0;
   for (const ExpectedTensor& expected : ExpectedTensors(*config)) {
-    if (expected.mtp_layer >= 0) continue;
+    if (expected.mtp_layer >= 0 && expected.is_optional) continue;
     int64_t bytes = static_cast<int64_t>((*checkpoint)->Find(expected.name)->num_bytes);
     const CheckpointTensor* scales = (*checkpoint)->Find(expected.name + kScaleSuffix);
     if (scales != nullptr) bytes += static_cast<int64_t>(scales->num_bytes);
+    if (expected.mtp_layer >= 0) {
+      mtp += bytes;
+      continue;
+    }
     stored += bytes;
     if (expected.kind == TensorKind::kRoutedExperts) experts += bytes;
   }
+  ASSERT_GT(mtp, 0);
   MeasuringOps ops(**checkpoint);
+  const auto bytes = [&](ExpertShare share, bool with_mtp) {
+    return *ModelWeights::DeviceBytes(*config, **checkpoint, share, with_mtp, ops);
+  };
   const int all = config->n_routed_experts;
-  EXPECT_EQ(*ModelWeights::DeviceBytes(*config, **checkpoint, {0, all}, ops), stored);
-  EXPECT_EQ(*ModelWeights::DeviceBytes(*config, **checkpoint, {0, all / 2}, ops), stored - experts / 2);
-  EXPECT_EQ(*ModelWeights::DeviceBytes(*config, **checkpoint, {all / 2, all / 2}, ops), stored - experts / 2);
+  EXPECT_EQ(bytes({0, all}, false), stored);
+  EXPECT_EQ(bytes({0, all / 2}, false), stored - experts / 2);
+  EXPECT_EQ(bytes({all / 2, all / 2}, false), stored - experts / 2);
+  EXPECT_EQ(bytes({0, all}, true), stored + mtp);
 }
 
 TEST(MemoryPlanTest, SlotsAndStepsTakeWhatADryRunSays) {
@@ -111,13 +120,16 @@ TEST(MemoryPlanTest, SlotsAndStepsTakeWhatADryRunSays) {
   EXPECT_GT(bytes, 4 * slot);
   EXPECT_GT(slot, kMaxTokenBiases * static_cast<int64_t>(sizeof(TokenBias)) + 2 * config->vocab_size);
   EXPECT_LT(slot, kMaxTokenBiases * 32 + 2 * config->vocab_size + 1024);
+  options.limits.max_sequences = 4;
+  options.limits.max_drafts = 1;
+  EXPECT_GT(Runner::StateBytes(options.limits, **backend), bytes);
 }
 
 TEST(MemoryPlanTest, TheCacheTakesWhatIsAskedFor) {
   const ModelConfig config = ParseConfig(TinyConfig());
   EngineOptions options;
   options.max_sequences = 2;
-  const auto plan = [&](int64_t left) { return PlanCache(config, options, KvDType::kBF16, left, 0.5); };
+  const auto plan = [&](int64_t left) { return PlanCache(config, options, {KvDType::kBF16}, left, 0.5); };
   const int64_t needed = int64_t{2} * ((config.max_position_embeddings + 63) / 64);
 
   EXPECT_EQ(plan(int64_t{1} << 40)->num_blocks, needed);
@@ -126,6 +138,10 @@ TEST(MemoryPlanTest, TheCacheTakesWhatIsAskedFor) {
   options.kv_cache_share = 0.8;
   EXPECT_EQ(plan(10 * block_bytes)->num_blocks, 8);
   EXPECT_EQ(plan(10 * block_bytes)->max_model_len, std::min(512, config.max_position_embeddings));
+  options.speculative_tokens = 2;
+  EXPECT_EQ(plan(10 * block_bytes)->max_model_len, std::min(512 - 6, config.max_position_embeddings))
+      << "drafts go beyond a sequence's end";
+  options.speculative_tokens = 0;
   options.kv_cache_bytes = 3 * block_bytes;
   EXPECT_EQ(plan(0)->num_blocks, 3);
   options.max_model_len = config.max_position_embeddings;

@@ -21,7 +21,8 @@ void ExpectSame(const std::vector<TokenLogprob>& a, const std::vector<TokenLogpr
   }
 }
 
-// Steps as long as any, wherever there is room for the logits of a few rows only; others decode in between.
+// Steps as long as any, wherever there is room for the logits of a few rows only; others decode in between, with drafts
+// or without.
 TEST(RunnerTest, ScoresAPromptInStepsThatAreFull) {
   const Golden golden = LoadGolden("v3_like");
   std::vector<Request> requests = {ScoreRequest(golden.prompts[2].tokens, 3)};  // 150 tokens
@@ -30,17 +31,23 @@ TEST(RunnerTest, ScoresAPromptInStepsThatAreFull) {
     requests.back().sampling.max_tokens = 20;
     requests.back().sampling.temperature = 0.8f;
   }
-  const SchedulerLimits limits = {64, 4, 512, {}};
-  StepLoop whole(golden.model_dir, limits, 32), parts(golden.model_dir, limits, 32, /*max_logits_rows=*/5);
-  const std::vector<Answer> expected = whole.Run(requests), answers = parts.Run(requests);
-  for (size_t i = 0; i < requests.size(); ++i) {
-    EXPECT_EQ(answers[i].tokens, expected[i].tokens);
-    ExpectSame(answers[i].logprobs, expected[i].logprobs);
-    ExpectSame(answers[i].prompt_logprobs, expected[i].prompt_logprobs);
+  const std::vector<Answer> expected = StepLoop(golden.model_dir, {64, 4, 512, {}}, 32).Run(requests);
+  EXPECT_EQ(expected[0].prompt_logprobs.size(), golden.prompts[2].tokens.size() - 1);
+  for (int num_drafts : {0, 2}) {
+    const SchedulerLimits limits = {64, 4, 512, {}, num_drafts};
+    const int num_decoded = limits.max_sequences * (1 + num_drafts);
+    StepLoop whole(golden.model_dir, limits, 32), parts(golden.model_dir, limits, 32, num_decoded + 1);
+    whole.Run(requests);
+    const std::vector<Answer> answers = parts.Run(requests);
+    for (size_t i = 0; i < requests.size(); ++i) {
+      EXPECT_EQ(answers[i].tokens, expected[i].tokens);
+      ExpectSame(answers[i].logprobs, expected[i].logprobs);
+      ExpectSame(answers[i].prompt_logprobs, expected[i].prompt_logprobs);
+    }
+    EXPECT_EQ(parts.stats().steps, whole.stats().steps);
+    EXPECT_LE(parts.stats().steps, 20u + 3u);
+    EXPECT_EQ(parts.stats().draft_tokens > 0, num_drafts > 0);
   }
-  EXPECT_EQ(answers[0].prompt_logprobs.size(), golden.prompts[2].tokens.size() - 1);
-  EXPECT_EQ(parts.stats().steps, whole.stats().steps);
-  EXPECT_LE(parts.stats().steps, 20u + 3u);
 }
 
 // As many as the block table has entries, which are more than the device has room for at once, in one step.
@@ -68,7 +75,7 @@ TEST(RunnerTest, TakesABlockUpdateForEveryEntryOfTheTable) {
     step.slot = slot;
     plan.sequences = {step};
     ++plan.step;
-    runner.Launch(plan);
+    runner.Launch(plan, {StepShape::Path::kMixed, 1, 100, 1});
     auto result = runner.Wait(absl::InfiniteDuration());
     ASSERT_TRUE(result.ok()) << result.status();
     results.push_back(*std::move(result));

@@ -23,41 +23,78 @@ StepResult FakeDevice::Run(const StepPlan& plan) {
     if (static_cast<int>(table.size()) <= u.index) table.resize(u.index + 1, -1);
     table[u.index] = u.block;
   }
-  std::vector<int32_t> next;  // the fake model's token after each row
+  std::vector<std::vector<int32_t>> next;  // the fake model's token after each row of every sequence
+  std::vector<int> first_rows;
+  int num_rows = 0;
   for (const SequenceStep& s : plan.sequences) {
-    Slot& slot = slots_[s.slot];
-    if (s.params.apply != 0) {
-      slot.owner = s.params.seed;
-      slot.tokens.clear();
-      slot.context = Context();
-    }
-    for (int i = 0; i < s.num_rows; ++i) {
-      EXPECT_TRUE(s.start < 0 || static_cast<int>(slot.tokens.size()) == s.start + i) << "rows out of order";
-      Feed(s.start >= 0 ? s.tokens[i] : slot.last, &slot);
-      next.push_back(slot.context.Next());
-    }
-    CheckCache(slot);
+    next.push_back(FeedRows(s, &slots_[s.slot]));
+    first_rows.push_back(num_rows);
+    num_rows += s.num_rows;
   }
   result.num_accepted.assign(plan.sequences.size(), 0);
   for (const LogitsRow& row : plan.logits_rows) {
-    const int32_t token = row.target >= 0 ? row.target : next[row.row];
-    result.tokens.push_back(token);
+    const int s = row.sequence;
+    result.tokens.push_back(row.target >= 0 ? row.target : next[s][row.row - first_rows[s]]);
     result.logprobs.push_back(-1.0f);
-    if (row.target >= 0) continue;
-    slots_[plan.sequences[row.sequence].slot].last = token;
-    result.num_accepted[row.sequence] = 1;
+    if (row.target >= 0 || result.num_accepted[s] > 0) continue;
+    Sample(next[s], plan.sequences[s].start < 0, &slots_[plan.sequences[s].slot], &result.num_accepted[s]);
   }
   result.top_tokens.assign(result.tokens.size() * kMaxTopLogprobs, 0);
   result.top_logprobs.assign(result.tokens.size() * kMaxTopLogprobs, 0);
   return result;
 }
 
-void FakeDevice::Feed(int32_t token, Slot* slot) {
-  const int position = static_cast<int>(slot->tokens.size()), index = position / kBlockTokens;
-  ASSERT_LT(index, static_cast<int>(slot->blocks.size())) << "no block for the position";
-  auto& block = cache_[slot->blocks[index]];
+std::vector<int32_t> FakeDevice::FeedRows(const SequenceStep& step, Slot* slot) {
+  if (step.params.apply != 0) {
+    slot->owner = step.params.seed;
+    slot->tokens.clear();
+    slot->context = Context();
+  }
+  std::vector<int32_t> next;
+  for (int i = 0; i < step.num_rows; ++i) {
+    EXPECT_TRUE(step.start < 0 || static_cast<int>(slot->tokens.size()) == step.start + i) << "rows out of order";
+    Feed(step.start >= 0 ? step.tokens[i] : i == 0 ? slot->last : slot->drafts.at(i - 1), slot);
+    next.push_back(slot->context.Next());
+  }
+  CheckCache(*slot);
+  return next;
+}
+
+// Forgets what the rows of wrong drafts have done, and proposes drafts anew.
+void FakeDevice::Sample(const std::vector<int32_t>& next, bool is_decode, Slot* slot, int32_t* num_accepted) {
+  const int num_rows = static_cast<int>(next.size());
+  int num_right = is_decode ? 0 : num_rows - 1;
+  while (is_decode && num_right + 1 < num_rows && slot->drafts[num_right] == next[num_right]) ++num_right;
+  *num_accepted = is_decode ? num_right + 1 : 1;
+  slot->last = next[num_right];
+  slot->tokens.resize(slot->tokens.size() - (num_rows - 1 - num_right));
+  slot->context = Context();
+  for (int32_t token : slot->tokens) slot->context.Append(token);
+  Propose(slot);
+}
+
+void FakeDevice::Propose(Slot* slot) {
+  Context context = slot->context;
+  context.Append(slot->last);
+  slot->drafts.clear();
+  for (int i = 0; i < max_drafts_; ++i) {
+    Write(static_cast<int>(slot->tokens.size()) + i, -1, *slot);
+    slot->drafts.push_back(context.hash % 5 == 0 ? kFakeVocab : context.Next());
+    context.Append(slot->drafts.back());
+  }
+}
+
+void FakeDevice::Write(int position, int32_t token, const Slot& slot) {
+  const int index = position / kBlockTokens;
+  ASSERT_LT(position, max_positions_);
+  ASSERT_LT(index, static_cast<int>(slot.blocks.size())) << "no block for the position";
+  auto& block = cache_[slot.blocks[index]];
   block.resize(kBlockTokens);
-  block[position % kBlockTokens] = {slot->owner, position, token};
+  block[position % kBlockTokens] = {slot.owner, position, token};
+}
+
+void FakeDevice::Feed(int32_t token, Slot* slot) {
+  Write(static_cast<int>(slot->tokens.size()), token, *slot);
   slot->tokens.push_back(token);
   slot->context.Append(token);
 }
@@ -253,6 +290,7 @@ void SchedulerDriver::CheckShape(const StepPlan& plan) const {
     EXPECT_TRUE(slots.insert(s.slot).second) << "slot twice in one step";
     EXPECT_GT(s.num_rows, 0);
     EXPECT_EQ(s.token_biases.size(), s.params.num_banned + s.params.num_biased);
+    EXPECT_TRUE(s.start >= 0 || s.num_rows <= 1 + limits_.max_drafts) << "more drafts than there are";
     rows += s.num_rows;
   }
   EXPECT_EQ(rows, plan.num_rows);
@@ -322,7 +360,7 @@ void SchedulerDriver::CheckRows(const StepPlan& plan, bool had_blocks) {
   int num_left = limits_.max_batch_tokens;
   for (const SequenceStep& s : plan.sequences) {
     steps[s.slot] = &s;
-    num_left -= s.start < 0 ? 1 : 0;
+    num_left -= s.start < 0 ? s.num_rows : 0;
   }
   struct Prompt {
     int priority, num_unfed;  // before the step

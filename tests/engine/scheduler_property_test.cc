@@ -14,7 +14,7 @@ namespace cachalot {
 namespace {
 
 struct Totals {
-  uint64_t loads = 0, steps = 0, preemptions = 0, recomputed = 0;
+  uint64_t loads = 0, steps = 0, preemptions = 0, recomputed = 0, drafts = 0, accepted = 0;
   SchedulerDriver::Counts counts;
 
   void Add(SchedulerDriver& driver) {
@@ -22,6 +22,8 @@ struct Totals {
     steps += stats.steps;
     preemptions += stats.preemptions;
     recomputed += stats.recomputed_tokens;
+    drafts += stats.draft_tokens;
+    accepted += stats.accepted_draft_tokens;
     const SchedulerDriver::Counts& c = driver.counts();
     counts.cancelled += c.cancelled;
     counts.expired += c.expired;
@@ -38,9 +40,10 @@ void RunRandomLoad(uint32_t seed, Totals* totals) {
   const auto below = [&random](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
   const int max_sequences = 1 + below(8);
   const int num_blocks = 2 + below(below(2) == 0 ? 6 : 30);
-  const int max_model_len = std::min(num_blocks * kBlockTokens, 64 + below(400));
+  const int max_drafts = below(3) == 0 ? 0 : 1 + below(4);
+  const int max_model_len = std::min(num_blocks * kBlockTokens - DraftSlack(max_drafts), 64 + below(400));
   const int max_batch_tokens = 1 + below(below(2) == 0 ? max_sequences : 100);
-  const SchedulerLimits limits = {max_batch_tokens, max_sequences, max_model_len, {77}};
+  const SchedulerLimits limits = {max_batch_tokens, max_sequences, max_model_len, {77}, max_drafts};
   const int num_priorities = 1 + below(4), num_clients = 1 + below(4), usual_length = 1 + below(60),
             usual_tokens = 1 + below(80);
   const double rows = 0.5 * (usual_length + usual_tokens) + 0.1 * max_model_len;  // of a request, about
@@ -87,6 +90,10 @@ TEST(SchedulerProperty, RandomLoad) {
       static_cast<unsigned long long>(counts.overtakes));
   std::printf("[ measured ] longest wait for a row: the first of all %d steps, decoding %d, prompts %d\n",
               counts.longest_first_wait, counts.longest_decode_wait, counts.longest_prompt_wait);
+  std::printf("[ measured ] %llu of %llu drafts accepted\n", static_cast<unsigned long long>(totals.accepted),
+              static_cast<unsigned long long>(totals.drafts));
+  EXPECT_GT(totals.accepted, 0u);
+  EXPECT_GT(totals.drafts, totals.accepted);
   EXPECT_GT(totals.preemptions, 0u);
   EXPECT_GT(totals.recomputed, 0u);
   EXPECT_GT(counts.cancelled, 0u);

@@ -389,6 +389,25 @@ TEST(Scheduler, AClientWithNothingRunningIsNotKeptWaiting) {
   driver.Drain(10000);
 }
 
+// Room that nobody makes is for whose turn it is: small requests of clients that have nothing running do not pass a
+// large one that waits for blocks, one after the other.
+TEST(Scheduler, SmallRequestsDoNotPassALargeOneForEver) {
+  Driver driver(Limits(64, 4, 640), 12);
+  driver.Add(250, {.max_tokens = 200, .client = "large"});
+  for (int i = 0; i < 10; ++i) driver.Turn();
+  const RequestId large = driver.Add(500, {.max_tokens = 5, .client = "large"});
+  std::vector<RequestId> small;
+  for (int i = 0; i < 300; ++i) {
+    if (i % 10 == 0) small.push_back(driver.Add(1, {.max_tokens = 5, .client = "small" + std::to_string(i)}));
+    driver.Turn();
+  }
+  driver.Drain(10000);
+  const auto start = [&](RequestId id) { return driver.record(id).submitted + driver.record(id).times.queued; };
+  int num_passed = 0;
+  for (RequestId id : small) num_passed += start(id) < start(large) ? 1 : 0;
+  EXPECT_LE(num_passed, 1);
+}
+
 // For blocks too; whoever has the most gives way, the last of them, and never the first of all.
 TEST(Scheduler, TheClientWithTheMostGivesWayForBlocks) {
   Driver driver(Limits(64, 8, 256), 12);

@@ -25,13 +25,16 @@ StepLoop::StepLoop(const std::string& model_dir, SchedulerLimits limits, int num
   backend.limits.max_tokens = limits.max_batch_tokens;
   backend.limits.max_sequences = limits.max_sequences;
   backend.limits.max_rows = max_logits_rows > 0 ? max_logits_rows : limits.max_batch_tokens;
-  backend.limits.max_context = limits.max_model_len;
+  backend.limits.max_drafts = limits.max_drafts;
+  backend.limits.max_context = limits.max_model_len + DraftSlack(limits.max_drafts);
   backend_ = Must(MakeBackend(backend));
   RunnerOptions options;
   options.limits = backend.limits;
+  options.kv = {KvDType::kF32, /*has_mtp=*/limits.max_drafts > 0, backend_->value_dtype()};
   options.num_blocks = num_blocks;
   options.num_valid_tokens = config_.vocab_size;
   runner_ = Must(Runner::Create(config_, *checkpoint_, options, *backend_));
+  shapes_ = std::make_unique<StepShapes>(options.limits, backend_->device());
   pool_ = std::make_unique<BlockPool>(num_blocks);
   limits.eos_token_ids = config_.eos_token_ids;
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
@@ -52,7 +55,7 @@ void StepLoop::Add(const Request& request) {
 
 bool StepLoop::Turn() {
   const StepPlan plan = scheduler_->Plan(absl::Now());
-  if (!plan.empty()) runner_->Launch(plan);
+  if (!plan.empty()) runner_->Launch(plan, shapes_->Of(plan));
   if (scheduler_->num_in_flight() == 0) return false;
   if (scheduler_->num_in_flight() < kMaxStepsInFlight && !plan.empty()) return true;
   Scheduler::Deltas deltas;

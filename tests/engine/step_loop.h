@@ -8,6 +8,7 @@
 
 #include "engine/model/runner.h"
 #include "engine/schedule/scheduler.h"
+#include "engine/step_shapes.h"
 #include "tests/engine/golden.h"
 
 namespace cachalot {
@@ -35,6 +36,7 @@ class StepLoop {
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Runner> runner_;
+  std::unique_ptr<StepShapes> shapes_;
   std::unique_ptr<BlockPool> pool_;
   std::unique_ptr<Scheduler> scheduler_;
   std::vector<Answer> answers_;

@@ -278,7 +278,7 @@ TEST_F(WeightsTest, LoadsEveryTensorOnce) {
   const auto checkpoint = Checkpoint::Open(dir_.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
-  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, ops);
+  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/false, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
   std::set<std::string> expected;
   for (const auto& [name, tensor] : tensors_) {
@@ -318,12 +318,43 @@ TEST_F(WeightsTest, LoadsEveryTensorOnce) {
   EXPECT_EQ(Made(moe.down_proj), "linear " + mlp + "shared_experts.down_proj.weight*");
 }
 
+// Its embedding and head are the main model's, whether or not the checkpoint has copies.
+TEST_F(WeightsTest, LoadsTheMtpLayerButNoCopies) {
+  for (bool has_copies : {true, false}) {
+    if (!has_copies) {
+      tensors_.erase("model.layers.2.embed_tokens.weight");
+      tensors_.erase("model.layers.2.shared_head.head.weight");
+    }
+    WriteModel(dir_, json_, tensors_);
+    const auto checkpoint = Checkpoint::Open(dir_.path());
+    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+    EXPECT_TRUE(ModelWeights::HasMtp(ParseConfig(json_), **checkpoint));
+    FakeOps ops(**checkpoint);
+    const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/true, ops);
+    ASSERT_TRUE(weights.ok()) << weights.status();
+    std::set<std::string> expected;
+    for (const auto& [name, tensor] : tensors_) expected.insert(name);
+    expected.erase("model.layers.2.embed_tokens.weight");
+    expected.erase("model.layers.2.shared_head.head.weight");
+    EXPECT_EQ(ops.used, expected);
+    ASSERT_NE(weights->mtp, nullptr);
+    const MtpWeights& mtp = *weights->mtp;
+    EXPECT_EQ(Made(mtp.enorm), "vector model.layers.2.enorm.weight");
+    EXPECT_EQ(Made(mtp.hnorm), "vector model.layers.2.hnorm.weight");
+    EXPECT_EQ(Made(mtp.eh_proj), "linear model.layers.2.eh_proj.weight");
+    EXPECT_EQ(mtp.eh_proj->cols(), 2 * mtp.eh_proj->rows());
+    EXPECT_EQ(Made(mtp.shared_head_norm), "vector model.layers.2.shared_head.norm.weight");
+    EXPECT_EQ(Made(mtp.layer.o_proj), "linear model.layers.2.self_attn.o_proj.weight*");
+    EXPECT_EQ(Made(mtp.layer.gate), "linear model.layers.2.mlp.gate.weight");
+  }
+}
+
 TEST_F(WeightsTest, LoadsItsShareOfTheExperts) {
   WriteModel(dir_, json_, tensors_);
   const auto checkpoint = Checkpoint::Open(dir_.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
-  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {1, 2}, ops);
+  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {1, 2}, /*with_mtp=*/false, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
   const std::string one = std::string(kMoe) + "experts.1.", two = std::string(kMoe) + "experts.2.";
   EXPECT_EQ(Made(weights->layers[1].experts_gate_up_proj), "experts " + one + "gate_proj.weight*|" + one +
@@ -348,7 +379,7 @@ TEST_F(WeightsTest, LoadsV2Lite) {
   const auto checkpoint = Checkpoint::Open(dir_.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
-  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, ops);
+  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/false, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
   EXPECT_EQ(ops.used.size(), tensors_.size());
   const LayerWeights& layer = weights->layers[1];
@@ -374,7 +405,7 @@ TEST_F(WeightsTest, KeepsTheBiasInF32) {
     const auto checkpoint = Checkpoint::Open(dir_.path());
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     FakeOps ops(**checkpoint);
-    const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, ops);
+    const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/false, ops);
     ASSERT_TRUE(weights.ok()) << weights.status();
     EXPECT_EQ(weights->converted.size(), dtype == std::string("F32") ? 0u : 1u);
     int num_biases = 0;
@@ -396,7 +427,7 @@ TEST_F(WeightsTest, LoadRefusesWhatProblemsFinds) {
   const auto checkpoint = Checkpoint::Open(dir_.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
-  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, ops);
+  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/false, ops);
   EXPECT_EQ(weights.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(weights.status().message(),
             dir_.path() + ": model.norm.weight: found nothing, expected [64] (and 1 more problems)");
@@ -416,7 +447,10 @@ TEST(GoldenCheckpointsTest, HaveNoProblems) {
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     EXPECT_THAT(ModelWeights::Problems(*config, **checkpoint, /*deep=*/true), IsEmpty()) << entry.path();
     FakeOps ops(**checkpoint);
-    EXPECT_TRUE(ModelWeights::Load(*config, **checkpoint, {0, config->n_routed_experts}, ops).ok()) << entry.path();
+    const bool has_mtp = ModelWeights::HasMtp(*config, **checkpoint);
+    EXPECT_EQ(has_mtp, config->num_nextn_predict_layers > 0);
+    EXPECT_TRUE(ModelWeights::Load(*config, **checkpoint, {0, config->n_routed_experts}, has_mtp, ops).ok())
+        << entry.path();
     EXPECT_TRUE((*checkpoint)->unindexed().empty()) << entry.path();
     ++num_models;
   }

@@ -40,6 +40,19 @@ TEST_P(AttentionTest, SmallShapesEveryType) {
   }
 }
 
+// Of a layer whose cache has nothing at position 0, where memory may hold anything.
+TEST_P(AttentionTest, WithoutTheFirstKey) {
+  for (const Dims& dims : {kSmall, kUgly}) {
+    for (KvDType kv_dtype : {KvDType::kF32, KvDType::kBF16, KvDType::kFP8}) {
+      World world(dims, kv_dtype, DType::kBF16, 4, 700);
+      world.HideKeysBelow(1);
+      for (auto [slot, length] : {std::pair{0, 70}, {1, 2}, {2, 641}, {3, 256}}) world.Write(slot, length);
+      world.Check({{0, 61, 9}, {1, 1, 1}, {2, 510, 4}, {3, 255, 1}, {2, 640, 1}}, AllRows(16));
+      world.Check({{0, 1, 69}}, {0, 1, 62, 63, 68});
+    }
+  }
+}
+
 TEST_P(AttentionTest, QueriesAndResultsInOtherTypes) {
   for (ActivationFormat format : {ActivationFormat::kBF16, ActivationFormat::kFP8}) {
     for (DType weight : {DType::kBF16, DType::kF8E4M3}) {
@@ -127,6 +140,8 @@ TEST(AttentionOracleTest, PrefillAndDecode) {
         // These keys are cut, if the dimensions are those of the tensor cores' kernel.
         world.Check({{3, 2399, 1, true}, {2, 199, 1, true}}, {0, 1}, DType::kBF16);
         world.Check({{3, 2300, 100}}, {0, 50, 99}, DType::kBF16);
+        world.HideKeysBelow(1);
+        world.Check({{1, 64, 1, true}, {2, 1, 3}}, {0, 1, 3}, DType::kBF16);
       }
     }
   }

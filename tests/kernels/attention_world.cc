@@ -97,7 +97,7 @@ void AttentionWorld::Use(std::unique_ptr<Backend> backend) {
 }
 
 void AttentionWorld::Write(int32_t slot, int64_t count) {
-  for (int64_t p = 0; p < count; ++p) {
+  for (int64_t p = first_key_; p < count; ++p) {
     Owned values(DType::kF32, {1, dims_.latent + dims_.rope});
     values.FillNormal(random_, p % 7 == 0 ? 1.5 : 0.7);
     WriteEntry(Entry(slot, p), values.data<float>());
@@ -141,7 +141,7 @@ OwnedActivation AttentionWorld::Attend(const std::vector<Chunk>& chunks, DType q
   const InputMemory memory(chunks, long_chunk_rows_);
   backend_->ops().MlaAttention(out.view(), q, *kv_up_, cache_, state_, memory.input,
                                StepRows{Tensor(), position_rows.Set(positions), slot_rows.Set(slots)}, RopeTable{rope_},
-                               kScale);
+                               kScale, first_key_);
   return out;
 }
 
@@ -167,9 +167,9 @@ std::vector<double> AttentionWorld::Absorbed(int64_t head, const std::vector<dou
 std::vector<double> AttentionWorld::Reference(int32_t slot, int32_t position, const std::vector<double>& q) const {
   const auto [heads, nope, rope, value, latent] = dims_;
   const int64_t width = latent + rope, num_keys = position + 1;
-  std::vector<std::vector<double>> queries, scores(heads, std::vector<double>(num_keys, 0.0));
+  std::vector<std::vector<double>> queries, scores(heads, std::vector<double>(num_keys, -INFINITY));
   for (int64_t h = 0; h < heads; ++h) queries.push_back(Absorbed(h, q, position));
-  for (int64_t p = 0; p < num_keys; ++p) {
+  for (int64_t p = first_key_; p < num_keys; ++p) {
     const std::vector<double> entry = ReadEntry(Entry(slot, p));
     for (int64_t h = 0; h < heads; ++h) {
       double sum = 0;
@@ -180,7 +180,7 @@ std::vector<double> AttentionWorld::Reference(int32_t slot, int32_t position, co
   std::vector<double> sums(heads, 0.0), maxima;
   for (int64_t h = 0; h < heads; ++h) maxima.push_back(*std::max_element(scores[h].begin(), scores[h].end()));
   std::vector<std::vector<double>> means(heads, std::vector<double>(latent, 0.0));
-  for (int64_t p = 0; p < num_keys; ++p) {
+  for (int64_t p = first_key_; p < num_keys; ++p) {
     const std::vector<double> entry = ReadEntry(Entry(slot, p));
     for (int64_t h = 0; h < heads; ++h) {
       const double e = std::exp(scores[h][p] - maxima[h]);

@@ -34,6 +34,8 @@ class AttentionWorld {
   void UseThreads(int num_threads);
   void UseGpuOracle();  // the CPU backend that rounds and sums as the GPU
 
+  // Attention leaves keys at positions below it out; Write does too.
+  void HideKeysBelow(int first_key) { first_key_ = first_key; }
   // Sequences of so many rows are told to the backend as long chunks from here on.
   void UseLongChunks(int32_t min_rows) { long_chunk_rows_ = min_rows; }
 
@@ -65,6 +67,7 @@ class AttentionWorld {
   Random random_;
   OwnedWeight kv_b_;
   int64_t pages_;
+  int first_key_ = 0;
   Owned blocks_, table_, rope_;
   BackendOptions options_;
   int32_t long_chunk_rows_ = std::numeric_limits<int32_t>::max();

@@ -119,7 +119,7 @@ void BenchAttention(Ops& ops, double fma_rate) {
       state.block_table = table;
       const double seconds = Best(4, [&] {
         ops.MlaAttention(Activation{out, Tensor()}, q, *kv_up, {blocks, dtype}, state, StepInput(),
-                         StepRows{Tensor(), positions, slots}, RopeTable{rope}, 0.13f);
+                         StepRows{Tensor(), positions, slots}, RopeTable{rope}, 0.13f, 0);
       });
       const double keys = static_cast<double>(rows) * (static_cast<double>(c.context) - (c.rows_each - 1) / 2.0);
       const double flops = 2.0 * kHeads * (keys * (2 * kLatent + kRope) + rows * (kNope + kValue) * kLatent);

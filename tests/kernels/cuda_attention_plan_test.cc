@@ -107,7 +107,7 @@ class CudaAttentionPlanTest : public ::testing::Test {
   }
 
   void Attend(const Tensor& out, const StepRows& rows) {
-    backend_->ops().MlaAttention({out, Tensor()}, q_, *kv_up_, cache_, state_, input_, rows, rope_, 0.1f);
+    backend_->ops().MlaAttention({out, Tensor()}, q_, *kv_up_, cache_, state_, input_, rows, rope_, 0.1f, 0);
   }
 
   testing::Random random_{5};

@@ -88,6 +88,17 @@ TEST_P(CudaAttentionTest, PrefillAndDecode) {
   world->Check(chunks, SomeRows(chunks), DType::kBF16);
 }
 
+// Of a layer whose cache has nothing at position 0, where memory may hold anything.
+TEST_P(CudaAttentionTest, WithoutTheFirstKey) {
+  const auto [dims, kv_dtype, format] = GetParam();
+  AttentionWorld world(dims, kv_dtype, DType::kBF16, 3, 700, format);
+  world.HideKeysBelow(1);
+  for (auto [slot, length] : {std::pair{0, 2}, {1, 65}, {2, 700}}) world.Write(slot, length);
+  const std::vector<Chunk> chunks = {{2, 699, 1, true}, {-1, 0, 1, true}, {1, 64, 1, true}, {0, 1, 1, true}};
+  world.Check(chunks, {0, 2, 3}, DType::kBF16);
+  world.Check({{1, 1, 64}}, {0, 1, 62, 63}, DType::kBF16);
+}
+
 std::string CaseName(const ::testing::TestParamInfo<Case>& info) {
   const auto [dims, kv_dtype, format] = info.param;
   return std::to_string(dims.heads) + "x" + std::to_string(dims.value) + "_of_" + std::to_string(dims.latent) +

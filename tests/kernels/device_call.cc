@@ -32,9 +32,10 @@ DeviceCall& DeviceCall::Add(const Tensor& tensor, bool is_out) {
   return *this;
 }
 
-DeviceCall& DeviceCall::In(const StepInput& input) {
-  In(input.seq_slot).In(input.seq_start).In(input.query_start).In(input.seq_params).In(input.tokens);
-  return In(input.row_token).In(input.row_seq).In(input.row_target);
+DeviceCall& DeviceCall::Add(const StepInput& input, bool is_out) {
+  Add(input.seq_slot, is_out).Add(input.seq_start, is_out).Add(input.query_start, is_out);
+  Add(input.seq_params, is_out).Add(input.tokens, is_out);
+  return Add(input.row_token, is_out).Add(input.row_seq, is_out).Add(input.row_target, is_out);
 }
 
 DeviceCall& DeviceCall::Add(const SlotState& state, bool is_out) {

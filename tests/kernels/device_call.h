@@ -19,7 +19,8 @@ class DeviceCall {
   DeviceCall& Out(const Activation& x) { return Out(x.values).Out(x.scales); }
   DeviceCall& In(const StepRows& rows) { return In(rows.tokens).In(rows.positions).In(rows.slots); }
   DeviceCall& Out(const StepRows& rows) { return Out(rows.tokens).Out(rows.positions).Out(rows.slots); }
-  DeviceCall& In(const StepInput& input);
+  DeviceCall& In(const StepInput& input) { return Add(input, false); }
+  DeviceCall& Out(const StepInput& input) { return Add(input, true); }
   DeviceCall& In(const SlotState& state) { return Add(state, false); }
   DeviceCall& Out(const SlotState& state) { return Add(state, true); }
   DeviceCall& Out(const SampleOutput& out);
@@ -44,6 +45,7 @@ class DeviceCall {
     size_t offset = 0;
   };
   DeviceCall& Add(const Tensor& tensor, bool is_out);
+  DeviceCall& Add(const StepInput& input, bool is_out);
   DeviceCall& Add(const SlotState& state, bool is_out);
   size_t Layout();  // merges regions that meet, and gives each a place; the bytes of all
 

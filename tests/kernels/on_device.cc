@@ -72,11 +72,12 @@ class OnDeviceOps : public Ops {
   }
   void MlaAttention(const Activation& out, const Tensor& q, const Weight& kv_up, const KvCache& cache,
                     const SlotState& state, const StepInput& input, const StepRows& rows, const RopeTable& rope,
-                    float softmax_scale) override {
+                    float softmax_scale, int first_key) override {
     DeviceCall at;
     at.Out(out).In(q).In(cache.blocks).In(state).In(input).In(rows).In(rope.cos_sin);
     memory_.Run(&at, [&] {
-      ops_.MlaAttention(at(out), at(q), kv_up, at(cache), at(state), at(input), at(rows), at(rope), softmax_scale);
+      ops_.MlaAttention(at(out), at(q), kv_up, at(cache), at(state), at(input), at(rows), at(rope), softmax_scale,
+                        first_key);
     });
   }
   void SiluMul(const Activation& out, const Tensor& gate_up) override {
@@ -107,6 +108,31 @@ class OnDeviceOps : public Ops {
     DeviceCall at;
     at.Out(out).In(x).In(row_token);
     memory_.Run(&at, [&] { ops_.GatherRows(at(out), at(x), at(row_token)); });
+  }
+  void PreviousHidden(const Tensor& out, const Tensor& hidden, const Tensor& borders, const SlotState& state,
+                      const StepRows& rows) override {
+    DeviceCall at;
+    at.Out(out).In(hidden).In(borders).In(state).In(rows);
+    memory_.Run(&at, [&] { ops_.PreviousHidden(at(out), at(hidden), at(borders), at(state), at(rows)); });
+  }
+  void KeepBorders(const Tensor& borders, const Tensor& hidden, const SlotState& state, const StepRows& rows) override {
+    DeviceCall at;
+    at.Out(borders).In(hidden).In(state).In(rows);
+    memory_.Run(&at, [&] { ops_.KeepBorders(at(borders), at(hidden), at(state), at(rows)); });
+  }
+  void BeginDrafts(const StepRows& rows, const StepInput& drafts, const SlotState& state, const StepInput& input,
+                   const Tensor& num_accepted) override {
+    DeviceCall at;
+    at.Out(rows).Out(drafts).In(state).In(input).In(num_accepted);
+    memory_.Run(&at, [&] { ops_.BeginDrafts(at(rows), at(drafts), at(state), at(input), at(num_accepted)); });
+  }
+  void ProposeDrafts(const Tensor& proposed, const StepRows& rows, const SlotState& state, const Tensor& logits,
+                     const StepInput& drafts, int index, int num_valid_tokens) override {
+    DeviceCall at;
+    at.Out(proposed).Out(rows).Out(state).In(logits).In(drafts);
+    memory_.Run(&at, [&] {
+      ops_.ProposeDrafts(at(proposed), at(rows), at(state), at(logits), at(drafts), index, num_valid_tokens);
+    });
   }
   void Sample(const SampleOutput& out, const SlotState& state, const Tensor& logits, const Tensor& mask,
               const StepInput& input, const StepRows& rows, int num_valid_tokens) override {

@@ -95,6 +95,8 @@ TEST(MetricsTest, OneGeneration) {
   stats.blocks_total = 8;
   stats.blocks_used = 2;
   stats.step_rows.Add(5);
+  stats.draft_tokens = 7;
+  stats.accepted_draft_tokens = 6;
   ModelInfo model;
   model.kv_cache_tokens = 512;
   auto samples = Samples(metrics.Render("a \"b\"", stats, model, 3));
@@ -109,6 +111,8 @@ TEST(MetricsTest, OneGeneration) {
   EXPECT_EQ(sample("vllm:cache_config_info",
                    ",block_size=\"64\",num_gpu_blocks=\"8\",num_cpu_blocks=\"0\",kv_bytes_per_token=\"0\""),
             1);
+  EXPECT_EQ(sample("vllm:spec_decode_num_draft_tokens_total"), 7);
+  EXPECT_EQ(sample("vllm:spec_decode_num_accepted_tokens_total"), 6);
   EXPECT_EQ(sample("vllm:request_success_total", ",finished_reason=\"stop\""), 1);
   EXPECT_EQ(sample("vllm:request_success_total", ",finished_reason=\"abort\""), 0);
   EXPECT_EQ(sample("vllm:time_to_first_token_seconds_sum"), 2);

@@ -54,6 +54,8 @@ TEST(OptionsTest, AllOfThem) {
                                             "8",
                                             "--max-batch-tokens",
                                             "256",
+                                            "--speculative-tokens",
+                                            "2",
                                             "--kv-cache-memory",
                                             "8GiB",
                                             "--kv-cache-dtype",
@@ -83,6 +85,7 @@ TEST(OptionsTest, AllOfThem) {
   EXPECT_EQ(options.engine.max_model_len, 1024);
   EXPECT_EQ(options.engine.max_sequences, 8);
   EXPECT_EQ(options.engine.max_batch_tokens, 256);
+  EXPECT_EQ(options.engine.speculative_tokens, 2);
   EXPECT_EQ(options.engine.kv_cache_bytes, int64_t{8} << 30);
   EXPECT_EQ(options.engine.kv_cache_dtype, "bf16");
   EXPECT_EQ(options.engine.activation, "fp8");
@@ -147,6 +150,7 @@ TEST(OptionsTest, MistakesAreOneLineThatNamesThem) {
       {{"serve", "--model", "m", "--grpc-port", "-2"}, "--grpc-port"},
       {{"serve", "--model", "m", "--device", "tpu"}, "--device"},
       {{"serve", "--model", "m", "--max-sequences", "0"}, "--max-sequences"},
+      {{"serve", "--model", "m", "--speculative-tokens", "9"}, "--speculative-tokens"},
       {{"serve", "--model", "m", "--kv-cache-dtype", "int4"}, "--kv-cache-dtype"},
       {{"serve", "--model", "m", "--kv-cache-memory", "lots"}, "--kv-cache-memory"},
       {{"serve", "--model", "m", "--config", "/no/such/file"}, "/no/such/file"},

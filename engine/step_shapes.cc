@@ -1,0 +1,48 @@
+// Sizes rounded up to the device's buckets.
+#include "engine/step_shapes.h"
+
+#include <algorithm>
+
+#include "kernels/check.h"
+
+namespace cachalot {
+namespace {
+
+// What all sequences have, where all decode and want logits of every row; 0 where not.
+int RowsPerSequence(const StepPlan& plan) {
+  const int rows = plan.sequences[0].num_rows;
+  const bool is_decode = std::all_of(plan.sequences.begin(), plan.sequences.end(),
+                                     [rows](const SequenceStep& s) { return s.start < 0 && s.num_rows == rows; });
+  return is_decode && static_cast<int>(plan.logits_rows.size()) == plan.num_rows ? rows : 0;
+}
+
+}  // namespace
+
+int StepShapes::Padded(int n, int limit) const { return std::min(device_.Bucket(n), limit); }
+
+int StepShapes::MaxSequences(int rows_per_sequence) const {
+  return std::min(limits_.max_sequences, std::min(limits_.max_tokens, limits_.max_rows) / rows_per_sequence);
+}
+
+StepShape StepShapes::Of(const StepPlan& plan) const {
+  CHECK(!plan.empty());
+  const int num_sequences = static_cast<int>(plan.sequences.size());
+  if (const int rows = RowsPerSequence(plan); rows > 0) {
+    return StepShape::Decode(Padded(num_sequences, MaxSequences(rows)), rows);
+  }
+  LongChunkFinder long_chunks(kLongChunkRows);
+  for (const SequenceStep& sequence : plan.sequences) long_chunks.Add(sequence.start, sequence.num_rows);
+  return {StepShape::Path::kMixed, Padded(num_sequences, MaxSequences(1)), Padded(plan.num_rows, limits_.max_tokens),
+          Padded(static_cast<int>(plan.logits_rows.size()), limits_.max_tokens), long_chunks.found()};
+}
+
+std::vector<StepShape> StepShapes::Decode() const {
+  std::vector<StepShape> shapes;
+  const int rows = 1 + limits_.max_drafts, largest = MaxSequences(rows);
+  for (int n = 1; n <= largest; n = device_.Bucket(n) + 1) {
+    shapes.push_back(StepShape::Decode(Padded(n, largest), rows));
+  }
+  return shapes;
+}
+
+}  // namespace cachalot

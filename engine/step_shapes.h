@@ -1,0 +1,37 @@
+// StepShapes: which sizes steps run at, so that few graphs serve all decode steps.
+#ifndef CACHALOT_ENGINE_STEP_SHAPES_H_
+#define CACHALOT_ENGINE_STEP_SHAPES_H_
+
+#include <vector>
+
+#include "engine/schedule/step.h"
+#include "kernels/device.h"
+
+namespace cachalot {
+
+class StepShapes {
+ public:
+  // A prompt's chunk of so many rows is long (LongChunks). Measured on an H200 at V3's dimensions: from here on to make
+  // keys and values of all that it sees costs no more than to absorb its queries, however long its context is.
+  static constexpr int kLongChunkRows = 128;
+
+  // `device` must outlive it; its buckets are what sizes are rounded to, as far as the limits let them.
+  StepShapes(const OpLimits& limits, const Device& device) : limits_(limits), device_(device) {}
+
+  // The smallest that has room for the plan.
+  StepShape Of(const StepPlan& plan) const;
+
+  // Every shape of steps that only decode, by rising size: 1 + max_drafts rows a sequence.
+  std::vector<StepShape> Decode() const;
+
+ private:
+  int Padded(int n, int limit) const;
+  int MaxSequences(int rows_per_sequence) const;
+
+  const OpLimits limits_;
+  const Device& device_;
+};
+
+}  // namespace cachalot
+
+#endif  // CACHALOT_ENGINE_STEP_SHAPES_H_

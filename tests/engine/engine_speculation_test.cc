@@ -1,0 +1,158 @@
+// Drafts change no bit of any answer: greedy or sampled, shaped in every way, in any chunks and company, preempted or
+// not.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <random>
+
+#include "tests/engine/golden.h"
+#include "tests/engine/step_loop.h"
+
+namespace cachalot {
+namespace {
+
+constexpr int kNumRequests = 60;
+
+EngineOptions Options(const Golden& golden, int speculative_tokens) {
+  EngineOptions options;
+  options.model_dir = golden.model_dir;
+  options.device = "cpu";
+  options.max_model_len = 192;
+  options.max_sequences = kNumRequests;
+  options.speculative_tokens = speculative_tokens;
+  return options;
+}
+
+Request RandomRequest(const Golden& golden, std::mt19937* random) {
+  const auto below = [random](int n) { return static_cast<int>((*random)() % static_cast<uint32_t>(n)); };
+  const std::vector<int32_t>& text = golden.prompts[1 + below(2)].tokens;  // 37 or 150 tokens
+  Request request;
+  const int length = 1 + below(std::min<int>(static_cast<int>(text.size()), 150));
+  request.prompt.assign(text.begin(), text.begin() + length);
+  SamplingParams& s = request.sampling;
+  s.temperature = below(3) == 0 ? 0.0f : 0.3f + 0.1f * static_cast<float>(below(11));
+  if (below(3) == 0) s.top_p = 0.5f + 0.1f * static_cast<float>(below(5));
+  if (below(4) == 0) s.top_k = 1 + below(40);
+  if (below(4) == 0) s.min_p = 0.02f * static_cast<float>(below(10));
+  if (below(3) == 0) {
+    s.repetition_penalty = 1.0f + 0.1f * static_cast<float>(below(5));
+    s.frequency_penalty = 0.2f * static_cast<float>(below(5));
+    s.presence_penalty = -0.2f * static_cast<float>(below(5));
+  }
+  s.seed = (*random)();
+  s.max_tokens = 1 + below(48);
+  s.ignore_eos = below(2) == 0;
+  if (below(3) == 0) {
+    s.min_tokens = below(s.max_tokens + 1);
+    s.stop_token_ids = {static_cast<int32_t>(3 + below(60))};
+    s.logit_bias = {{s.stop_token_ids[0], 5.0f}, {static_cast<int32_t>(70 + below(20)), 2.0f}};
+  }
+  s.logprobs = below(4) - 1;
+  s.prompt_logprobs = below(4) == 0 ? 1 : -1;
+  return request;
+}
+
+class SpeculationTest : public testing::TestWithParam<const char*> {
+ protected:
+  SpeculationTest() : golden_(LoadGolden(GetParam())) {
+    std::mt19937 random(11);
+    for (int i = 0; i < kNumRequests; ++i) requests_.push_back(RandomRequest(golden_, &random));
+  }
+
+  void RunWithoutDrafts() {
+    const auto engine = MakeEngine(Options(golden_, 0));
+    for (const Answer& answer : RunAll(*engine, requests_)) expected_.push_back(Bits(answer));
+    EXPECT_EQ(engine->stats().draft_tokens, 0u);
+  }
+
+  void Check(const EngineOptions& options, const char* what) {
+    const auto engine = MakeEngine(options);
+    const std::vector<Answer> answers = RunAll(*engine, requests_);
+    CheckAnswers(answers, engine->stats(), options.speculative_tokens, what);
+  }
+
+  // Drafts change nothing; prints that there were some.
+  void CheckAnswers(const std::vector<Answer>& answers, const EngineStats& stats, int num_drafts, const char* what) {
+    for (size_t i = 0; i < answers.size(); ++i) {
+      EXPECT_EQ(Bits(answers[i]), expected_[i]) << what << ", request " << i;
+    }
+    std::printf(
+        "[ measured ] k = %d, %s: %llu steps, %llu of %llu drafts accepted, %llu preemptions\n", num_drafts, what,
+        static_cast<unsigned long long>(stats.steps), static_cast<unsigned long long>(stats.accepted_draft_tokens),
+        static_cast<unsigned long long>(stats.draft_tokens), static_cast<unsigned long long>(stats.preemptions));
+    EXPECT_GT(stats.accepted_draft_tokens, 0u);
+    EXPECT_GT(stats.draft_tokens, stats.accepted_draft_tokens);
+  }
+
+  const Golden golden_;
+  std::vector<Request> requests_;
+  std::vector<std::vector<uint32_t>> expected_;
+};
+INSTANTIATE_TEST_SUITE_P(Family, SpeculationTest, testing::Values("v3_like", "v31"),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST_P(SpeculationTest, DraftsChangeNothing) {
+  RunWithoutDrafts();
+  for (int k : {1, 2, 4}) {
+    EngineOptions options = Options(golden_, k);
+    Check(options, "all at once");
+    options.max_sequences = 1;
+    Check(options, "one by one");
+    options.max_sequences = 4;
+    options.max_batch_tokens = 9;  // not room for every draft
+    Check(options, "in small chunks");
+  }
+}
+
+TEST_P(SpeculationTest, PreemptedOrNot) {
+  requests_.resize(14);
+  for (size_t i = 0; i < requests_.size(); ++i) {
+    requests_[i].prompt = golden_.prompts[2].tokens;
+    requests_[i].prompt.resize(40 + i);
+    requests_[i].sampling.max_tokens = 120;
+    requests_[i].sampling.ignore_eos = true;
+    requests_[i].sampling.stop_token_ids.clear();
+  }
+  RunWithoutDrafts();
+  for (int k : {1, 3}) {
+    StepLoop tight(golden_.model_dir, {64, kNumRequests, 192, {}, k}, 9);
+    const std::vector<Answer> answers = tight.Run(requests_);
+    CheckAnswers(answers, tight.stats(), k, "in a small cache");
+    EXPECT_GT(tight.stats().preemptions, 0u);
+  }
+}
+
+// The demo's MTP layer was trained: most of its drafts are right, greedy and sampled.
+TEST(DemoSpeculationTest, DraftsChangeNothing) {
+  EngineOptions options;
+  options.model_dir = DemoDir();
+  options.device = "cpu";
+  options.max_model_len = 512;
+  std::vector<Request> requests;
+  for (const std::vector<int32_t>& prompt : DemoPrompts()) {
+    for (float temperature : {0.0f, 1.0f}) {
+      Request& request = requests.emplace_back();
+      request.prompt = prompt;
+      request.sampling.temperature = temperature;
+      request.sampling.seed = requests.size();
+      request.sampling.max_tokens = 96;
+      request.sampling.logprobs = 2;
+    }
+  }
+  const std::vector<Answer> expected = RunAll(*MakeEngine(options), requests);
+  for (int k : {1, 2, 4}) {
+    options.speculative_tokens = k;
+    const auto engine = MakeEngine(options);
+    const std::vector<Answer> answers = RunAll(*engine, requests);
+    for (size_t i = 0; i < answers.size(); ++i) EXPECT_EQ(Bits(answers[i]), Bits(expected[i])) << k << " " << i;
+    const EngineStats stats = engine->stats();
+    const double share = static_cast<double>(stats.accepted_draft_tokens) / static_cast<double>(stats.draft_tokens);
+    std::printf("[ measured ] k = %d: %.1f %% of %llu drafts accepted, %.2f tokens a row of decoding\n", k, 100 * share,
+                static_cast<unsigned long long>(stats.draft_tokens), 1 + k * share);
+    EXPECT_GT(share, k == 1 ? 0.9 : 0.4);
+  }
+}
+
+}  // namespace
+}  // namespace cachalot
