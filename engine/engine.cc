@@ -46,6 +46,10 @@ absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
   return absl::InvalidArgumentError(absl::StrFormat("kv-cache-dtype: found \"%s\", expected f32, bf16 or fp8", name));
 }
 
+// Rows of a step where none are asked for. Measured (tests/bench/results/2026-11-26-cuda-products.md): a GPU reads
+// prompts twice as fast 4096 at a time as 512 at a time, and hardly faster 8192 at a time.
+constexpr int kBatchTokens = 512, kGpuBatchTokens = 4096;
+
 OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
   OpLimits limits = config.op_limits();
   limits.max_tokens = options.max_batch_tokens;
@@ -83,7 +87,7 @@ class EngineImpl : public Engine {
   void Publish(Scheduler::Deltas* deltas);
   void RunOutput();
 
-  const EngineOptions options_;
+  EngineOptions options_;  // max_batch_tokens: once the backend is known
   ModelConfig config_;
   ModelInfo model_info_;
   std::unique_ptr<Checkpoint> checkpoint_;
@@ -151,11 +155,19 @@ absl::StatusOr<MemoryDemand> EngineImpl::ChooseBackend() {
   options.value_dtype = options_.activation == "fp8" ? DType::kBF16 : DType::kF32;
   options.scale_rule = config_.scale_rule;
   options.num_threads = options_.num_threads;
+  const bool has_batch_tokens = options_.max_batch_tokens > 0;
+  if (!has_batch_tokens) options_.max_batch_tokens = options_.device == "cpu" ? kBatchTokens : kGpuBatchTokens;
   options.limits = MakeLimits(config_, options_);
   if (options_.device == "cpu") {  // whatever is wrong is known before anything is made
     if (auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, true); !kv_dtype.ok()) return kv_dtype.status();
   }
   auto backend = MakeBackend(options);
+  if (!has_batch_tokens && options_.device == "auto" && backend.ok() && !(*backend)->is_gpu()) {
+    options.device = "cpu";
+    options_.max_batch_tokens = kBatchTokens;
+    options.limits = MakeLimits(config_, options_);
+    backend = MakeBackend(options);
+  }
   if (absl::IsResourceExhausted(backend.status())) {
     return absl::ResourceExhaustedError(
         absl::StrCat(backend.status().message(), ": lower --max-batch-tokens, --max-sequences or --max-model-len"));

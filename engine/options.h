@@ -17,7 +17,7 @@ struct EngineOptions {
   int num_threads = 0;          // CPU workers; 0: one per core
   int max_model_len = 0;        // tokens of one sequence; 0: the model's, as far as the cache allows
   int max_sequences = 64;       // running at once
-  int max_batch_tokens = 512;   // rows of one step: bounds a prefill chunk
+  int max_batch_tokens = 0;     // rows of one step: bounds a prefill chunk; 0: 512 on the CPU, 4096 on the GPU
   int max_waiting = 4096;       // queued requests; one more is refused
   // Tokens that the checkpoint's MTP layer proposes after each step, to be verified in the next; 0: none. They change
   // no token, only how many a step brings.

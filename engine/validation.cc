@@ -65,7 +65,7 @@ absl::Status ValidateOptions(const EngineOptions& options) {
   };
   absl::Status status = within("max-model-len", options.max_model_len, 0, kMaxModelLen);
   status.Update(within("max-sequences", options.max_sequences, 1, kMaxSequences));
-  status.Update(within("max-batch-tokens", options.max_batch_tokens, 1, kMaxBatchTokens));
+  status.Update(within("max-batch-tokens", options.max_batch_tokens, 0, kMaxBatchTokens));
   status.Update(within("speculative-tokens", options.speculative_tokens, 0, kMaxSpeculativeTokens));
   status.Update(within("max-waiting", options.max_waiting, 1, kMaxWaiting));
   status.Update(within("kv-cache-memory", options.kv_cache_bytes, 0, std::numeric_limits<int64_t>::max()));

@@ -100,9 +100,10 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
                0, kMaxModelLen);
   MustBeWithin(app->add_option("--max-sequences", engine->max_sequences, "requests that run at once; others wait"), 1,
                kMaxSequences);
-  MustBeWithin(app->add_option("--max-batch-tokens", engine->max_batch_tokens,
-                               "tokens of one step; less: steadier streams, more: faster prompts"),
-               1, kMaxBatchTokens);
+  MustBeWithin(
+      app->add_option("--max-batch-tokens", engine->max_batch_tokens,
+                      "tokens of one step; less: steadier streams, more: faster prompts; 0: 512, on a GPU 4096"),
+      0, kMaxBatchTokens);
   MustBeWithin(app->add_option("--speculative-tokens", engine->speculative_tokens,
                                "tokens that the checkpoint's MTP layer drafts a step; they change no token"),
                0, kMaxSpeculativeTokens);

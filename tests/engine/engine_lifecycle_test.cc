@@ -52,7 +52,7 @@ TEST(Engine, RefusesBadOptions) {
     return std::string(Engine::Create(options).status().message());
   };
   EXPECT_THAT(error([](EngineOptions& o) { o.max_sequences = 0; }), HasSubstr("max-sequences: found 0"));
-  EXPECT_THAT(error([](EngineOptions& o) { o.max_batch_tokens = 0; }), HasSubstr("max-batch-tokens: found 0"));
+  EXPECT_THAT(error([](EngineOptions& o) { o.max_batch_tokens = -1; }), HasSubstr("max-batch-tokens: found -1"));
   EXPECT_THAT(error([](EngineOptions& o) { o.kv_cache_dtype = "int4"; }), HasSubstr("kv-cache-dtype: found \"int4\""));
   EXPECT_THAT(error([](EngineOptions& o) { o.activation = "f64"; }), HasSubstr("activation: found \"f64\""));
   EXPECT_THAT(error([](EngineOptions& o) { o.max_model_len = 1 << 20; }), HasSubstr("at most the model's 2560"));
