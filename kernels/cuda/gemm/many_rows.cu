@@ -20,12 +20,12 @@ constexpr int kWaveTokens = 64;
 // have as many, and those without tokens are left out.
 template <int kWaves, int kRows, bool kFp8, bool kIsUneven>
 struct ManyRows {
-  static constexpr bool kUneven = kIsUneven;
+  static constexpr bool IsUneven() { return kIsUneven; }
   static constexpr int kTokens = 2 * kWaves * kWaveTokens;
   static constexpr int kGroupStride = kIsUneven ? kWaveTokens : kWaves * kWaveTokens;  // first rows of warpgroups
   static constexpr int kWaveStride = kIsUneven ? 2 * kWaveTokens : kWaveTokens;
   static constexpr int kChunks = kRows % kScaleTileRows == 0 ? 1 : 3;  // of columns with one scale each
-  static constexpr int kChunk = kRows / kChunks;
+  static constexpr int Chunk() { return kRows / kChunks; }
   using L = Layout<kTokens, kRows, kChunks, kFp8, 1>;
   static constexpr int kOutStride = kRows + 8;
   static_assert(kRows == 128 || kRows == 96 || kRows == 192);
@@ -74,8 +74,8 @@ __device__ __forceinline__ void Fill(const Work& work, const Item& item, const R
   for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
     if constexpr (kFp8) {
       if ((step - begin) % kScaleSteps == 0) {
-        FillScales<L, K::kTokens, K::kChunks, K::kChunk>(scales, shared + L::kStages * L::kStageBytes, step, end,
-                                                         rings.scales);
+        FillScales<L, K::kTokens, K::kChunks, K::Chunk()>(scales, shared + L::kStages * L::kStageBytes, step, end,
+                                                          rings.scales);
       }
     }
     if (thread != 0) continue;
@@ -142,7 +142,7 @@ __device__ __forceinline__ void ConsumeFp8(const uint8_t* memory, int32_t begin,
       if (wave == kActive - 1) Release(rings.stages.Empty());
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) {
-        sum[wave][i] = fmaf(part[i], scale[i / (K::kChunk / 2)][i % 4 / 2], sum[wave][i]);
+        sum[wave][i] = fmaf(part[i], scale[i / (K::Chunk() / 2)][i % 4 / 2], sum[wave][i]);
       }
     }
     if constexpr (kActive == 0) Release(rings.stages.Empty());
@@ -188,9 +188,9 @@ __device__ __forceinline__ void Consume(const uint8_t* memory, int num_waves, in
   }
   if constexpr (!kFp8) {
     ConsumeBf16<K, kWaves, kRows>(memory, begin, end, rings, sum);
-  } else if (!K::kUneven || num_waves == kWaves) {
+  } else if (!K::IsUneven() || num_waves == kWaves) {
     ConsumeFp8<K, kWaves, kWaves, kRows>(memory, begin, end, rings, sum);
-  } else if constexpr (K::kUneven) {
+  } else if constexpr (K::IsUneven()) {
     if (num_waves == 1) {
       ConsumeFp8<K, 1, kWaves, kRows>(memory, begin, end, rings, sum);
     } else {
