@@ -37,6 +37,8 @@ bool LaunchGemm(cudaStream_t stream, const GemmArguments& arguments, const GemmP
 
 namespace gemm {
 
+constexpr int kMaxGroups = 512;  // of the tensor core kernels, which list them in shared memory
+
 // One kernel each (few_rows.cu, many_rows.cu, plain.cu).
 cudaError_t PrepareFewRows();
 cudaError_t PrepareManyRows();

@@ -4,11 +4,9 @@
 namespace cachalot {
 namespace {
 
-constexpr int kMaxGroups = 512;  // the tensor core kernels' list of groups
-
 bool IsAligned(const GemmArguments& g, int element_bytes) {
   return reinterpret_cast<uintptr_t>(g.x.values.data) % 16 == 0 && g.x.values.row_stride * element_bytes % 16 == 0 &&
-         g.x_group_stride * element_bytes % 16 == 0 && g.w.num_groups <= kMaxGroups;
+         g.x_group_stride * element_bytes % 16 == 0 && g.w.num_groups <= gemm::kMaxGroups;
 }
 
 }  // namespace

@@ -19,7 +19,6 @@ namespace cachalot::gemm {
 constexpr int kStepBytes = kInnerBlockBytes;
 constexpr int kConsumers = 256, kProducers = 128;
 constexpr int kConsumerWarps = kConsumers / kWarpSize;
-constexpr int kMaxGroups = 512;
 constexpr int kScaleTileRows = 128;            // rows of a weight that share a row of scales
 constexpr int kScaleSteps = kInnerScaleSteps;  // steps whose scales come together, 16 bytes a row
 
