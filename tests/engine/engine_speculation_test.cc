@@ -4,8 +4,15 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
 #include <random>
 
+#include "absl/strings/str_cat.h"
+#include "engine/model/config.h"
+#include "kernels/check.h"
+#include "tests/engine/checkpoint_writer.h"
 #include "tests/engine/golden.h"
 #include "tests/engine/step_loop.h"
 
@@ -123,34 +130,105 @@ TEST_P(SpeculationTest, PreemptedOrNot) {
   }
 }
 
-// The demo's MTP layer was trained: most of its drafts are right, greedy and sampled.
-TEST(DemoSpeculationTest, DraftsChangeNothing) {
+std::vector<Request> DemoRequests(float temperature, int max_tokens) {
+  std::vector<Request> requests;
+  for (const std::vector<int32_t>& prompt : DemoPrompts()) {
+    Request& request = requests.emplace_back();
+    request.prompt = prompt;
+    request.sampling.temperature = temperature;
+    request.sampling.seed = requests.size();
+    request.sampling.max_tokens = max_tokens;
+    request.sampling.logprobs = 2;
+  }
+  return requests;
+}
+
+EngineOptions DemoOptions(int speculative_tokens) {
   EngineOptions options;
   options.model_dir = DemoDir();
   options.device = "cpu";
   options.max_model_len = 512;
-  std::vector<Request> requests;
-  for (const std::vector<int32_t>& prompt : DemoPrompts()) {
-    for (float temperature : {0.0f, 1.0f}) {
-      Request& request = requests.emplace_back();
-      request.prompt = prompt;
-      request.sampling.temperature = temperature;
-      request.sampling.seed = requests.size();
-      request.sampling.max_tokens = 96;
-      request.sampling.logprobs = 2;
-    }
-  }
-  const std::vector<Answer> expected = RunAll(*MakeEngine(options), requests);
+  options.speculative_tokens = speculative_tokens;
+  return options;
+}
+
+double ShareAccepted(const EngineStats& stats) {
+  return static_cast<double>(stats.accepted_draft_tokens) / static_cast<double>(stats.draft_tokens);
+}
+
+// The demo's MTP layer was trained: most of its drafts are right, greedy and sampled.
+TEST(DemoSpeculationTest, DraftsChangeNothing) {
+  std::vector<Request> requests = DemoRequests(0.0f, 96);
+  for (Request& request : DemoRequests(1.0f, 96)) requests.push_back(std::move(request));
+  const std::vector<Answer> expected = RunAll(*MakeEngine(DemoOptions(0)), requests);
   for (int k : {1, 2, 4}) {
-    options.speculative_tokens = k;
-    const auto engine = MakeEngine(options);
+    const auto engine = MakeEngine(DemoOptions(k));
     const std::vector<Answer> answers = RunAll(*engine, requests);
     for (size_t i = 0; i < answers.size(); ++i) EXPECT_EQ(Bits(answers[i]), Bits(expected[i])) << k << " " << i;
-    const EngineStats stats = engine->stats();
-    const double share = static_cast<double>(stats.accepted_draft_tokens) / static_cast<double>(stats.draft_tokens);
+    const double share = ShareAccepted(engine->stats());
     std::printf("[ measured ] k = %d: %.1f %% of %llu drafts accepted, %.2f tokens a row of decoding\n", k, 100 * share,
-                static_cast<unsigned long long>(stats.draft_tokens), 1 + k * share);
+                static_cast<unsigned long long>(engine->stats().draft_tokens), 1 + k * share);
     EXPECT_GT(share, k == 1 ? 0.9 : 0.4);
+  }
+}
+
+// As many are right as the trainer says (deploy/demo/README.md, eval/eval_mtp.py: 64 tokens an answer).
+TEST(DemoSpeculationTest, AcceptanceIsTheTrainers) {
+  for (const auto& [temperature, trainers] : {std::pair{0.0f, 0.958}, {1.0f, 0.956}}) {
+    const auto engine = MakeEngine(DemoOptions(1));
+    RunAll(*engine, DemoRequests(temperature, 64));
+    const double share = ShareAccepted(engine->stats());
+    std::printf("[ measured ] temperature %g: %.1f %% of %llu drafts accepted, the trainer's %.1f %%\n", temperature,
+                100 * share, static_cast<unsigned long long>(engine->stats().draft_tokens), 100 * trainers);
+    EXPECT_NEAR(share, trainers, 0.03);
+  }
+}
+
+// A copy of the demo, one of its tensors overwritten with these two bytes throughout.
+void CopyDemo(const TempDir& dir, const std::string& tensor, uint16_t bits) {
+  namespace fs = std::filesystem;
+  for (const fs::directory_entry& entry : fs::directory_iterator(DemoDir())) {
+    if (entry.is_regular_file()) fs::copy_file(entry.path(), dir / entry.path().filename().string());
+  }
+  std::ifstream index_file(dir / "model.safetensors.index.json");
+  const auto index = nlohmann::json::parse(index_file);
+  std::fstream file(dir / index.at("weight_map").at(tensor).get<std::string>(),
+                    std::ios::in | std::ios::out | std::ios::binary);
+  uint64_t header_bytes = 0;
+  file.read(reinterpret_cast<char*>(&header_bytes), sizeof(header_bytes));
+  std::string header(header_bytes, ' ');
+  file.read(header.data(), static_cast<std::streamsize>(header_bytes));
+  const auto entry = nlohmann::json::parse(header).at(tensor);
+  CHECK(entry.at("dtype") == "BF16", "{}", entry.dump());
+  const auto begin = entry.at("data_offsets").at(0).get<uint64_t>(),
+             end = entry.at("data_offsets").at(1).get<uint64_t>();
+  file.seekp(static_cast<std::streamoff>(sizeof(header_bytes) + header_bytes + begin));
+  for (uint64_t i = begin; i < end; i += sizeof(bits)) file.write(reinterpret_cast<const char*>(&bits), sizeof(bits));
+  CHECK(file.good(), "{} not overwritten", tensor);
+}
+
+// Whatever is drafted, and be it drafted from no numbers at all.
+TEST(DemoSpeculationTest, ABrokenDraftHeadChangesNothing) {
+  std::vector<Request> requests = DemoRequests(0.0f, 32);
+  for (Request& request : DemoRequests(1.0f, 32)) requests.push_back(std::move(request));
+  const std::vector<Answer> expected = RunAll(*MakeEngine(DemoOptions(0)), requests);
+  const ModelConfig config = *ModelConfig::Load(DemoDir());
+  const std::string layer = absl::StrCat("model.layers.", config.num_hidden_layers, ".");
+  const std::tuple<const char*, const char*, uint16_t> breaks[] = {{"eh_proj.weight", "NaN", uint16_t{0x7fc0}},
+                                                                   {"eh_proj.weight", "zero", uint16_t{0}},
+                                                                   {"shared_head.norm.weight", "-4", uint16_t{0xc080}}};
+  for (const auto& [tensor, value, bits] : breaks) {
+    const TempDir dir;
+    CopyDemo(dir, layer + tensor, bits);
+    EngineOptions options = DemoOptions(3);
+    options.model_dir = dir.path();
+    const auto engine = MakeEngine(options);
+    const std::vector<Answer> answers = RunAll(*engine, requests);
+    for (size_t i = 0; i < answers.size(); ++i) EXPECT_EQ(Bits(answers[i]), Bits(expected[i])) << value << " " << i;
+    const double share = ShareAccepted(engine->stats());
+    std::printf("[ measured ] k = 3, %s all %s: %.1f %% of %llu drafts accepted\n", tensor, value, 100 * share,
+                static_cast<unsigned long long>(engine->stats().draft_tokens));
+    EXPECT_LT(share, 0.3) << "it is not broken";
   }
 }
 

@@ -54,13 +54,14 @@ class MtpWorld {
   std::vector<float> Draft(int32_t token) {
     const StepArrays step = Arrays({&token, 1}, state_.length.as<int32_t>()[kSlot]);
     model_->ForwardMtp(step, model_->PreviousOutputs(step));
-    const float* logits = model_->Head(step, step.input.row_token).as<float>();
-    std::vector<float> logprobs(logits, logits + config_.vocab_size);
-    const float max = *std::max_element(logprobs.begin(), logprobs.end());
-    const double sum = std::accumulate(logprobs.begin(), logprobs.end(), 0.0,
-                                       [max](double total, float x) { return total + std::exp(double{x} - max); });
-    for (float& x : logprobs) x -= max + static_cast<float>(std::log(sum));
-    return logprobs;
+    return Logprobs(step);
+  }
+
+  // The main model's, of what follows `token`, which it feeds.
+  std::vector<float> Next(int32_t token) {
+    const int start = state_.length.as<int32_t>()[kSlot];
+    Feed({&token, 1}, start);
+    return Logprobs(Arrays({&token, 1}, start));
   }
 
  private:
@@ -74,6 +75,15 @@ class MtpWorld {
     const Tensor tensor = New(DType::kI32, {static_cast<int64_t>(values.size())});
     std::copy(values.begin(), values.end(), tensor.as<int32_t>());
     return tensor;
+  }
+  std::vector<float> Logprobs(const StepArrays& step) {
+    const float* logits = model_->Head(step, step.input.row_token).as<float>();
+    std::vector<float> logprobs(logits, logits + config_.vocab_size);
+    const float max = *std::max_element(logprobs.begin(), logprobs.end());
+    const double sum = std::accumulate(logprobs.begin(), logprobs.end(), 0.0,
+                                       [max](double total, float x) { return total + std::exp(double{x} - max); });
+    for (float& x : logprobs) x -= max + static_cast<float>(std::log(sum));
+    return logprobs;
   }
   // Rows of the sequence from `start` on, logits of the last.
   StepArrays Arrays(absl::Span<const int32_t> tokens, int start) {
@@ -149,6 +159,70 @@ TEST_P(MtpGoldenTest, ChunksChangeNothing) {
       world.Feed(absl::MakeConstSpan(tokens).subspan(start, chunk), start);
     }
     EXPECT_EQ(world.Draft(17), expected) << chunk;
+  }
+}
+
+std::vector<double> Probabilities(const std::vector<float>& logprobs, float temperature) {
+  double total = 0;
+  std::vector<double> p;
+  for (float x : logprobs) total += p.emplace_back(std::exp(x / temperature));
+  for (double& x : p) x /= total;
+  return p;
+}
+
+double TotalVariation(const std::vector<float>& a, const std::vector<float>& b, float temperature) {
+  const std::vector<double> p = Probabilities(a, temperature), q = Probabilities(b, temperature);
+  double distance = 0;
+  for (size_t id = 0; id < p.size(); ++id) distance += std::abs(p[id] - q[id]) / 2;
+  return distance;
+}
+
+// What share of drafts sampling accepts. With the same noise on both it is at least (1 - TV) / (1 + TV) and at most
+// 1 - TV, which is rejection sampling's, where TV is the total variation between what the model and the layer predict.
+TEST(DemoAcceptanceTest, SampledIsWithinItsBounds) {
+  EngineOptions options;
+  options.model_dir = DemoDir();
+  options.device = "cpu";
+  options.max_model_len = kMaxTokens;
+  options.speculative_tokens = 1;
+  MtpWorld world(DemoDir(), KvDType::kF32);
+  for (float temperature : {1.0f, 2.0f}) {
+    std::vector<Request> requests;
+    for (const std::vector<int32_t>& prompt : DemoPrompts()) {
+      Request& request = requests.emplace_back();
+      request.prompt = prompt;
+      request.sampling.temperature = temperature;
+      request.sampling.seed = requests.size();
+      request.sampling.max_tokens = 64;
+    }
+    const auto engine = MakeEngine(options);
+    const std::vector<Answer> answers = RunAll(*engine, requests);
+    const EngineStats stats = engine->stats();
+
+    double at_most = 0, at_least = 0;
+    int num_tokens = 0;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      const std::vector<int32_t>& prompt = requests[i].prompt;
+      world.Feed(prompt, 0);
+      for (size_t t = 0; t + 1 < answers[i].tokens.size(); ++t) {
+        const std::vector<float> draft = world.Draft(answers[i].tokens[t]);
+        const double distance = TotalVariation(world.Next(answers[i].tokens[t]), draft, temperature);
+        at_most += 1 - distance;
+        at_least += (1 - distance) / (1 + distance);
+        ++num_tokens;
+      }
+    }
+    at_most /= num_tokens, at_least /= num_tokens;
+    const double num_drafts = static_cast<double>(stats.draft_tokens);
+    const double share = static_cast<double>(stats.accepted_draft_tokens) / num_drafts;
+    const double deviation = std::sqrt(share * (1 - share) / num_drafts);
+    std::printf(
+        "[ measured ] temperature %.1f: %.1f %% (deviation %.1f) of %.0f drafts accepted; over %d tokens (1 - TV) / (1 "
+        "+ "
+        "TV) %.1f %%, 1 - TV %.1f %%\n",
+        temperature, 100 * share, 100 * deviation, num_drafts, num_tokens, 100 * at_least, 100 * at_most);
+    EXPECT_GT(share, at_least - 3 * deviation);
+    EXPECT_LT(share, at_most + 3 * deviation);
   }
 }
 
