@@ -28,19 +28,23 @@ StepShape StepShapes::Of(const StepPlan& plan) const {
   CHECK(!plan.empty());
   const int num_sequences = static_cast<int>(plan.sequences.size());
   if (const int rows = RowsPerSequence(plan); rows > 0) {
-    return StepShape::Decode(Padded(num_sequences, MaxSequences(rows)), rows);
+    return StepShape::Decode(Padded(num_sequences, MaxSequences(rows)), rows, plan.num_proposed);
   }
   LongChunkFinder long_chunks(kLongChunkRows);
   for (const SequenceStep& sequence : plan.sequences) long_chunks.Add(sequence.start, sequence.num_rows);
-  return {StepShape::Path::kMixed, Padded(num_sequences, MaxSequences(1)), Padded(plan.num_rows, limits_.max_tokens),
-          Padded(static_cast<int>(plan.logits_rows.size()), limits_.max_tokens), long_chunks.found()};
+  return {StepShape::Path::kMixed,
+          Padded(num_sequences, MaxSequences(1)),
+          Padded(plan.num_rows, limits_.max_tokens),
+          Padded(static_cast<int>(plan.logits_rows.size()), limits_.max_tokens),
+          long_chunks.found(),
+          plan.num_proposed};
 }
 
 std::vector<StepShape> StepShapes::Decode() const {
   std::vector<StepShape> shapes;
   const int rows = 1 + limits_.max_drafts, largest = MaxSequences(rows);
   for (int n = 1; n <= largest; n = device_.Bucket(n) + 1) {
-    shapes.push_back(StepShape::Decode(Padded(n, largest), rows));
+    shapes.push_back(StepShape::Decode(Padded(n, largest), rows, rows - 1));
   }
   return shapes;
 }

@@ -43,10 +43,11 @@ class DeepSeek {
   void ForwardMtp(const StepArrays& step, const Tensor& previous);
   // Of rows of different sequences, out of the borders.
   Tensor PreviousOutputs(const StepArrays& step);
-  // All that comes after Sample: tokens proposed to follow the last one of every sequence that has sampled, [S,X]. More
-  // than one recycles the layer: its own output stands for the main model's. `drafts` has room for S rows.
+  // All that comes after Sample: tokens proposed to follow the last one of every sequence that has sampled, the first
+  // `num_drafts` of [S,X]. More than one recycles the layer: its own output stands for the main model's. `drafts` has
+  // room for S rows.
   void Draft(const StepArrays& step, const Tensor& num_accepted, const StepArrays& drafts, const Tensor& proposed,
-             int num_valid_tokens);
+             int num_drafts, int num_valid_tokens);
 
  private:
   DeepSeek(const ModelConfig& config, ModelWeights weights, const KvStore& cache, RopeTable rope, Backend& backend)

@@ -29,11 +29,12 @@ Tensor DeepSeek::PreviousOutputs(const StepArrays& step) {
 }
 
 void DeepSeek::Draft(const StepArrays& step, const Tensor& num_accepted, const StepArrays& drafts,
-                     const Tensor& proposed, int num_valid_tokens) {
+                     const Tensor& proposed, int num_drafts, int num_valid_tokens) {
   KeepBorders(step);
+  if (num_drafts == 0) return;
   ops_.BeginDrafts(drafts.rows, drafts.input, drafts.state, step.input, num_accepted);
   Tensor previous = PreviousOutputs(drafts);
-  for (int i = 0; i < static_cast<int>(proposed.dim(1)); ++i) {
+  for (int i = 0; i < num_drafts; ++i) {
     ForwardMtp(drafts, previous);
     const Tensor logits = Head(drafts, drafts.input.row_token);
     ops_.ProposeDrafts(proposed, drafts.rows, drafts.state, logits, drafts.input, i, num_valid_tokens);

@@ -13,8 +13,9 @@ enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kForward = 2, kSample = 3
 
 // NOTE: the staging set's addresses are part of a step's submissions.
 StepKey KeyOf(const StepShape& shape, SubmitKind kind, int set) {
-  const int path = static_cast<int>(shape.path);
-  return {shape.num_tokens, shape.num_sequences, shape.num_rows, (path * kMaxStepsInFlight + set) * kNumKinds + kind,
+  const int path = static_cast<int>(shape.path), what = (path * kMaxStepsInFlight + set) * kNumKinds + kind;
+  const int num_kinds = 2 * kMaxStepsInFlight * kNumKinds;
+  return {shape.num_tokens, shape.num_sequences, shape.num_rows, shape.num_proposed * num_kinds + what,
           shape.long_chunks};
 }
 
@@ -313,7 +314,7 @@ Runner::Submission Runner::Sample(const StepShape& shape, int set) {
             const StepOutput output = OutputAt(output_.data, shape);
             SampleRows(step, output.sample);
             if (options_.limits.max_drafts > 0) {
-              model_->Draft(step, output.sample.num_accepted, DraftsOf(shape), output.drafts,
+              model_->Draft(step, output.sample.num_accepted, DraftsOf(shape), output.drafts, shape.num_proposed,
                             options_.num_valid_tokens);
             }
             device_.Download(staging_[set].output, PackedOutput(shape));

@@ -142,6 +142,7 @@ void Scheduler::PlanRows(NewStep* next) {
                                      [this](const auto& running) { return WantsRows(*running.second); }));
   if (num_wanting == 0) return;
   next->num_drafts = std::min(limits_.max_drafts, limits_.max_batch_tokens / num_wanting - 1);
+  next->plan.num_proposed = limits_.max_drafts;
   std::vector<Sequence*> prompts;
   for (const auto& [order, sequence] : admission_.running()) {
     if (!WantsRows(*sequence)) continue;
@@ -164,7 +165,7 @@ bool Scheduler::WantsRows(const Sequence& sequence) const {
 
 void Scheduler::PlanDecode(Sequence* sequence, NewStep* next) {
   SequenceStep step;
-  step.num_rows = 1 + next->num_drafts;
+  step.num_rows = 1 + std::min(sequence->num_drafts, next->num_drafts);
   if (!admission_.ReserveBlocks(sequence, sequence->num_fed + step.num_rows + limits_.max_drafts)) return;
   AddRows(sequence, step, next);
 }
@@ -226,6 +227,7 @@ void Scheduler::AddRows(Sequence* sequence, SequenceStep step, NewStep* next) {
       plan->logits_rows.push_back({plan->num_rows + i, index, -1});
     }
     sequence->is_decoding = true;
+    sequence->num_drafts = plan->num_proposed;
     ++sequence->num_sampling;
   }
   ++sequence->num_in_flight;

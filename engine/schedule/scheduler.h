@@ -79,7 +79,7 @@ class Scheduler {
     InFlight record;
     std::vector<LogitsRow> scored;  // goes to the plan's end
     absl::Time now;
-    int num_drafts = 0;  // of each sequence that decodes
+    int num_drafts = 0;  // of each sequence that decodes, at most
   };
 
   void PlanRows(NewStep* next);

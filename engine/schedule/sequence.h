@@ -41,6 +41,7 @@ struct Sequence {
   int num_in_flight = 0;      // launched steps that name this sequence
   int num_prompt_scored = 0;  // prompt log-probabilities asked of launched steps
   int num_blocks_told = 0;    // blocks whose ids launched steps have brought to the slot
+  int num_drafts = 0;         // that the slot holds once launched steps have run
   bool is_in_slot = false;    // a launched step has brought the slot's parameters
   bool is_decoding = false;   // a launched step samples: the slot holds the next row's token
   bool is_ended = false;      // finished, cancelled or preempted: holds slot and blocks until num_in_flight is 0

@@ -76,6 +76,7 @@ struct StepPlan {
   std::vector<LogitsRow> logits_rows;
   int num_rows = 0;      // T: sum of the sequences' rows, in their order
   int64_t num_keys = 0;  // that the rows attend to
+  int num_proposed = 0;  // drafts to propose to each sequence that samples, for its next step
 
   bool empty() const { return sequences.empty(); }
 };
@@ -92,11 +93,12 @@ struct StepShape {
   int num_tokens = 0;     // T
   int num_rows = 0;       // L
   LongChunks long_chunks = {};
+  int num_proposed = 0;  // drafts
   friend bool operator==(const StepShape&, const StepShape&) = default;
 
-  static StepShape Decode(int num_sequences, int rows_per_sequence) {
+  static StepShape Decode(int num_sequences, int rows_per_sequence, int num_proposed) {
     const int num_rows = num_sequences * rows_per_sequence;
-    return {Path::kDecode, num_sequences, num_rows, num_rows};
+    return {Path::kDecode, num_sequences, num_rows, num_rows, {}, num_proposed};
   }
 };
 
@@ -108,7 +110,7 @@ struct StepResult {
   std::vector<int32_t> top_tokens;    // [L, kMaxTopLogprobs]
   std::vector<float> top_logprobs;    // [L, kMaxTopLogprobs]
   std::vector<int32_t> num_accepted;  // [S] sampled tokens that count, from the sequence's first sampling row on
-  std::vector<int32_t> drafts;        // [S, X] tokens proposed to follow; of sequences that have sampled
+  std::vector<int32_t> drafts;        // [S, X] as many as were to be proposed; of sequences that have sampled
 };
 
 }  // namespace cachalot

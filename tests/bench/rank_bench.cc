@@ -322,7 +322,7 @@ void RankBench::Body(const Cell& cell) {
   const Tensor logits = model_->Head(step, step.input.row_token);
   ops.Sample(Output(cell), step.state, logits, Tensor(), step.input, step.rows, config_.vocab_size);
   if (cell.drafts > 0) {
-    model_->Draft(step, output_.num_accepted.Rows(0, cell.batch), DraftArrays(cell), Proposed(cell),
+    model_->Draft(step, output_.num_accepted.Rows(0, cell.batch), DraftArrays(cell), Proposed(cell), cell.drafts,
                   config_.vocab_size);
   }
 }

@@ -23,6 +23,8 @@ StepResult FakeDevice::Run(const StepPlan& plan) {
     if (static_cast<int>(table.size()) <= u.index) table.resize(u.index + 1, -1);
     table[u.index] = u.block;
   }
+  EXPECT_LE(plan.num_proposed, max_drafts_);
+  num_proposed_ = plan.num_proposed;
   std::vector<std::vector<int32_t>> next;  // the fake model's token after each row of every sequence
   std::vector<int> first_rows;
   int num_rows = 0;
@@ -77,7 +79,7 @@ void FakeDevice::Propose(Slot* slot) {
   Context context = slot->context;
   context.Append(slot->last);
   slot->drafts.clear();
-  for (int i = 0; i < max_drafts_; ++i) {
+  for (int i = 0; i < num_proposed_; ++i) {
     Write(static_cast<int>(slot->tokens.size()) + i, -1, *slot);
     slot->drafts.push_back(context.hash % 5 == 0 ? kFakeVocab : context.Next());
     context.Append(slot->drafts.back());

@@ -55,6 +55,7 @@ class FakeDevice {
   void CheckCache(const Slot& slot);
 
   const int max_drafts_, max_positions_;
+  int num_proposed_ = 0;  // by the step that runs
   std::vector<Slot> slots_;
   std::map<int32_t, std::vector<Written>> cache_;  // by block
 };

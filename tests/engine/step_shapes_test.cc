@@ -31,8 +31,9 @@ OpLimits Limits(int max_tokens, int max_sequences, int max_drafts) {
   return limits;
 }
 
-StepPlan PlanOf(const std::vector<SequenceStep>& sequences) {
+StepPlan PlanOf(const std::vector<SequenceStep>& sequences, int num_proposed = 0) {
   StepPlan plan;
+  plan.num_proposed = num_proposed;
   for (const SequenceStep& sequence : sequences) {
     const auto index = static_cast<int32_t>(plan.sequences.size());
     for (int i = sequence.start < 0 ? 0 : sequence.num_rows - 1; i < sequence.num_rows; ++i) {
@@ -50,11 +51,12 @@ SequenceStep Chunk(int num_rows) { return {0, 0, num_rows, {}, {}, {}}; }
 TEST(StepShapesTest, OnlyDecodingIsRoundedBySequences) {
   const RoundingDevice device;
   const StepShapes shapes(Limits(512, 48, 2), device);
-  EXPECT_EQ(shapes.Of(PlanOf(std::vector(5, Decode(1)))), StepShape::Decode(8, 1));
-  EXPECT_EQ(shapes.Of(PlanOf(std::vector(5, Decode(3)))), StepShape::Decode(8, 3));
-  EXPECT_EQ(StepShape::Decode(8, 3).num_tokens, 24);
-  EXPECT_EQ(StepShape::Decode(8, 3).num_rows, 24);
-  EXPECT_EQ(shapes.Of(PlanOf(std::vector(40, Decode(1)))), StepShape::Decode(48, 1)) << "no more than the slots";
+  EXPECT_EQ(shapes.Of(PlanOf(std::vector(5, Decode(1)))), StepShape::Decode(8, 1, 0));
+  EXPECT_EQ(shapes.Of(PlanOf(std::vector(5, Decode(3)), 2)), StepShape::Decode(8, 3, 2));
+  EXPECT_NE(shapes.Of(PlanOf(std::vector(5, Decode(3)), 1)), StepShape::Decode(8, 3, 2)) << "proposes fewer";
+  EXPECT_EQ(StepShape::Decode(8, 3, 2).num_tokens, 24);
+  EXPECT_EQ(StepShape::Decode(8, 3, 2).num_rows, 24);
+  EXPECT_EQ(shapes.Of(PlanOf(std::vector(40, Decode(1)))), StepShape::Decode(48, 1, 0)) << "no more than the slots";
 }
 
 TEST(StepShapesTest, WhateverElseIsMixed) {
@@ -81,7 +83,7 @@ TEST(StepShapesTest, EveryDecodeStepHasItsGraph) {
     const int rows = 1 + limits.max_drafts, most = std::min(limits.max_sequences, limits.max_tokens / rows);
     std::vector<StepShape> met;
     for (int n = 1; n <= most; ++n) {
-      const StepShape shape = shapes.Of(PlanOf(std::vector(n, Decode(rows))));
+      const StepShape shape = shapes.Of(PlanOf(std::vector(n, Decode(rows)), limits.max_drafts));
       EXPECT_GE(shape.num_sequences, n);
       EXPECT_LE(shape.num_tokens, limits.max_tokens);
       if (met.empty() || met.back() != shape) met.push_back(shape);
