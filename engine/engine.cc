@@ -226,15 +226,15 @@ absl::Status EngineImpl::Load(const TokenizerInfo& tokenizer) {
   log.reset();
   if (!runner.ok()) return runner.status();
   runner_ = *std::move(runner);
-  shapes_ = std::make_unique<StepShapes>(runner_options.limits, backend_->device());
+  shapes_ = std::make_unique<StepShapes>(runner_options.limits, backend_->device(), options_.adapts_drafts);
   if (plan->weights > 0) {
     const double seconds = absl::ToDoubleSeconds(absl::Now() - begin), gigabytes = plan->weights * 1e-9;
     spdlog::info("{:.2f} GB of weights in {:.1f} s: {:.2f} GB/s", gigabytes, seconds, gigabytes / seconds);
   }
 
   pool_ = std::make_unique<BlockPool>(plan->num_blocks);
-  const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences, plan->max_model_len,
-                                  model_info_.eos_token_ids, options_.speculative_tokens};
+  const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences,      plan->max_model_len,
+                                  model_info_.eos_token_ids, options_.speculative_tokens, options_.adapts_drafts};
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
   model_info_.model_type = config_.model_type;
   model_info_.backend = backend_->name();

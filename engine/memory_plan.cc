@@ -79,7 +79,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
   if (!weights.ok()) return weights.status();
   const int64_t activations = ActivationBuffers::Bytes(config, backend.value_dtype(), demand.limits, demand.format);
   const int64_t state = Runner::StateBytes(demand.limits, backend);
-  const int64_t num_shapes = std::ssize(StepShapes(demand.limits, backend.device()).Decode());
+  const int64_t num_shapes = std::ssize(StepShapes(demand.limits, backend.device(), options.adapts_drafts).Decode());
   const int64_t reserve = kCodeReserve + kGraphReserve * kMaxStepsInFlight * num_shapes +
                           kAllocationBytes * (kNumOtherAllocations + config.num_hidden_layers + 2);
   const int64_t workspace = static_cast<int64_t>(backend.workspace_bytes());

@@ -10,6 +10,8 @@ namespace cachalot {
 // What the options may be at most: far beyond what is of use, below what overflows.
 inline constexpr int kMaxModelLen = 1 << 24, kMaxSequences = 1 << 16, kMaxBatchTokens = 1 << 20;
 inline constexpr int kMaxWaiting = 1 << 24, kMaxThreads = 1 << 12, kMaxSpeculativeTokens = 8;
+// The most of them where how many adapts, unless somebody says otherwise.
+inline constexpr int kMostAdaptiveTokens = 2;
 
 struct EngineOptions {
   std::string model_dir;
@@ -22,6 +24,8 @@ struct EngineOptions {
   // Tokens that the checkpoint's MTP layer proposes after each step, to be verified in the next; 0: none. They change
   // no token, only how many a step brings.
   int speculative_tokens = 0;
+  bool adapts_drafts =
+      false;  // at most so many: in each step as many as bring the most tokens a second, by measurement
   // Of the KV cache: bytes; or a share of the device's memory that the model leaves free, 0 to 1. Neither: what
   // max_sequences * max_model_len needs, at most a quarter of the free memory on the CPU, 90% on the GPU.
   int64_t kv_cache_bytes = 0;

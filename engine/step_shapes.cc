@@ -42,9 +42,11 @@ StepShape StepShapes::Of(const StepPlan& plan) const {
 
 std::vector<StepShape> StepShapes::Decode() const {
   std::vector<StepShape> shapes;
-  const int rows = 1 + limits_.max_drafts, largest = MaxSequences(rows);
-  for (int n = 1; n <= largest; n = device_.Bucket(n) + 1) {
-    shapes.push_back(StepShape::Decode(Padded(n, largest), rows, rows - 1));
+  for (int num_drafts = adapts_drafts_ ? 0 : limits_.max_drafts; num_drafts <= limits_.max_drafts; ++num_drafts) {
+    const int rows = 1 + num_drafts, largest = MaxSequences(rows);
+    for (int n = 1; n <= largest; n = device_.Bucket(n) + 1) {
+      shapes.push_back(StepShape::Decode(Padded(n, largest), rows, num_drafts));
+    }
   }
   return shapes;
 }

@@ -16,12 +16,14 @@ class StepShapes {
   static constexpr int kLongChunkRows = 128;
 
   // `device` must outlive it; its buckets are what sizes are rounded to, as far as the limits let them.
-  StepShapes(const OpLimits& limits, const Device& device) : limits_(limits), device_(device) {}
+  StepShapes(const OpLimits& limits, const Device& device, bool adapts_drafts = false)
+      : limits_(limits), device_(device), adapts_drafts_(adapts_drafts) {}
 
   // The smallest that has room for the plan.
   StepShape Of(const StepPlan& plan) const;
 
-  // Every shape of steps that only decode, by rising size: 1 + max_drafts rows a sequence.
+  // Every shape of steps that only decode and propose as many drafts as they verify, by rising size: max_drafts of a
+  // sequence; where drafts adapt, also fewer.
   std::vector<StepShape> Decode() const;
 
  private:
@@ -30,6 +32,7 @@ class StepShapes {
 
   const OpLimits limits_;
   const Device& device_;
+  const bool adapts_drafts_;
 };
 
 }  // namespace cachalot

@@ -92,6 +92,27 @@ constexpr char kChatFooter[] =
     "  cachalot chat --model DIR                  loads the model itself\n"
     "  cachalot chat --url http://host:8000       talks to a server\n";
 
+void AddSpeculativeTokens(EngineOptions* engine, CLI::App* app) {
+  const auto parse = [](const std::string& text, int* num_tokens) {
+    return absl::SimpleAtoi(text, num_tokens) && *num_tokens >= 0 && *num_tokens <= kMaxSpeculativeTokens;
+  };
+  const auto check = [parse](std::string& text) -> std::string {
+    int num_tokens = 0;
+    if (text == "auto" || parse(text, &num_tokens)) return "";
+    return absl::StrCat("found ", text, ", expected 0 to ", kMaxSpeculativeTokens, " or auto");
+  };
+  const auto take = [engine, parse](const std::string& text) {
+    engine->adapts_drafts = text == "auto";
+    if (engine->adapts_drafts) engine->speculative_tokens = kMostAdaptiveTokens;
+    if (!engine->adapts_drafts) parse(text, &engine->speculative_tokens);
+  };
+  app->add_option_function<std::string>("--speculative-tokens", take,
+                                        "tokens that the checkpoint's MTP layer drafts a step; they change no token; "
+                                        "auto: up to 2, in each step as many as pay [0]")
+      ->check(CLI::Validator(check, ""))
+      ->type_name("N|auto");
+}
+
 // Options of the engine, which several commands have.
 void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::App* app) {
   MustBeOneOf(app->add_option("--device", engine->device, "where the model runs"), {"auto", "cpu", "cuda"});
@@ -104,9 +125,7 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
       app->add_option("--max-batch-tokens", engine->max_batch_tokens,
                       "tokens of one step; less: steadier streams, more: faster prompts; 0: 512, on a GPU 4096"),
       0, kMaxBatchTokens);
-  MustBeWithin(app->add_option("--speculative-tokens", engine->speculative_tokens,
-                               "tokens that the checkpoint's MTP layer drafts a step; they change no token"),
-               0, kMaxSpeculativeTokens);
+  AddSpeculativeTokens(engine, app);
   MustBeWithin(
       app->add_option("--max-waiting", engine->max_waiting, "requests that wait; one more is refused with 429"), 1,
       kMaxWaiting);

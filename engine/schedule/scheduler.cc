@@ -88,7 +88,8 @@ void SortByTurns(std::vector<Sequence*>::iterator begin, std::vector<Sequence*>:
 Scheduler::Scheduler(SchedulerLimits limits, BlockPool* pool)
     : limits_(std::move(limits)),
       pool_(pool),
-      admission_(std::min(limits_.max_sequences, limits_.max_batch_tokens), limits_.max_drafts, pool) {
+      admission_(std::min(limits_.max_sequences, limits_.max_batch_tokens), limits_.max_drafts, pool),
+      draft_length_(limits_.max_drafts) {
   CHECK(BlocksFor(limits_.max_model_len + DraftSlack(limits_.max_drafts)) <= pool->num_blocks(),
         "one sequence must fit the pool");
 }
@@ -131,6 +132,11 @@ StepPlan Scheduler::Plan(absl::Time now) {
   next.record.num_sampled = next.plan.logits_rows.size();
   next.plan.logits_rows.insert(next.plan.logits_rows.end(), next.scored.begin(), next.scored.end());
   next.record.rows = next.plan.logits_rows;
+  next.record.planned = now;
+  const bool is_even = std::all_of(next.plan.sequences.begin(), next.plan.sequences.end(), [&](const SequenceStep& s) {
+    return s.start < 0 && s.num_rows == 1 + next.plan.num_proposed;
+  });
+  if (is_even) next.record.num_drafts = next.plan.num_proposed;
   counters_.step_rows.Add(next.plan.num_rows);
   in_flight_.push_back(std::move(next.record));
   return std::move(next.plan);
@@ -142,7 +148,7 @@ void Scheduler::PlanRows(NewStep* next) {
                                      [this](const auto& running) { return WantsRows(*running.second); }));
   if (num_wanting == 0) return;
   next->num_drafts = std::min(limits_.max_drafts, limits_.max_batch_tokens / num_wanting - 1);
-  next->plan.num_proposed = limits_.max_drafts;
+  ChooseDrafts(next);
   std::vector<Sequence*> prompts;
   for (const auto& [order, sequence] : admission_.running()) {
     if (!WantsRows(*sequence)) continue;
@@ -153,6 +159,18 @@ void Scheduler::PlanRows(NewStep* next) {
     }
   }
   PlanPrompts(&prompts, next);
+}
+
+void Scheduler::ChooseDrafts(NewStep* next) {
+  next->plan.num_proposed = limits_.max_drafts;
+  if (!limits_.adapts_drafts) return;
+  for (const auto& [order, sequence] : admission_.running()) {
+    if (!sequence->is_decoding || !WantsRows(*sequence)) continue;
+    ++next->record.num_decoding;
+    next->record.num_decoding_keys += sequence->num_fed;
+  }
+  next->plan.num_proposed =
+      draft_length_.Next(next->record.num_decoding, next->record.num_decoding_keys, next->num_drafts);
 }
 
 bool Scheduler::WantsRows(const Sequence& sequence) const {
@@ -243,6 +261,15 @@ void Scheduler::Commit(const StepResult& result, absl::Time now, Deltas* deltas)
   CHECK(!in_flight_.empty() && in_flight_.front().step == result.step, "step {} out of order", result.step);
   const InFlight record = std::move(in_flight_.front());
   in_flight_.pop_front();
+  // NOTE: only amid steps alike: the CPU works while a step is launched, so that between two commits it does the next.
+  const bool is_alike = record.num_drafts >= 0 && record.num_drafts == last_num_drafts_ && !in_flight_.empty() &&
+                        in_flight_.front().num_drafts == record.num_drafts;
+  if (limits_.adapts_drafts && is_alike) {
+    draft_length_.Took(record.num_decoding, record.num_decoding_keys, record.num_drafts,
+                       now - std::max(record.planned, last_commit_));
+  }
+  last_commit_ = now;
+  last_num_drafts_ = record.num_drafts;
   RowRange tokens = {0, 0}, scores = {0, record.num_sampled};
   for (size_t s = 0; s < record.sequences.size(); ++s) {
     Sequence* sequence = record.sequences[s];
@@ -277,6 +304,7 @@ void Scheduler::CommitTokens(const StepResult& result, RowRange rows, int num_ac
     CHECK(num_accepted >= 1 && num_accepted <= num_rows, "{} tokens of {} rows", num_accepted, num_rows);
     --sequence->num_sampling;
     sequence->num_fed -= num_rows - num_accepted;
+    draft_length_.Verified(num_rows - 1, num_accepted - 1);
     counters_.draft_tokens += num_rows - 1;
     counters_.accepted_draft_tokens += num_accepted - 1;
     sequence->first_token = std::min(sequence->first_token, now);

@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "engine/schedule/admission.h"
 #include "engine/schedule/block_pool.h"
+#include "engine/schedule/draft_length.h"
 #include "engine/schedule/sequence.h"
 #include "engine/schedule/step.h"
 #include "engine/stats.h"
@@ -24,7 +25,8 @@ struct SchedulerLimits {
   int max_sequences = 0;     // slots
   int max_model_len = 0;     // its blocks, and those of DraftSlack, must fit the pool
   std::vector<int> eos_token_ids;
-  int max_drafts = 0;  // tokens proposed to follow each that is sampled
+  int max_drafts = 0;          // tokens proposed to follow each that is sampled
+  bool adapts_drafts = false;  // as many of them as DraftLength says
 };
 
 // One thread: the step thread. Time is what the caller says it is.
@@ -69,6 +71,10 @@ class Scheduler {
     std::vector<LogitsRow> rows;
     size_t num_sampled = 0;  // of the rows; the rest are scored
     uint64_t step = 0;
+    // For DraftLength.
+    absl::Time planned;
+    int num_decoding = 0, num_drafts = -1;  // of each; -1: they differ, or the step did something else too
+    int64_t num_decoding_keys = 0;
   };
   struct RowRange {  // of a result
     size_t begin, end;
@@ -83,6 +89,7 @@ class Scheduler {
   };
 
   void PlanRows(NewStep* next);
+  void ChooseDrafts(NewStep* next);
   void PlanDecode(Sequence* sequence, NewStep* next);
   void PlanPrompts(std::vector<Sequence*>* prompts, NewStep* next);
   void PlanChunk(Sequence* sequence, int max_rows, NewStep* next);
@@ -102,6 +109,9 @@ class Scheduler {
   absl::flat_hash_map<RequestId, Sequence*> by_id_;       // those not over
   std::set<std::pair<absl::Time, RequestId>> deadlines_;  // of those not over, where finite
   std::deque<InFlight> in_flight_;
+  DraftLength draft_length_;
+  absl::Time last_commit_ = absl::InfinitePast();
+  int last_num_drafts_ = -1;  // InFlight::num_drafts of what was committed last
   uint64_t next_step_ = 1;
   EngineStats counters_;  // its gauges are not kept
 };

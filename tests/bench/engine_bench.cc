@@ -6,7 +6,8 @@
 //
 // What drafts bring, an engine for each number of them; as if 85 % were right too, where random weights agree less:
 //
-//   build/release/tests/bench/engine_bench --model DIR --batches 1,8,32 --speculative-tokens 0,1,2 [--acceptance 0.85]
+//   build/release/tests/bench/engine_bench --model DIR --batches 1,8,32 --speculative-tokens 0,1,2,auto [--acceptance
+//   0.85]
 //       [--prompts tests/engine/data/demo_prompts.txt] [--temperature 1]
 #include <algorithm>
 #include <chrono>
@@ -26,6 +27,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "engine/engine.h"
 #include "engine/model/config.h"
@@ -81,9 +83,10 @@ double ActiveBytes(const ModelConfig& config, const Checkpoint& checkpoint) {
 }
 
 // What is asked for beside the model.
+constexpr int kAuto = -1;
 struct Load {
   std::vector<int> batches;                   // decode these alone
-  std::vector<int> num_drafts = {0};          // an engine each
+  std::vector<int> num_drafts = {0};          // an engine each; kAuto: as many as pay
   std::vector<std::vector<int32_t>> prompts;  // in turn; random tokens where there are none
   double acceptance = -1;                     // what else it would be worth; negative: do not say
   float temperature = 0;
@@ -169,12 +172,13 @@ void Decode(Engine& engine, const Load& load, int num_drafts) {
     Run(engine, load, batch, 64, 9);
     const Timing t = Run(engine, load, batch, 64, 257);
     const double steps = t.num_steps / t.rest;
-    std::printf("decode B=%-3d k=%d: %9.1f tok/s, %8.1f steps/s, host %.1f us a step", batch, num_drafts,
-                t.num_tokens / t.rest, steps, t.host_us);
+    std::printf("decode B=%-3d k=%s: %9.1f tok/s, %8.1f steps/s, host %.1f us a step", batch,
+                num_drafts == kAuto ? "auto" : absl::StrCat(num_drafts).c_str(), t.num_tokens / t.rest, steps,
+                t.host_us);
     if (t.num_drafts > 0) {
       std::printf(", %.1f %% of %llu drafts right", 100.0 * t.num_accepted / t.num_drafts,
                   static_cast<unsigned long long>(t.num_drafts));
-      if (load.acceptance >= 0) {
+      if (load.acceptance >= 0 && num_drafts != kAuto) {
         std::printf("; FORCED: at these steps/s with %.0f %% right %.1f tok/s", 100 * load.acceptance,
                     steps * batch * TokensOfStep(load.acceptance, num_drafts));
       }
@@ -224,7 +228,8 @@ void RunOnCpu(Engine& engine, const Load& load, const EngineOptions& options) {
 std::vector<int> Numbers(const char* list) {
   std::vector<int> numbers;
   for (absl::string_view number : absl::StrSplit(list, ',')) {
-    if (!absl::SimpleAtoi(number, &numbers.emplace_back())) {
+    numbers.push_back(kAuto);
+    if (number != "auto" && !absl::SimpleAtoi(number, &numbers.back())) {
       std::fprintf(stderr, "engine_bench: %s is no list of numbers\n", list);
       std::exit(1);
     }
@@ -279,7 +284,7 @@ int Main(int argc, char** argv) {
   if (options.model_dir.empty()) {
     std::fprintf(stderr,
                  "usage: engine_bench --model DIR [--device cpu|cuda] [--random-weights] [--threads N] "
-                 "[--max-batch-tokens N] [--speculative-tokens K,...] [--batches B,...] [--prompts FILE] "
+                 "[--max-batch-tokens N] [--speculative-tokens K|auto,...] [--batches B,...] [--prompts FILE] "
                  "[--temperature T] [--acceptance SHARE]\n");
     return 1;
   }
@@ -288,7 +293,8 @@ int Main(int argc, char** argv) {
   if (on_gpu && !is_decode_alone) load.batches = {1, 8, 64, 128, 256};
   for (int batch : load.batches) options.max_sequences = std::max(options.max_sequences, batch);
   for (int num_drafts : load.num_drafts) {
-    options.speculative_tokens = num_drafts;
+    options.adapts_drafts = num_drafts == kAuto;
+    options.speculative_tokens = options.adapts_drafts ? kMostAdaptiveTokens : num_drafts;
     const auto begin = Clock::now();
     auto engine = Engine::Create(options);
     if (!engine.ok()) {

@@ -110,6 +110,12 @@ TEST_P(SpeculationTest, DraftsChangeNothing) {
     options.max_batch_tokens = 9;  // not room for every draft
     Check(options, "in small chunks");
   }
+  EngineOptions options = Options(golden_, 4);
+  options.adapts_drafts = true;
+  Check(options, "as many as pay, all at once");
+  options.max_sequences = 4;
+  options.max_batch_tokens = 9;
+  Check(options, "as many as pay, in small chunks");
 }
 
 TEST_P(SpeculationTest, PreemptedOrNot) {
@@ -161,13 +167,16 @@ TEST(DemoSpeculationTest, DraftsChangeNothing) {
   std::vector<Request> requests = DemoRequests(0.0f, 96);
   for (Request& request : DemoRequests(1.0f, 96)) requests.push_back(std::move(request));
   const std::vector<Answer> expected = RunAll(*MakeEngine(DemoOptions(0)), requests);
-  for (int k : {1, 2, 4}) {
-    const auto engine = MakeEngine(DemoOptions(k));
+  for (int k : {1, 2, 4, -4}) {  // below 0: at most, as many as pay
+    EngineOptions options = DemoOptions(std::abs(k));
+    options.adapts_drafts = k < 0;
+    const auto engine = MakeEngine(options);
     const std::vector<Answer> answers = RunAll(*engine, requests);
     for (size_t i = 0; i < answers.size(); ++i) EXPECT_EQ(Bits(answers[i]), Bits(expected[i])) << k << " " << i;
     const double share = ShareAccepted(engine->stats());
-    std::printf("[ measured ] k = %d: %.1f %% of %llu drafts accepted, %.2f tokens a row of decoding\n", k, 100 * share,
-                static_cast<unsigned long long>(engine->stats().draft_tokens), 1 + k * share);
+    std::printf("[ measured ] k = %d: %.1f %% of %llu drafts accepted in %llu steps\n", k, 100 * share,
+                static_cast<unsigned long long>(engine->stats().draft_tokens),
+                static_cast<unsigned long long>(engine->stats().steps));
     EXPECT_GT(share, k == 1 ? 0.9 : 0.4);
   }
 }

@@ -43,7 +43,7 @@ void RunRandomLoad(uint32_t seed, Totals* totals) {
   const int max_drafts = below(3) == 0 ? 0 : 1 + below(4);
   const int max_model_len = std::min(num_blocks * kBlockTokens - DraftSlack(max_drafts), 64 + below(400));
   const int max_batch_tokens = 1 + below(below(2) == 0 ? max_sequences : 100);
-  const SchedulerLimits limits = {max_batch_tokens, max_sequences, max_model_len, {77}, max_drafts};
+  const SchedulerLimits limits = {max_batch_tokens, max_sequences, max_model_len, {77}, max_drafts, below(2) == 0};
   const int num_priorities = 1 + below(4), num_clients = 1 + below(4), usual_length = 1 + below(60),
             usual_tokens = 1 + below(80);
   const double rows = 0.5 * (usual_length + usual_tokens) + 0.1 * max_model_len;  // of a request, about

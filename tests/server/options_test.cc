@@ -86,6 +86,7 @@ TEST(OptionsTest, AllOfThem) {
   EXPECT_EQ(options.engine.max_sequences, 8);
   EXPECT_EQ(options.engine.max_batch_tokens, 256);
   EXPECT_EQ(options.engine.speculative_tokens, 2);
+  EXPECT_FALSE(options.engine.adapts_drafts);
   EXPECT_EQ(options.engine.kv_cache_bytes, int64_t{8} << 30);
   EXPECT_EQ(options.engine.kv_cache_dtype, "bf16");
   EXPECT_EQ(options.engine.activation, "fp8");
@@ -98,6 +99,9 @@ TEST(OptionsTest, AllOfThem) {
   EXPECT_EQ(options.log_level, "debug");
   EXPECT_EQ(options.log_requests, RequestLog::kPrompts);
   EXPECT_EQ(Parse<ServeOptions>({"serve", "--model", "m", "--port", "1", "--port", "2"}).port, 2);  // the last counts
+  const auto adaptive = Parse<ServeOptions>({"serve", "--model", "m", "--speculative-tokens", "auto"}).engine;
+  EXPECT_TRUE(adaptive.adapts_drafts);
+  EXPECT_EQ(adaptive.speculative_tokens, kMostAdaptiveTokens);
 }
 
 TEST(OptionsTest, GenerationConfig) {
@@ -151,6 +155,8 @@ TEST(OptionsTest, MistakesAreOneLineThatNamesThem) {
       {{"serve", "--model", "m", "--device", "tpu"}, "--device"},
       {{"serve", "--model", "m", "--max-sequences", "0"}, "--max-sequences"},
       {{"serve", "--model", "m", "--speculative-tokens", "9"}, "--speculative-tokens"},
+      {{"serve", "--model", "m", "--speculative-tokens", "1.5"}, "0 to 8 or auto"},
+      {{"serve", "--model", "m", "--speculative-tokens", "-1"}, "--speculative-tokens"},
       {{"serve", "--model", "m", "--kv-cache-dtype", "int4"}, "--kv-cache-dtype"},
       {{"serve", "--model", "m", "--kv-cache-memory", "lots"}, "--kv-cache-memory"},
       {{"serve", "--model", "m", "--config", "/no/such/file"}, "/no/such/file"},
