@@ -39,6 +39,7 @@ struct Request {
   SamplingParams sampling;
   int priority = 0;                              // lower first; below 0 by a little: engine/schedule/admission.h
   std::string client;                            // whoever has the fewest running takes the next turn
+  std::string cache_salt;                        // the prefix cache is shared by requests of the same salt only
   absl::Time deadline = absl::InfiniteFuture();  // past it the request ends with kError (DeadlineExceeded)
 };
 
@@ -57,6 +58,7 @@ struct RequestTimes {
   absl::Duration prefill;  // from then until its first token was committed
   absl::Duration decode;   // from then until its end
   int num_preemptions = 0;
+  int num_cached_tokens = 0;  // of the prompt, found in the prefix cache
 };
 
 // One step's news of one request.

@@ -71,6 +71,14 @@ class FakeEngine : public Engine {
     changed_.notify_all();
     if (const auto found = live_.find(id); found != live_.end()) found->second.is_cancelled = true;
   }
+  void ResetPrefixCache() override {
+    std::lock_guard lock(mutex_);
+    ++num_resets_;
+  }
+  int num_resets() const {
+    std::lock_guard lock(mutex_);
+    return num_resets_;
+  }
   EngineStats stats() const override { return {}; }
   const ModelInfo& model() const override { return model_; }
   absl::Status health() const override {
@@ -189,6 +197,7 @@ class FakeEngine : public Engine {
   std::map<RequestId, Live> live_;
   std::vector<Request> requests_;
   std::vector<RequestId> cancels_;
+  int num_resets_ = 0;
   RequestId next_id_ = 1;
   bool is_stopping_ = false;
   std::thread thread_;
