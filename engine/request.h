@@ -58,7 +58,6 @@ struct RequestTimes {
   absl::Duration prefill;  // from then until its first token was committed
   absl::Duration decode;   // from then until its end
   int num_preemptions = 0;
-  int num_cached_tokens = 0;  // of the prompt, found in the prefix cache
 };
 
 // One step's news of one request.
@@ -69,6 +68,7 @@ struct Delta {
   FinishReason finish_reason = FinishReason::kNone;  // set in the last delta, exactly once
   int32_t stop_token = -1;                           // the token id that ended it, when kStop
   absl::Status error;                                // when kError
+  int num_cached_tokens = 0;                         // of the prompt, that were found in the prefix cache
   RequestTimes times;                                // in the last delta
 };
 

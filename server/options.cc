@@ -107,6 +107,9 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
   MustBeWithin(app->add_option("--speculative-tokens", engine->speculative_tokens,
                                "tokens that the checkpoint's MTP layer drafts a step; they change no token"),
                0, kMaxSpeculativeTokens);
+  app->add_flag_function(
+      "--no-prefix-cache", [engine](int64_t count) { engine->prefix_cache = count <= 0; },
+      "compute every prompt from its start, even where another began the same");
   MustBeWithin(
       app->add_option("--max-waiting", engine->max_waiting, "requests that wait; one more is refused with 429"), 1,
       kMaxWaiting);

@@ -57,8 +57,7 @@ absl::Duration Since(absl::Time begin, absl::Time end) { return std::max(end - b
 
 RequestTimes MakeTimes(const Sequence& s, absl::Time end) {
   const absl::Time first_step = std::min(s.first_step, end), first_token = std::min(s.first_token, end);
-  return {Since(s.submitted, first_step), Since(first_step, first_token), Since(first_token, end), s.num_preemptions,
-          s.num_cached};
+  return {Since(s.submitted, first_step), Since(first_step, first_token), Since(first_token, end), s.num_preemptions};
 }
 
 absl::Status DeadlineError(const Sequence& s) {
@@ -326,6 +325,7 @@ void Scheduler::Commit(const StepResult& result, absl::Time now, Deltas* deltas)
     scores = {scores.end, skip_to_end(scores.end, record.rows.size())};
     --sequence->num_in_flight;
     Delta delta;
+    delta.num_cached_tokens = sequence->num_cached;
     // A preempted sequence keeps what steps in flight still bring; one that is over drops it.
     if (!sequence->is_over()) {
       for (size_t row = scores.begin; row < scores.end; ++row) {
@@ -381,6 +381,7 @@ FinishReason Scheduler::AppendToken(Sequence* sequence, int32_t token, Delta* de
 void Scheduler::End(Sequence* sequence, FinishReason reason, absl::Time now, Delta* delta) {
   delta->finish_reason = reason;
   delta->times = MakeTimes(*sequence, now);
+  delta->num_cached_tokens = sequence->num_cached;
   deadlines_.erase({sequence->deadline, sequence->id});
   by_id_.erase(sequence->id);
   admission_.End(sequence);

@@ -26,13 +26,13 @@ TEST(Scheduler, PromptsThatBeginTheSameAreComputedOnce) {
   EXPECT_EQ(stats.cached_prompt_tokens, 3u * 320);
   EXPECT_EQ(stats.prompt_tokens, 4u * 384);
   EXPECT_EQ(stats.prefix_cache_queries, 4u * 384);
-  EXPECT_EQ(driver.record(ids[0]).times.num_cached_tokens, 0);
-  EXPECT_EQ(driver.record(ids[3]).times.num_cached_tokens, 320);
+  EXPECT_EQ(driver.record(ids[0]).num_cached_tokens, 0);
+  EXPECT_EQ(driver.record(ids[3]).num_cached_tokens, 320);
   const RequestId warm = driver.Add(385, {.max_tokens = 3, .family = 1, .num_of_family = 384});
   driver.Turn();
   EXPECT_EQ(driver.last_plan().num_rows, 1);
   driver.Drain(100);
-  EXPECT_EQ(driver.record(warm).times.num_cached_tokens, 384);
+  EXPECT_EQ(driver.record(warm).num_cached_tokens, 384);
 }
 
 // Not the rows that its prompt log-probabilities need; but what it fills is for others.
@@ -43,10 +43,10 @@ TEST(Scheduler, ScoringAPromptTakesNothingFromTheCache) {
   const RequestId scored = driver.Add(260, {.max_tokens = 1, .scores = true, .family = 1, .num_of_family = 260});
   driver.Drain(100);
   EXPECT_EQ(driver.record(scored).num_scored, 259);
-  EXPECT_EQ(driver.record(scored).times.num_cached_tokens, 0);
+  EXPECT_EQ(driver.record(scored).num_cached_tokens, 0);
   const RequestId after = driver.Add(260, {.max_tokens = 1, .family = 1, .num_of_family = 260});
   driver.Drain(100);
-  EXPECT_EQ(driver.record(after).times.num_cached_tokens, 256);
+  EXPECT_EQ(driver.record(after).num_cached_tokens, 256);
 }
 
 // An answer's blocks too: the next turn of a conversation finds them.
@@ -58,7 +58,7 @@ TEST(Scheduler, GeneratedTokensAreCached) {
     const RequestId next = driver.Add(20, {.max_tokens = 5, .continues = first});
     driver.Drain(500);
     EXPECT_EQ(driver.record(next).prompt.size(), 270u);
-    EXPECT_EQ(driver.record(next).times.num_cached_tokens, 192);
+    EXPECT_EQ(driver.record(next).num_cached_tokens, 192);
   }
 }
 
@@ -139,7 +139,7 @@ class PrefixCacheTest : public testing::TestWithParam<const char*> {
     for (size_t i = 0; i < answers.size(); ++i) {
       const Request& request = requests_[i % requests_.size()];
       EXPECT_EQ(Bits(answers[i]), expected_[i % requests_.size()]) << what << ", request " << i;
-      const int num_cached = answers[i].times.num_cached_tokens;
+      const int num_cached = answers[i].num_cached_tokens;
       EXPECT_LT(num_cached, static_cast<int>(request.prompt.size()));
       EXPECT_TRUE(request.sampling.prompt_logprobs < 0 || num_cached == 0);
       ++(request.sampling.temperature == 0 ? tally->greedy : tally->sampled);
@@ -176,6 +176,28 @@ class PrefixCacheTest : public testing::TestWithParam<const char*> {
 };
 INSTANTIATE_TEST_SUITE_P(Family, PrefixCacheTest, testing::Values("v31"),
                          [](const auto& info) { return std::string(info.param); });
+
+// What the MTP layer finds in a cached block is what it would have made: not a draft more or less is right. (Wrong ones
+// would change no token, and be seen here only.)
+TEST_P(PrefixCacheTest, DraftsAreThoseOfUncachedPrompts) {
+  for (int k : {1, 3}) {
+    uint64_t accepted[2] = {}, cached[2] = {};
+    for (const auto prefix_cache : {BlockPool::PrefixCache::kOff, BlockPool::PrefixCache::kOn}) {
+      StepLoop loop(golden_.model_dir, {512, 1, kMaxModelLen, {}, k}, 1024, 0, prefix_cache);
+      loop.Run(requests_);
+      loop.Run(requests_);
+      const int i = prefix_cache == BlockPool::PrefixCache::kOn ? 1 : 0;
+      accepted[i] = loop.stats().accepted_draft_tokens;
+      cached[i] = loop.stats().cached_prompt_tokens;
+    }
+    std::printf("[ measured ] k = %d: %llu drafts accepted, with %llu tokens cached %llu\n", k,
+                static_cast<unsigned long long>(accepted[0]), static_cast<unsigned long long>(cached[1]),
+                static_cast<unsigned long long>(accepted[1]));
+    EXPECT_EQ(accepted[0], accepted[1]);
+    EXPECT_EQ(cached[0], 0u);
+    EXPECT_GT(cached[1], 0u);
+  }
+}
 
 TEST_P(PrefixCacheTest, ChangesNothing) {
   Tally tally;

@@ -235,6 +235,7 @@ void SchedulerDriver::TakeEnd(RequestId id, const Delta& delta) {
   r.reason = delta.finish_reason;
   r.error = delta.error;
   r.times = delta.times;
+  r.num_cached_tokens = delta.num_cached_tokens;
   if (r.reason == FinishReason::kCancelled) {
     EXPECT_TRUE(r.is_cancelled);
     ++counts_.cancelled;

@@ -95,6 +95,7 @@ class SchedulerDriver {
     FinishReason reason = FinishReason::kNone;
     absl::Status error;
     RequestTimes times;
+    int num_cached_tokens = 0;
     int rows = 0;          // in the last step
     int num_unserved = 0;  // steps since it was served, while it ran or was the first of all
   };

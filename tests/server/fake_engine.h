@@ -29,6 +29,7 @@ struct FakeEngineOptions {
   int max_model_len = 256;
   int vocab_size = 320;
   int max_waiting = 4096;
+  int cached_tokens = 0;  // of each prompt; of choice c, c more
 };
 
 class FakeEngine : public Engine {
@@ -151,6 +152,8 @@ class FakeEngine : public Engine {
 
   Delta Step(Live* live) const {
     Delta delta;
+    const int choice = static_cast<int>(live->request.sampling.choice);
+    delta.num_cached_tokens = options_.cached_tokens > 0 ? options_.cached_tokens + choice : 0;
     const SamplingParams& sampling = live->request.sampling;
     if (live->is_cancelled) {
       delta.finish_reason = FinishReason::kCancelled;
