@@ -108,6 +108,7 @@ void Admission::TakeBlocks(Sequence* sequence) {
   sequence->blocks = FindPrefix(sequence);
   pool_->Share(sequence->blocks);
   sequence->num_published = static_cast<int>(sequence->blocks.size());
+  sequence->published = sequence->blocks.empty() ? BlockPool::kRoot : pool_->serial(sequence->blocks.back());
   sequence->num_fed = sequence->num_published * kBlockTokens;
   CHECK(pool_->Allocate(BlocksToAdmit(*sequence) - sequence->num_published, &sequence->blocks));
 }

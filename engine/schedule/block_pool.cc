@@ -9,8 +9,6 @@
 namespace cachalot {
 namespace {
 
-constexpr uint64_t kRootSerial = 1;  // what the first block of a sequence follows
-
 // Both halves of the product: every bit of the result depends on every bit of x and y.
 uint64_t Fold(uint64_t x, uint64_t y) {
   const unsigned __int128 product = static_cast<unsigned __int128>(x) * y;
@@ -56,7 +54,7 @@ void BlockPool::Release(absl::Span<const int32_t> blocks) {
     const int32_t block = *it;
     CHECK(block >= 0 && block < num_blocks() && blocks_[block].num_users > 0, "block {} is not in use", block);
     if (--blocks_[block].num_users > 0) continue;
-    if (blocks_[block].serial != 0) {
+    if (blocks_[block].serial != kNothing) {
       AddIdle(block);
     } else {
       free_.push_back(block);
@@ -131,7 +129,7 @@ void BlockPool::ExtendKeys(std::string_view salt, absl::Span<const int32_t> toke
   }
 }
 
-int32_t BlockPool::FindOne(const PrefixKey& key, uint64_t parent_serial, const int32_t* tokens) const {
+int32_t BlockPool::FindOne(const PrefixKey& key, Serial parent_serial, const int32_t* tokens) const {
   const auto it = published_.find(key);
   if (it == published_.end()) return -1;
   const Block& block = blocks_[it->second];
@@ -141,19 +139,12 @@ int32_t BlockPool::FindOne(const PrefixKey& key, uint64_t parent_serial, const i
 }
 
 std::vector<int32_t> BlockPool::Find(absl::Span<const PrefixKey> keys, absl::Span<const int32_t> tokens, int begin,
-                                     int end) const {
+                                     int end, Serial before) const {
   std::vector<int32_t> found;
-  uint64_t parent_serial = kRootSerial;
-  end = std::min(end, static_cast<int>(keys.size()));
-  if (begin > 0 && begin < end) {
-    const auto it = published_.find(keys[begin - 1]);
-    if (it == published_.end()) return found;
-    parent_serial = blocks_[it->second].serial;
-  }
-  for (int i = begin; i < end; ++i) {
-    const int32_t block = FindOne(keys[i], parent_serial, tokens.data() + static_cast<size_t>(i) * kBlockTokens);
+  for (int i = begin; i < std::min(end, static_cast<int>(keys.size())); ++i) {
+    const int32_t block = FindOne(keys[i], before, tokens.data() + static_cast<size_t>(i) * kBlockTokens);
     if (block < 0) break;
-    parent_serial = blocks_[block].serial;
+    before = blocks_[block].serial;
     found.push_back(block);
   }
   return found;
@@ -165,45 +156,45 @@ void BlockPool::Share(absl::Span<const int32_t> blocks) {
   }
 }
 
-void BlockPool::Publish(absl::Span<const PrefixKey> keys, absl::Span<const int32_t> tokens, int index, int32_t block) {
-  if (!has_prefix_cache()) return;
+BlockPool::Serial BlockPool::Publish(absl::Span<const PrefixKey> keys, absl::Span<const int32_t> tokens, int index,
+                                     int32_t block, Serial before) {
   Block& b = blocks_[block];
-  CHECK(b.num_users > 0, "block {} is not in use", block);
-  if (b.serial != 0) return;
+  CHECK(b.num_users > 0 && b.serial == kNothing, "block {} is not to be published", block);
   int32_t parent = -1;
-  uint64_t parent_serial = kRootSerial;
   if (index > 0) {
-    const auto before = published_.find(keys[index - 1]);
-    if (before == published_.end()) return;
-    parent = before->second;
-    parent_serial = blocks_[parent].serial;
+    const auto it = published_.find(keys[index - 1]);
+    if (it == published_.end() || blocks_[it->second].serial != before) return kNothing;
+    parent = it->second;
   }
   const int32_t* own = tokens.data() + static_cast<size_t>(index) * kBlockTokens;
+  if (const int32_t same = FindOne(keys[index], before, own); same >= 0) return blocks_[same].serial;
   if (const auto it = published_.find(keys[index]); it != published_.end()) {
-    if (blocks_[it->second].parent_serial == parent_serial) return;
+    const int32_t other = it->second;
+    const Block& o = blocks_[other];
+    if (o.parent < 0 || blocks_[o.parent].serial == o.parent_serial) return kNothing;
     // One whose beginning was evicted: nobody could find it any more.
-    const int32_t lost = it->second;
-    if (blocks_[lost].num_users == 0) {
-      RemoveIdle(lost);
-      free_.push_back(lost);
+    if (o.num_users == 0) {
+      RemoveIdle(other);
+      free_.push_back(other);
     }
-    Unpublish(lost);
+    Unpublish(other);
   }
   b.serial = next_serial_++;
   b.parent = parent;
-  b.parent_serial = parent_serial;
+  b.parent_serial = before;
   b.num_children = 0;
   b.key = keys[index];
   std::copy_n(own, kBlockTokens, b.tokens.begin());
   published_[b.key] = block;
   if (parent >= 0) ++blocks_[parent].num_children;
+  return b.serial;
 }
 
 void BlockPool::Unpublish(int32_t block) {
   Block& b = blocks_[block];
   published_.erase(b.key);
   if (b.parent >= 0 && blocks_[b.parent].serial == b.parent_serial) --blocks_[b.parent].num_children;
-  b.serial = 0;
+  b.serial = kNothing;
 }
 
 void BlockPool::ResetPrefixCache() {
@@ -212,7 +203,7 @@ void BlockPool::ResetPrefixCache() {
     RemoveIdle(block);
     free_.push_back(block);
   }
-  for (Block& block : blocks_) block.serial = 0;
+  for (Block& block : blocks_) block.serial = kNothing;
   published_.clear();
 }
 

@@ -58,15 +58,22 @@ class BlockPool {
   // Adds the keys of those full blocks of `tokens` that have none yet.
   void ExtendKeys(std::string_view salt, absl::Span<const int32_t> tokens, std::vector<PrefixKey>* keys) const;
 
-  // The published blocks from `begin` on, in order, that hold tokens[begin * P ..]; `end` at most. Nobody uses them for
-  // it yet. `begin` > 0: what is before it was found or published, or nothing is found.
-  std::vector<int32_t> Find(absl::Span<const PrefixKey> keys, absl::Span<const int32_t> tokens, int begin,
-                            int end) const;
-  void Share(absl::Span<const int32_t> blocks);  // one user more of each
+  // Names a publication of a block, and so all tokens up to that block's end; none other before or after it.
+  using Serial = uint64_t;
+  static constexpr Serial kNothing = 0, kRoot = 1;  // kRoot: of no tokens, before the first block
 
-  // `block`, in use, holds the tokens of block `index` and will not be written to any more. Whoever published the same
-  // before keeps the honour.
-  void Publish(absl::Span<const PrefixKey> keys, absl::Span<const int32_t> tokens, int index, int32_t block);
+  // The published blocks, in order, that hold tokens[begin * P ..] after what `before` names; up to block `end` at
+  // most. Nobody uses them for it yet.
+  std::vector<int32_t> Find(absl::Span<const PrefixKey> keys, absl::Span<const int32_t> tokens, int begin, int end,
+                            Serial before = kRoot) const;
+  void Share(absl::Span<const int32_t> blocks);  // one user more of each
+  Serial serial(int32_t block) const { return blocks_[block].serial; }
+
+  // `block`, in use, holds the tokens of block `index`, after what `before` names, and will not be written to any more.
+  // Whoever published the same before keeps the honour. Names what is published now; kNothing where nothing can be:
+  // what is before it has been evicted, or another prompt has the same hash.
+  Serial Publish(absl::Span<const PrefixKey> keys, absl::Span<const int32_t> tokens, int index, int32_t block,
+                 Serial before);
 
   // Forgets what blocks hold: nothing is found until it is published anew.
   void ResetPrefixCache();
@@ -74,8 +81,8 @@ class BlockPool {
  private:
   struct Block {
     int num_users = 0;
-    // Of published ones. `serial` is of this publication, and of no other before or after; 0: not published.
-    uint64_t serial = 0, parent_serial = 0;
+    // Of published ones; others have no serial.
+    Serial serial = kNothing, parent_serial = kNothing;
     int32_t parent = -1;   // the block before it, if still published as parent_serial
     int num_children = 0;  // published, with this as parent
     PrefixKey key;
@@ -85,7 +92,7 @@ class BlockPool {
 
   PrefixKey HashSalt(std::string_view salt) const;
   PrefixKey HashBlock(const PrefixKey& parent, const int32_t* tokens) const;
-  int32_t FindOne(const PrefixKey& key, uint64_t parent_serial, const int32_t* tokens) const;
+  int32_t FindOne(const PrefixKey& key, Serial parent_serial, const int32_t* tokens) const;
   int32_t EvictOne();
   void Unpublish(int32_t block);
   void AddIdle(int32_t block);
@@ -98,7 +105,8 @@ class BlockPool {
   absl::flat_hash_map<PrefixKey, int32_t> published_;
   int32_t oldest_ = -1, newest_ = -1;  // idle
   int num_idle_ = 0;
-  uint64_t next_serial_ = 2, num_evictions_ = 0;
+  Serial next_serial_ = kRoot + 1;
+  uint64_t num_evictions_ = 0;
 };
 
 }  // namespace cachalot

@@ -224,10 +224,10 @@ void Scheduler::PlanChunk(Sequence* sequence, int max_rows, NewStep* next) {
 // What somebody else has computed since this one was admitted: those blocks take the place of its own, which no step
 // has written to.
 void Scheduler::SkipCached(Sequence* sequence) {
-  if (sequence->num_fed % kBlockTokens != 0) return;
+  if (sequence->num_fed % kBlockTokens != 0 || sequence->published == BlockPool::kNothing) return;
   const int begin = sequence->num_fed / kBlockTokens;
   const std::vector<int32_t> found =
-      pool_->Find(sequence->keys, sequence->tokens, begin, sequence->max_cached_blocks());
+      pool_->Find(sequence->keys, sequence->tokens, begin, sequence->max_cached_blocks(), sequence->published);
   if (found.empty()) return;
   const auto first = sequence->blocks.begin() + begin;
   pool_->Share(found);
@@ -235,6 +235,7 @@ void Scheduler::SkipCached(Sequence* sequence) {
   std::copy(found.begin(), found.end(), first);
   sequence->num_fed += static_cast<int>(found.size()) * kBlockTokens;
   sequence->num_published = begin + static_cast<int>(found.size());
+  sequence->published = pool_->serial(found.back());
   sequence->num_blocks_told = std::min(sequence->num_blocks_told, begin);
 }
 
@@ -268,8 +269,8 @@ void Scheduler::Publish(Sequence* sequence, int num_final) {
   const int num_full = num_final / kBlockTokens;
   if (num_full <= sequence->num_published || !pool_->has_prefix_cache()) return;
   pool_->ExtendKeys(sequence->cache_salt, sequence->tokens, &sequence->keys);
-  for (int& i = sequence->num_published; i < num_full; ++i) {
-    pool_->Publish(sequence->keys, sequence->tokens, i, sequence->blocks[i]);
+  for (int& i = sequence->num_published; i < num_full && sequence->published != BlockPool::kNothing; ++i) {
+    sequence->published = pool_->Publish(sequence->keys, sequence->tokens, i, sequence->blocks[i], sequence->published);
   }
 }
 

@@ -44,9 +44,10 @@ struct Sequence {
   int num_prompt_scored = 0;  // prompt log-probabilities asked of launched steps
   int num_counted = 0;        // tokens that launched steps have fed or otherwise counted in the slot
   int num_published = 0;      // blocks, from the first on, that were found in the prefix cache or offered to it
-  int num_blocks_told = 0;    // blocks whose ids launched steps have brought to the slot
-  bool is_in_slot = false;    // a launched step has brought the slot's parameters
-  bool is_decoding = false;   // a launched step samples: the slot holds the next row's token
+  BlockPool::Serial published = BlockPool::kRoot;  // names what they hold; kNothing: no more can be published
+  int num_blocks_told = 0;                         // blocks whose ids launched steps have brought to the slot
+  bool is_in_slot = false;                         // a launched step has brought the slot's parameters
+  bool is_decoding = false;                        // a launched step samples: the slot holds the next row's token
   bool is_ended = false;      // finished, cancelled or preempted: holds slot and blocks until num_in_flight is 0
   bool is_preempted = false;  // goes back to the queue then
 

@@ -93,7 +93,8 @@ void MeasureLookup(int num_blocks) {
     std::vector<int32_t> blocks;
     pool.ExtendKeys("", chains.back(), &keys);
     pool.Allocate(num_blocks, &blocks);
-    for (int b = 0; b < num_blocks; ++b) pool.Publish(keys, chains.back(), b, blocks[b]);
+    BlockPool::Serial before = BlockPool::kRoot;
+    for (int b = 0; b < num_blocks; ++b) before = pool.Publish(keys, chains.back(), b, blocks[b], before);
     pool.Release(blocks);
   }
   double hash = 0, find = 0, share = 0;

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -42,7 +44,10 @@ Cached Fill(BlockPool& pool, const std::vector<int32_t>& tokens, const std::stri
   pool.Share(c.blocks);
   const int num_found = static_cast<int>(c.blocks.size());
   EXPECT_TRUE(pool.Allocate(num_full - num_found, &c.blocks));
-  for (int i = num_found; i < num_full; ++i) pool.Publish(c.keys, tokens, i, c.blocks[i]);
+  BlockPool::Serial before = num_found == 0 ? BlockPool::kRoot : pool.serial(c.blocks[num_found - 1]);
+  for (int i = num_found; i < num_full && !c.keys.empty() && before != BlockPool::kNothing; ++i) {
+    before = pool.Publish(c.keys, tokens, i, c.blocks[i], before);
+  }
   return c;
 }
 
@@ -105,7 +110,8 @@ TEST(PrefixCache, ABeginningThatIsFollowedIsEvictedLast) {
   b.tokens = TokensOf(4, 2, 5);
   pool.ExtendKeys("", b.tokens, &b.keys);
   ASSERT_TRUE(pool.Allocate(4, &b.blocks));
-  for (int i = 0; i < 4; ++i) pool.Publish(b.keys, b.tokens, i, b.blocks[i]);
+  BlockPool::Serial before = BlockPool::kRoot;
+  for (int i = 0; i < 4; ++i) before = pool.Publish(b.keys, b.tokens, i, b.blocks[i], before);
   EXPECT_EQ(NumFound(pool, b.tokens), 4);
   pool.Release(a.blocks);
   EXPECT_EQ(pool.num_idle(), 2);
@@ -115,6 +121,52 @@ TEST(PrefixCache, ABeginningThatIsFollowedIsEvictedLast) {
   ASSERT_TRUE(pool.Allocate(4, &taken));
   EXPECT_EQ(pool.num_evictions(), 1u);
   EXPECT_EQ(NumFound(pool, b.tokens), 3);
+}
+
+// What the pool makes of hash seed 0. Who knows it can write tokens that undo all that came before them.
+std::vector<int32_t> TokensThatUndo() {
+  uint64_t state = 0, secrets[4];
+  for (uint64_t& secret : secrets) {
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    secret = (z ^ z >> 31) | 1;
+  }
+  std::vector<int32_t> tokens(4);
+  std::memcpy(&tokens[0], &secrets[3], 8);
+  std::memcpy(&tokens[2], &secrets[2], 8);
+  return tokens;
+}
+
+TEST(PrefixCache, TwoPromptsOfOneHashAreTold) {
+  BlockPool pool(16, BlockPool::PrefixCache::kOn, 0);
+  const std::vector<int32_t> undo = TokensThatUndo();
+  // The hashes meet at the end of the first block, or at the beginning of the second.
+  for (const int at : {kBlockTokens - 4, kBlockTokens}) {
+    std::vector<int32_t> one = TokensOf(2, 0, 5), other = TokensOf(2, 0, 5);
+    std::copy(undo.begin(), undo.end(), one.begin() + at);
+    std::copy(undo.begin(), undo.end(), other.begin() + at);
+    other[3] = 6;
+    std::vector<PrefixKey> other_keys;
+    pool.ExtendKeys("", other, &other_keys);
+    const Cached cached = Fill(pool, one);
+    ASSERT_TRUE(cached.keys[1] == other_keys[1]) << "no collision: this tests nothing";
+    EXPECT_EQ(NumFound(pool, one), 2);
+    EXPECT_EQ(NumFound(pool, other), 0);
+    const Cached both = Fill(pool, other);
+    EXPECT_EQ(NumFound(pool, one), 2) << "who was first stays";
+    EXPECT_EQ(NumFound(pool, other), at / kBlockTokens);
+    // What follows the other is not found after the first.
+    std::vector<int32_t> longer = other, mixed = one;
+    longer.insert(longer.end(), kBlockTokens, 9);
+    mixed.insert(mixed.end(), kBlockTokens, 9);
+    const Cached third = Fill(pool, longer);
+    EXPECT_EQ(NumFound(pool, mixed), 2);
+    pool.Release(third.blocks);
+    pool.Release(both.blocks);
+    pool.Release(cached.blocks);
+    pool.ResetPrefixCache();
+  }
 }
 
 TEST(PrefixCache, OffFindsNothing) {
