@@ -70,6 +70,9 @@ TEST(PrefixCache, FindsWhatBeginsTheSameOfTheSameSalt) {
   EXPECT_EQ(second.blocks[1], first.blocks[1]);
   EXPECT_EQ(pool.num_used(), 3 + 2 + 3);
   EXPECT_EQ(NumFound(pool, TokensOf(3, 3, 0), "tenant"), 3);
+  for (const char* salt : {"tenanu", "uenant", "tenant ", "tenan"}) {
+    EXPECT_EQ(NumFound(pool, TokensOf(3, 3, 0), salt), 0) << salt;
+  }
   for (const Cached& c : {first, second, other}) pool.Release(c.blocks);
   EXPECT_EQ(pool.num_used(), 0);
   EXPECT_EQ(pool.num_idle(), 8);
