@@ -9,7 +9,9 @@
 #include <deque>
 #include <mutex>
 #include <optional>
+#include <random>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -69,6 +71,7 @@ class EngineImpl : public Engine {
   absl::Status Start(const TokenizerInfo& tokenizer);
   absl::StatusOr<RequestId> Submit(Request request, DeltaSink sink) override;
   void Cancel(RequestId id) override;
+  void ResetPrefixCache() override;
   EngineStats stats() const override;
   const ModelInfo& model() const override { return model_info_; }
   absl::Status health() const override;
@@ -103,7 +106,7 @@ class EngineImpl : public Engine {
   std::condition_variable inbox_filled_;
   std::vector<std::unique_ptr<Sequence>> new_sequences_;
   std::vector<RequestId> cancelled_;
-  bool is_stopping_ = false;
+  bool is_stopping_ = false, wants_reset_ = false;
   RequestId next_id_ = 1;
   EngineStats stats_;  // as of the last step
   absl::Status health_;
@@ -232,7 +235,10 @@ absl::Status EngineImpl::Load(const TokenizerInfo& tokenizer) {
     spdlog::info("{:.2f} GB of weights in {:.1f} s: {:.2f} GB/s", gigabytes, seconds, gigabytes / seconds);
   }
 
-  pool_ = std::make_unique<BlockPool>(plan->num_blocks);
+  std::random_device random;
+  pool_ = std::make_unique<BlockPool>(
+      plan->num_blocks, options_.prefix_cache ? BlockPool::PrefixCache::kOn : BlockPool::PrefixCache::kOff,
+      uint64_t{random()} << 32 | random());
   const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences,      plan->max_model_len,
                                   model_info_.eos_token_ids, options_.speculative_tokens, options_.adapts_drafts};
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
@@ -266,7 +272,7 @@ absl::Status EngineImpl::WarmUp() {
   scheduler.Add(std::move(sequence));
   while (true) {
     const StepPlan plan = scheduler.Plan(absl::Now());
-    if (plan.empty()) return absl::OkStatus();
+    if (plan.empty()) break;
     Launch(plan);
     Scheduler::Deltas deltas;
     auto result = runner_->Wait(watch_->Limit());
@@ -274,6 +280,8 @@ absl::Status EngineImpl::WarmUp() {
     watch_->Completed(absl::Now());
     scheduler.Commit(*result, absl::Now(), &deltas);
   }
+  pool_->ResetPrefixCache();
+  return absl::OkStatus();
 }
 
 absl::Status EngineImpl::Start(const TokenizerInfo& tokenizer) {
@@ -309,6 +317,7 @@ absl::StatusOr<RequestId> EngineImpl::Submit(Request request, DeltaSink sink) {
   sequence->sampling = std::move(request.sampling);
   sequence->priority = request.priority;
   sequence->client = std::move(request.client);
+  sequence->cache_salt = std::move(request.cache_salt);
   sequence->submitted = absl::Now();
   sequence->deadline = request.deadline;
   sequence->num_prompt_tokens = static_cast<int>(request.prompt.size());
@@ -336,6 +345,12 @@ void EngineImpl::Cancel(RequestId id) {
   inbox_filled_.notify_one();
 }
 
+void EngineImpl::ResetPrefixCache() {
+  std::lock_guard lock(inbox_mutex_);
+  wants_reset_ = true;
+  inbox_filled_.notify_one();
+}
+
 EngineStats EngineImpl::stats() const {
   std::lock_guard lock(inbox_mutex_);
   EngineStats stats = stats_;
@@ -355,9 +370,11 @@ bool EngineImpl::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
   {
     std::unique_lock lock(inbox_mutex_);
     if (may_sleep) {
-      inbox_filled_.wait(lock, [this] { return is_stopping_ || !new_sequences_.empty() || !cancelled_.empty(); });
+      inbox_filled_.wait(
+          lock, [this] { return is_stopping_ || wants_reset_ || !new_sequences_.empty() || !cancelled_.empty(); });
     }
     if (is_stopping_) return false;
+    if (std::exchange(wants_reset_, false)) pool_->ResetPrefixCache();
     arrived.swap(new_sequences_);
     cancelled.swap(cancelled_);
     stats_.waiting += static_cast<int>(arrived.size());

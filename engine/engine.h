@@ -46,6 +46,9 @@ class Engine {
   // The request ends with kCancelled unless it has already ended; unknown ids are ignored.
   virtual void Cancel(RequestId id) = 0;
 
+  // Forgets all cached prefixes: requests that are submitted from now on are computed from their start.
+  virtual void ResetPrefixCache() = 0;
+
   virtual EngineStats stats() const = 0;
   virtual const ModelInfo& model() const = 0;
   // Ok while steps complete; the fault once the rank is dead.

@@ -24,8 +24,10 @@ struct EngineOptions {
   // Tokens that the checkpoint's MTP layer proposes after each step, to be verified in the next; 0: none. They change
   // no token, only how many a step brings.
   int speculative_tokens = 0;
-  bool adapts_drafts =
-      false;  // at most so many: in each step as many as bring the most tokens a second, by measurement
+  // At most so many: in each step as many as bring the most tokens a second, by measurement.
+  bool adapts_drafts = false;
+  // Full blocks of a sequence are kept, as long as there is room, for others that begin with the same tokens.
+  bool prefix_cache = true;
   // Of the KV cache: bytes; or a share of the device's memory that the model leaves free, 0 to 1. Neither: what
   // max_sequences * max_model_len needs, at most a quarter of the free memory on the CPU, 90% on the GPU.
   int64_t kv_cache_bytes = 0;

@@ -39,6 +39,7 @@ struct Request {
   SamplingParams sampling;
   int priority = 0;                              // lower first; below 0 by a little: engine/schedule/admission.h
   std::string client;                            // whoever has the fewest running takes the next turn
+  std::string cache_salt;                        // the prefix cache is shared by requests of the same salt only
   absl::Time deadline = absl::InfiniteFuture();  // past it the request ends with kError (DeadlineExceeded)
 };
 
@@ -67,6 +68,7 @@ struct Delta {
   FinishReason finish_reason = FinishReason::kNone;  // set in the last delta, exactly once
   int32_t stop_token = -1;                           // the token id that ended it, when kStop
   absl::Status error;                                // when kError
+  int num_cached_tokens = 0;                         // of the prompt, that were found in the prefix cache
   RequestTimes times;                                // in the last delta
 };
 

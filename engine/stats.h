@@ -30,14 +30,19 @@ struct EngineStats {
   // Gauges.
   int running = 0, waiting = 0;           // sequences
   int blocks_total = 0, blocks_used = 0;  // KV blocks of 64 tokens
+  int blocks_idle = 0;                    // not in use, but kept for the prefix cache
   // Of `waiting`: all wait for what the one whose turn it is lacks. A slot: max_sequences run, or as many as a step has
   // rows; blocks for the prompt.
   int waiting_for_slots = 0, waiting_for_blocks = 0;
 
   // Counters.
   uint64_t steps = 0;
-  uint64_t prompt_tokens = 0;      // prefilled, each once
-  uint64_t recomputed_tokens = 0;  // fed again after a preemption, prompt and generated alike
+  uint64_t prompt_tokens = 0;         // prefilled or found in the prefix cache, each once
+  uint64_t cached_prompt_tokens = 0;  // of these, found
+  // Prompt tokens that were looked for there.
+  uint64_t prefix_cache_queries = 0;
+  uint64_t prefix_cache_evictions = 0;  // blocks
+  uint64_t recomputed_tokens = 0;       // fed again after a preemption, prompt and generated alike
   uint64_t generated_tokens = 0;
   uint64_t preemptions = 0;
   // Tokens that an MTP layer proposed and that were verified; those of them that the model took.

@@ -55,6 +55,10 @@ class Ops {
   // (penalties), and moves each slot's `length` past them.
   virtual void BeginStep(const StepRows& rows, const SlotState& state, const StepInput& input) = 0;
 
+  // After BeginStep and before Sample: tokens that the cache had already are counted as if they had been fed: (slot,
+  // token, 0 if it is of the prompt, else 1), slot -1 padding.
+  virtual void CountTokens(const SlotState& state, const Tensor& tokens) = 0;  // [n,3] i32
+
   // ---- The forward pass.
   virtual void Embed(const Tensor& h, const Weight& embed_tokens, const StepRows& rows) = 0;  // h [T,D] residual
 

@@ -93,7 +93,18 @@ void RenderEngine(const EngineStats& stats, const ModelInfo& model, Page* page) 
                             "\",num_gpu_blocks=\"", stats.blocks_total, "\",num_cpu_blocks=\"0\",kv_bytes_per_token=\"",
                             model.kv_bytes_per_token, "\""));
   page->Counter("vllm:num_preemptions_total", stats.preemptions, "Sequences put back to make room.");
-  page->Counter("vllm:prompt_tokens_total", stats.prompt_tokens, "Prompt tokens computed, each prompt once.");
+  page->Counter("vllm:prompt_tokens_total", stats.prompt_tokens,
+                "Prompt tokens, cached or computed, each prompt once.");
+  page->Counter("vllm:prompt_tokens_cached_total", stats.cached_prompt_tokens, "Those found in the prefix cache.");
+  page->Header("vllm:prompt_tokens_by_source_total", "counter", "Where they came from.");
+  page->Sample("vllm:prompt_tokens_by_source_total", stats.prompt_tokens - stats.cached_prompt_tokens,
+               ",source=\"local_compute\"");
+  page->Sample("vllm:prompt_tokens_by_source_total", stats.cached_prompt_tokens, ",source=\"local_cache_hit\"");
+  page->Counter("vllm:prefix_cache_queries_total", stats.prefix_cache_queries,
+                "Tokens looked for in the prefix cache.");
+  page->Counter("vllm:prefix_cache_hits_total", stats.cached_prompt_tokens, "Tokens found there.");
+  page->Counter("cachalot:prefix_cache_evictions_total", stats.prefix_cache_evictions, "Blocks evicted from it.");
+  page->Gauge("cachalot:prefix_cache_idle_blocks", stats.blocks_idle, "Blocks in it that no request uses.");
   page->Counter("vllm:prompt_tokens_recomputed_total", stats.recomputed_tokens, "Tokens computed again after that.");
   page->Counter("vllm:generation_tokens_total", stats.generated_tokens, "Tokens generated.");
   page->Counter("vllm:spec_decode_num_draft_tokens_total", stats.draft_tokens, "Drafts that were verified.");

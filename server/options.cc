@@ -126,6 +126,9 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
                       "tokens of one step; less: steadier streams, more: faster prompts; 0: 512, on a GPU 4096"),
       0, kMaxBatchTokens);
   AddSpeculativeTokens(engine, app);
+  app->add_flag_function(
+      "--no-prefix-cache", [engine](int64_t count) { engine->prefix_cache = count <= 0; },
+      "compute every prompt from its start, even where another began the same");
   MustBeWithin(
       app->add_option("--max-waiting", engine->max_waiting, "requests that wait; one more is refused with 429"), 1,
       kMaxWaiting);

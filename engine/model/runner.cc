@@ -9,7 +9,7 @@
 namespace cachalot {
 namespace {
 
-enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kForward = 2, kSample = 3, kNumKinds = 4 };
+enum SubmitKind { kBlockUpdates = 0, kBiasUpdates = 1, kForward = 2, kSample = 3, kCounts = 4, kNumKinds = 5 };
 
 // NOTE: the staging set's addresses are part of a step's submissions.
 StepKey KeyOf(const StepShape& shape, SubmitKind kind, int set) {
@@ -170,6 +170,7 @@ absl::Status Runner::MakeState() {
   }
   block_updates_ = make(DType::kI32, {std::min(kBlockUpdatesAtOnce, U * max_blocks), 3});
   bias_updates_ = make(DType::kI32, {U * kMaxTokenBiases, 4});
+  counted_tokens_ = make(DType::kI32, {limits.max_context, 3});
   none_accepted_ = make(DType::kI32, {U});
   return status;
 }
@@ -188,7 +189,8 @@ absl::Status Runner::MakeStaging() {
   for (StagingSet& set : staging_) {
     for (auto [pointer, bytes] : {std::pair{&set.input, input.bytes()}, std::pair{&set.output, output.bytes()},
                                   std::pair{&set.block_updates, (max_block_updates() + block_updates_.dim(0)) * 12},
-                                  std::pair{&set.bias_updates, bias_updates_.num_bytes()}}) {
+                                  std::pair{&set.bias_updates, bias_updates_.num_bytes()},
+                                  std::pair{&set.counted_tokens, counted_tokens_.num_bytes()}}) {
       auto memory = Allocate(bytes, Device::Memory::kPinnedHost);
       if (!memory.ok()) return memory.status();
       *pointer = *memory;
@@ -275,6 +277,19 @@ void Runner::UploadTokenBiases(const std::vector<SequenceStep>& sequences, int s
   const Tensor target = bias_updates_.Rows(0, padded);
   device_.Upload(target, staged);
   device_.Submit({padded, 0, 0, kBiasUpdates}, [this, target] { backend_.ops().UpdateTokenBiases(state_, target); });
+}
+
+void Runner::CountTokens(const std::vector<CountedToken>& tokens, int set) {
+  if (tokens.empty()) return;
+  const int count = static_cast<int>(tokens.size()), max_count = static_cast<int>(counted_tokens_.dim(0));
+  CHECK(count <= max_count, "{} counted tokens", count);
+  const int padded = std::min(device_.Bucket(count), max_count);
+  auto* staged = static_cast<CountedToken*>(staging_[set].counted_tokens);
+  std::copy(tokens.begin(), tokens.end(), staged);
+  std::fill(staged + count, staged + padded, CountedToken{-1, 0, 0});
+  const Tensor counted = counted_tokens_.Rows(0, padded);
+  device_.Upload(counted, staged);
+  device_.Submit({padded, 0, 0, kCounts}, [this, counted] { backend_.ops().CountTokens(state_, counted); });
 }
 
 StepArrays Runner::ArraysOf(const StepShape& shape) const {
@@ -374,9 +389,10 @@ void Runner::Launch(const StepPlan& plan, const StepShape& shape) {
   UploadBlockUpdates(plan.block_updates, set);
   UploadTokenBiases(plan.sequences, set);
   FillInput(plan, shape, InputAt(staging_[set].input, shape));
-  for (Submission& submission : std::array{Forward(shape, set), Sample(shape, set)}) {
-    device_.Submit(submission.key, std::move(submission.body));
-  }
+  Submission forward = Forward(shape, set), sample = Sample(shape, set);
+  device_.Submit(forward.key, std::move(forward.body));
+  CountTokens(plan.counted_tokens, set);
+  device_.Submit(sample.key, std::move(sample.body));
   pending_.push_back({plan.step, shape, num_rows, num_sequences, set, device_.Record()});
 }
 

@@ -88,6 +88,7 @@ class Runner {
     return int64_t{options_.limits.max_sequences} * ((options_.limits.max_context + kBlockTokens - 1) / kBlockTokens);
   }
   void UploadBlockUpdates(const std::vector<BlockUpdate>& updates, int set);
+  void CountTokens(const std::vector<CountedToken>& tokens, int set);
   void UploadTokenBiases(const std::vector<SequenceStep>& sequences, int set);
 
   const RunnerOptions options_;
@@ -104,10 +105,11 @@ class Runner {
   Tensor angles_;          // [1+max_context,R]
   Tensor block_updates_;   // [kBlockUpdatesAtOnce,3]
   Tensor bias_updates_;    // [max,4]
+  Tensor counted_tokens_;  // [max_context,3]
   Tensor none_accepted_;   // [U], of rows that do not sample
   Tensor input_, output_;  // device, bytes
   struct StagingSet {
-    void *input, *output, *block_updates, *bias_updates;  // pinned
+    void *input, *output, *block_updates, *bias_updates, *counted_tokens;  // pinned
   };
   std::array<StagingSet, kMaxStepsInFlight> staging_;
   int next_set_ = 0;

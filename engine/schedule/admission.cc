@@ -71,10 +71,10 @@ Sequence* Admission::NextInShare() const {
 void Admission::Admit(absl::Time now) {
   for (lack_ = Lack::kNothing; !waiting_.empty();) {
     Sequence* next = Next();
-    lack_ = LackOf(*next);
+    lack_ = LackOf(next);
     if (lack_ == Lack::kTurn) return;
     if (lack_ != Lack::kNothing) {
-      if (!MakeRoom(*next, false)) is_fair_turn_ |= MakeRoomForShare(now);
+      if (!MakeRoom(next, false)) is_fair_turn_ |= MakeRoomForShare(now);
       // A preempted sequence that no step in flight names gives way at once.
       if (!ReleaseEnded()) return;
       continue;
@@ -82,7 +82,7 @@ void Admission::Admit(absl::Time now) {
     auto node = Unqueue(next);
     next->slot = free_slots_.back();
     free_slots_.pop_back();
-    CHECK(pool_->Allocate(BlocksToAdmit(*next), &next->blocks));
+    TakeBlocks(next);
     LeaveTurns(next->share);
     ++next->share->num_running;
     TakeTurn(next->share);
@@ -91,42 +91,66 @@ void Admission::Admit(absl::Time now) {
   }
 }
 
-Admission::Lack Admission::LackOf(const Sequence& next) const {
-  for (auto it = running_.begin(); !is_fair_turn_ && it != running_.end() && it->first < OrderOf(next); ++it) {
+std::vector<int32_t> Admission::FindPrefix(Sequence* sequence) const {
+  pool_->ExtendKeys(sequence->cache_salt, sequence->tokens, &sequence->keys);
+  return pool_->Find(sequence->keys, sequence->tokens, 0, sequence->max_cached_blocks());
+}
+
+int Admission::BlocksMissing(Sequence* next) const {
+  const std::vector<int32_t> prefix = FindPrefix(next);
+  return BlocksToAdmit(*next) - static_cast<int>(std::count_if(prefix.begin(), prefix.end(), [this](int32_t block) {
+           return pool_->num_users(block) > 0;
+         }));
+}
+
+// NOTE: shared ones first, lest they be evicted for the others.
+void Admission::TakeBlocks(Sequence* sequence) {
+  sequence->blocks = FindPrefix(sequence);
+  pool_->Share(sequence->blocks);
+  sequence->num_published = static_cast<int>(sequence->blocks.size());
+  sequence->published = sequence->blocks.empty() ? BlockPool::kRoot : pool_->serial(sequence->blocks.back());
+  sequence->num_fed = sequence->num_published * kBlockTokens;
+  CHECK(pool_->Allocate(BlocksToAdmit(*sequence) - sequence->num_published, &sequence->blocks));
+}
+
+Admission::Lack Admission::LackOf(Sequence* next) const {
+  for (auto it = running_.begin(); !is_fair_turn_ && it != running_.end() && it->first < OrderOf(*next); ++it) {
     if (it->second->is_preempted) return Lack::kTurn;
   }
   if (free_slots_.empty()) return Lack::kSlot;
-  const int needed = BlocksToAdmit(next) + static_cast<int>(running_.size());
-  return pool_->num_free() < needed ? Lack::kBlocks : Lack::kNothing;
+  const int num_left = pool_->num_free() - static_cast<int>(running_.size());
+  // NOTE: looked up only where it matters; while somebody waits this is asked at every step.
+  return num_left < BlocksToAdmit(*next) && num_left < BlocksMissing(next) ? Lack::kBlocks : Lack::kNothing;
 }
 
 bool Admission::MakeRoomForShare(absl::Time now) {
-  const Sequence* next = NextInShare();
-  return next->share->num_running == 0 && now - next->submitted >= kPatience && MakeRoom(*next, true);
+  Sequence* next = NextInShare();
+  return next->share->num_running == 0 && now - next->submitted >= kPatience && MakeRoom(next, true);
 }
 
-// Preempts if that lets `next` in; what ended sequences are about to give back counts.
-bool Admission::MakeRoom(const Sequence& next, bool by_share) {
+// Preempts if that lets `next` in; what ended sequences are about to give back counts, but for blocks that others use.
+bool Admission::MakeRoom(Sequence* next, bool by_share) {
   size_t num_slots = free_slots_.size();
   int num_blocks = pool_->num_free(), num_staying = 0;
   const auto gives_back = [&](const Sequence& sequence) {
     ++num_slots;
-    num_blocks += static_cast<int>(sequence.blocks.size());
+    num_blocks += static_cast<int>(std::count_if(sequence.blocks.begin(), sequence.blocks.end(),
+                                                 [this](int32_t block) { return pool_->num_users(block) == 1; }));
   };
   std::vector<Sequence*> candidates;
   for (const auto& [order, sequence] : running_) {
     if (sequence->is_ended) gives_back(*sequence);
     num_staying += sequence->is_ended ? 0 : 1;
     // NOTE: this is asked at every step while somebody waits: mostly nobody gives way, and nothing is sorted.
-    if (!sequence->is_ended && GivesWay(*sequence, next, 0, by_share)) candidates.push_back(sequence.get());
+    if (!sequence->is_ended && GivesWay(*sequence, *next, 0, by_share)) candidates.push_back(sequence.get());
   }
   std::sort(candidates.begin(), candidates.end(), GivesWayBefore);
-  const int needed = BlocksToAdmit(next);
+  const int needed = BlocksToAdmit(*next);
   const auto has_room = [&] { return num_slots > 0 && num_blocks >= needed + num_staying; };
   absl::flat_hash_map<const ClientShare*, int> num_leaving;
   std::vector<Sequence*> victims;
   for (auto it = candidates.begin(); it != candidates.end() && !has_room(); ++it) {
-    if (!GivesWay(**it, next, num_leaving[(*it)->share], by_share)) continue;
+    if (!GivesWay(**it, *next, num_leaving[(*it)->share], by_share)) continue;
     victims.push_back(*it);
     ++num_leaving[(*it)->share];
     gives_back(**it);
@@ -206,10 +230,10 @@ bool Admission::ReleaseEnded() {
     free_slots_.push_back(sequence->slot);
     auto node = running_.extract(it++);
     if (!sequence->is_preempted) continue;
-    sequence->num_ever_fed = std::max(sequence->num_ever_fed, sequence->num_fed);
+    if (sequence->is_decoding) sequence->num_ever_fed = std::max(sequence->num_ever_fed, sequence->num_fed);
     sequence->blocks.clear();
     sequence->slot = -1;
-    sequence->num_fed = sequence->num_blocks_told = 0;
+    sequence->num_fed = sequence->num_blocks_told = sequence->num_counted = sequence->num_published = 0;
     sequence->is_ended = sequence->is_preempted = sequence->is_decoding = sequence->is_in_slot = false;
     Queue(std::move(node));
   }

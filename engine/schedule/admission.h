@@ -35,7 +35,7 @@ struct ClientShare {
 //
 // Admission is by turns: now the first of all that wait, in order; now the one whose client has the fewest running,
 // among those of the best priority. Nobody else is admitted before whose turn it is has a slot, the blocks of its
-// tokens and a spare one for each that runs.
+// tokens and a spare one for each that runs. What the prefix cache has of them is shared and need not be fed.
 //
 // Giving way. For want of a slot or blocks, whose turn it is preempts sequences of lower priority that stand behind it;
 // failing that, a client that has nothing running and has waited for kPatience preempts sequences of a client that has
@@ -91,12 +91,16 @@ class Admission {
  private:
   Sequence* Next() const;
   Sequence* NextInShare() const;
-  Lack LackOf(const Sequence& next) const;
+  Lack LackOf(Sequence* next) const;
   int BlocksToAdmit(const Sequence& next) const {
     return BlocksFor(static_cast<int>(next.tokens.size()) + max_drafts_);
   }
+  // Blocks in the prefix cache that hold its first tokens; of BlocksToAdmit, those that are in use cost nothing.
+  std::vector<int32_t> FindPrefix(Sequence* sequence) const;
+  int BlocksMissing(Sequence* next) const;
+  void TakeBlocks(Sequence* sequence);
   bool MakeRoomForShare(absl::Time now);
-  bool MakeRoom(const Sequence& next, bool by_share);
+  bool MakeRoom(Sequence* next, bool by_share);
   static bool GivesWay(const Sequence& sequence, const Sequence& next, int num_leaving, bool by_share);
   void Preempt(Sequence* sequence);
   void PreemptForBlock();

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/check.h"
 
@@ -138,6 +139,10 @@ StepPlan Scheduler::Plan(absl::Time now) {
   });
   if (is_even) next.record.num_drafts = next.plan.num_proposed;
   counters_.step_rows.Add(next.plan.num_rows);
+  // Not before: rows of one step do not see each other's blocks.
+  for (size_t i = 0; i < next.plan.sequences.size(); ++i) {
+    if (next.plan.sequences[i].start >= 0) Publish(next.record.sequences[i], next.record.sequences[i]->num_fed);
+  }
   in_flight_.push_back(std::move(next.record));
   return std::move(next.plan);
 }
@@ -193,7 +198,9 @@ void Scheduler::PlanPrompts(std::vector<Sequence*>* prompts, NewStep* next) {
   prompts->erase(std::remove_if(prompts->begin(), prompts->end(), [](const Sequence* s) { return s->is_ended; }),
                  prompts->end());
   if (prompts->empty()) return;
+  for (Sequence* prompt : *prompts) SkipCached(prompt);
   SortByTurns(prompts->begin() + 1, prompts->end());
+  LeaveOutFollowers(prompts);
   const int num_rows = RowsLeft(*next);
   int num_others = 0;  // rows that the others can use
   for (size_t i = 1; i < prompts->size(); ++i) num_others = std::min(num_others + (*prompts)[i]->num_unfed(), num_rows);
@@ -201,9 +208,22 @@ void Scheduler::PlanPrompts(std::vector<Sequence*>* prompts, NewStep* next) {
   for (size_t i = 1; i < prompts->size(); ++i) PlanChunk((*prompts)[i], RowsLeft(*next), next);
 }
 
+// Leaves out prompts whose next block one in front of them is computing: they will share it. That one has rows whenever
+// they would have had any, so they lose no time.
+void Scheduler::LeaveOutFollowers(std::vector<Sequence*>* prompts) const {
+  if (!pool_->has_prefix_cache()) return;
+  absl::flat_hash_set<PrefixKey> under_way;
+  const auto follows = [&](Sequence* sequence) {
+    const int next = sequence->num_fed / kBlockTokens;
+    if (next >= static_cast<int>(sequence->keys.size()) || under_way.insert(sequence->keys[next]).second) return false;
+    return sequence->num_fed % kBlockTokens == 0 && next < sequence->max_cached_blocks();
+  };
+  prompts->erase(std::remove_if(prompts->begin(), prompts->end(), follows), prompts->end());
+}
+
 void Scheduler::PlanChunk(Sequence* sequence, int max_rows, NewStep* next) {
+  if (max_rows <= 0 || !CountCached(sequence, next)) return;
   const int num_rows = std::min(sequence->num_unfed(), max_rows);
-  if (num_rows <= 0) return;
   SequenceStep step;
   step.start = sequence->num_fed;
   step.num_rows = num_rows;
@@ -218,6 +238,59 @@ void Scheduler::PlanChunk(Sequence* sequence, int max_rows, NewStep* next) {
   counters_.recomputed_tokens += num_rows - num_new;
   counters_.prompt_tokens += num_new_prompt;
   AddRows(sequence, step, next);
+}
+
+// What somebody else has computed since this one was admitted: those blocks take the place of its own, which no step
+// has written to.
+void Scheduler::SkipCached(Sequence* sequence) {
+  if (sequence->num_fed % kBlockTokens != 0 || sequence->published == BlockPool::kNothing) return;
+  const int begin = sequence->num_fed / kBlockTokens;
+  const std::vector<int32_t> found =
+      pool_->Find(sequence->keys, sequence->tokens, begin, sequence->max_cached_blocks(), sequence->published);
+  if (found.empty()) return;
+  const auto first = sequence->blocks.begin() + begin;
+  pool_->Share(found);
+  pool_->Release({&*first, found.size()});
+  std::copy(found.begin(), found.end(), first);
+  sequence->num_fed += static_cast<int>(found.size()) * kBlockTokens;
+  sequence->num_published = begin + static_cast<int>(found.size());
+  sequence->published = pool_->serial(found.back());
+  sequence->num_blocks_told = std::min(sequence->num_blocks_told, begin);
+}
+
+// Counts what was found in the prefix cache since its last rows. False when a step has no room for its penalties to: it
+// waits for the next.
+bool Scheduler::CountCached(Sequence* sequence, NewStep* next) {
+  const int begin = sequence->is_in_slot ? sequence->num_counted : 0, end = sequence->num_fed;
+  if (sequence->has_penalties()) {
+    std::vector<CountedToken>& counted = next->plan.counted_tokens;
+    if (static_cast<int>(counted.size()) + end - begin > limits_.max_model_len) return false;
+    for (int p = begin; p < end; ++p) {
+      counted.push_back({sequence->slot, sequence->tokens[p], p < sequence->num_prompt_tokens ? 0 : 1});
+    }
+  }
+  sequence->num_counted = end;
+  if (!sequence->is_in_slot && sequence->num_ever_fed == 0 && pool_->has_prefix_cache() && !sequence->scores_prompt()) {
+    counters_.prefix_cache_queries += sequence->num_prompt_tokens;
+  }
+  const int num_new = std::min(end, sequence->num_prompt_tokens) - sequence->num_ever_fed;
+  if (num_new > 0) {
+    counters_.prompt_tokens += num_new;
+    counters_.cached_prompt_tokens += num_new;
+    sequence->num_cached += num_new;
+  }
+  sequence->num_ever_fed = std::max(sequence->num_ever_fed, end);
+  return true;
+}
+
+// Offers its full blocks to the prefix cache; the first `num_final` tokens of it will not be fed again.
+void Scheduler::Publish(Sequence* sequence, int num_final) {
+  const int num_full = num_final / kBlockTokens;
+  if (num_full <= sequence->num_published || !pool_->has_prefix_cache()) return;
+  pool_->ExtendKeys(sequence->cache_salt, sequence->tokens, &sequence->keys);
+  for (int& i = sequence->num_published; i < num_full && sequence->published != BlockPool::kNothing; ++i) {
+    sequence->published = pool_->Publish(sequence->keys, sequence->tokens, i, sequence->blocks[i], sequence->published);
+  }
 }
 
 void Scheduler::AddRows(Sequence* sequence, SequenceStep step, NewStep* next) {
@@ -236,6 +309,7 @@ void Scheduler::AddRows(Sequence* sequence, SequenceStep step, NewStep* next) {
     }
   }
   sequence->num_fed += step.num_rows;
+  sequence->num_counted = sequence->num_fed;
   plan->num_keys += int64_t{step.num_rows} * sequence->num_fed;
   const bool is_decode = step.start < 0;
   if (!is_decode) sequence->num_ever_fed = std::max(sequence->num_ever_fed, sequence->num_fed);
@@ -281,6 +355,7 @@ void Scheduler::Commit(const StepResult& result, absl::Time now, Deltas* deltas)
     scores = {scores.end, skip_to_end(scores.end, record.rows.size())};
     --sequence->num_in_flight;
     Delta delta;
+    delta.num_cached_tokens = sequence->num_cached;
     // A preempted sequence keeps what steps in flight still bring; one that is over drops it.
     if (!sequence->is_over()) {
       for (size_t row = scores.begin; row < scores.end; ++row) {
@@ -313,6 +388,7 @@ void Scheduler::CommitTokens(const StepResult& result, RowRange rows, int num_ac
     reason = AppendToken(sequence, result.tokens[rows.begin + i], delta);
     if (sampling.logprobs >= 0) delta->logprobs.push_back(MakeLogprob(result, rows.begin + i, sampling.logprobs));
   }
+  if (num_rows > 0) Publish(sequence, static_cast<int>(sequence->tokens.size()) - 1);
   // A request for scores alone ends with its last prompt token.
   const bool is_scored = sampling.max_tokens == 0 && sequence->num_fed == sequence->num_prompt_tokens;
   if (is_scored && sequence->num_in_flight == 0) reason = FinishReason::kLength;
@@ -336,6 +412,7 @@ FinishReason Scheduler::AppendToken(Sequence* sequence, int32_t token, Delta* de
 void Scheduler::End(Sequence* sequence, FinishReason reason, absl::Time now, Delta* delta) {
   delta->finish_reason = reason;
   delta->times = MakeTimes(*sequence, now);
+  delta->num_cached_tokens = sequence->num_cached;
   deadlines_.erase({sequence->deadline, sequence->id});
   by_id_.erase(sequence->id);
   admission_.End(sequence);
@@ -375,6 +452,8 @@ EngineStats Scheduler::stats() const {
   stats.waiting_for_blocks = lacks_slot || lacks_nothing ? 0 : stats.waiting;
   stats.blocks_total = pool_->num_blocks();
   stats.blocks_used = pool_->num_used();
+  stats.blocks_idle = pool_->num_idle();
+  stats.prefix_cache_evictions = pool_->num_evictions();
   return stats;
 }
 

@@ -35,7 +35,8 @@ struct SchedulerLimits {
 // as leave a row for everybody; what they leave goes to prompts: half to the first in Admission's order, so that it
 // cannot starve, half to the others by priority, then to the client's turn, then to the fewest tokens left, so that a
 // long prompt holds up no short one and many prompts of one client hold up nobody else's; what either half leaves goes
-// to the other.
+// to the other. A prompt whose next block another
+// is computing waits for it, and shares it.
 class Scheduler {
  public:
   using Deltas = std::vector<std::pair<RequestId, Delta>>;
@@ -93,7 +94,11 @@ class Scheduler {
   void PlanDecode(Sequence* sequence, NewStep* next);
   void PlanPrompts(std::vector<Sequence*>* prompts, NewStep* next);
   void PlanChunk(Sequence* sequence, int max_rows, NewStep* next);
+  void LeaveOutFollowers(std::vector<Sequence*>* prompts) const;
+  void SkipCached(Sequence* sequence);
+  bool CountCached(Sequence* sequence, NewStep* next);
   void AddRows(Sequence* sequence, SequenceStep step, NewStep* next);
+  void Publish(Sequence* sequence, int num_final);
   bool WantsRows(const Sequence& sequence) const;
   int RowsLeft(const NewStep& next) const { return limits_.max_batch_tokens - next.plan.num_rows; }
 
@@ -104,7 +109,7 @@ class Scheduler {
   void EndEarly(Sequence* sequence, FinishReason reason, const absl::Status& error, absl::Time now, Deltas* deltas);
 
   const SchedulerLimits limits_;
-  const BlockPool* const pool_;
+  BlockPool* const pool_;
   Admission admission_;
   absl::flat_hash_map<RequestId, Sequence*> by_id_;       // those not over
   std::set<std::pair<absl::Time, RequestId>> deadlines_;  // of those not over, where finite

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine/request.h"
+#include "engine/schedule/block_pool.h"
 #include "kernels/ops_types.h"
 
 namespace cachalot {
@@ -16,7 +17,7 @@ struct ClientShare;
 
 struct Sequence {
   RequestId id = 0;
-  std::string client;
+  std::string client, cache_salt;
   SamplingParams sampling;
   int priority = 0;
   absl::Time submitted = absl::InfinitePast();
@@ -30,25 +31,30 @@ struct Sequence {
   std::vector<int32_t> end_tokens;             // EndTokens
   std::vector<TokenBias> token_biases;         // banned tokens, then biased ones
   int num_banned = 0;
+  std::vector<PrefixKey> keys;  // of the full blocks of `tokens`, as far as they were needed
 
   // Owned while running.
   int slot = -1;
-  std::vector<int32_t> blocks;
+  std::vector<int32_t> blocks;  // the first of them perhaps shared with others
 
   // What launched steps have done, whether or not they have been committed.
   int num_fed = 0;            // tokens whose latents are, or will be, in the cache, if every draft under way is right
   int num_sampling = 0;       // launched steps that sample and are not committed: each brings at least one token
   int num_in_flight = 0;      // launched steps that name this sequence
   int num_prompt_scored = 0;  // prompt log-probabilities asked of launched steps
-  int num_blocks_told = 0;    // blocks whose ids launched steps have brought to the slot
-  int num_drafts = 0;         // that the slot holds once launched steps have run
-  bool is_in_slot = false;    // a launched step has brought the slot's parameters
-  bool is_decoding = false;   // a launched step samples: the slot holds the next row's token
+  int num_counted = 0;        // tokens that launched steps have fed or otherwise counted in the slot
+  int num_published = 0;      // blocks, from the first on, that were found in the prefix cache or offered to it
+  BlockPool::Serial published = BlockPool::kRoot;  // names what they hold; kNothing: no more can be published
+  int num_blocks_told = 0;                         // blocks whose ids launched steps have brought to the slot
+  int num_drafts = 0;                              // that the slot holds once launched steps have run
+  bool is_in_slot = false;                         // a launched step has brought the slot's parameters
+  bool is_decoding = false;                        // a launched step samples: the slot holds the next row's token
   bool is_ended = false;      // finished, cancelled or preempted: holds slot and blocks until num_in_flight is 0
   bool is_preempted = false;  // goes back to the queue then
 
   // Its life so far, preemptions included.
-  int num_ever_fed = 0;
+  int num_ever_fed = 0;  // or found in the prefix cache
+  int num_cached = 0;    // prompt tokens that were found there before they were ever fed
   int num_preemptions = 0;
   absl::Time first_step = absl::InfiniteFuture();   // when a step first named it
   absl::Time first_token = absl::InfiniteFuture();  // when its first token was committed
@@ -56,6 +62,15 @@ struct Sequence {
   int num_generated() const { return static_cast<int>(tokens.size()) - num_prompt_tokens; }
   int num_unfed() const { return static_cast<int>(tokens.size()) - num_fed; }
   bool scores_prompt() const { return sampling.prompt_logprobs >= 0; }
+  bool has_penalties() const {
+    return sampling.repetition_penalty != 1 || sampling.presence_penalty != 0 || sampling.frequency_penalty != 0;
+  }
+  // How many blocks may come from the prefix cache: at least one token must be fed, whose logits are the next token's,
+  // and every one whose prompt log-probability has not been asked for.
+  int max_cached_blocks() const {
+    const int last = static_cast<int>(tokens.size()) - 1;
+    return (scores_prompt() ? std::min(num_prompt_scored, last) : last) / kBlockTokens;
+  }
   bool is_over() const { return is_ended && !is_preempted; }  // its last delta has been made
 };
 

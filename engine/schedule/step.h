@@ -30,6 +30,11 @@
 // With X drafts a decode sequence has 1 + X rows, and `num_accepted` of its sampled tokens count. Whoever plans a step
 // cannot know how many will in those under way: the scheduler counts all rows as fed, and reserves blocks for all and
 // for the entries of X drafts more; each commit takes back what was not accepted. So no step is planned less for it.
+//
+// The prefix cache. A block of a prompt is published as soon as the step that fills it has been planned: later steps
+// may read it, for the device runs them in order. A block that decoding fills is published when its tokens have been
+// committed: until then drafts in it may be wrong, and be written over. A sequence whose prompt was found there starts
+// with the first position that was not, the beginning of a block: it never writes to one that is shared.
 #ifndef CACHALOT_ENGINE_SCHEDULE_STEP_H_
 #define CACHALOT_ENGINE_SCHEDULE_STEP_H_
 
@@ -62,6 +67,13 @@ struct BlockUpdate {
   int32_t slot, index, block;  // block_table[slot][index] = block, before the step
 };
 
+// A token that the slot's penalties count although no step feeds it: its latents were in the prefix cache. After the
+// step's BeginStep, which forgets what a slot that is entered has counted, and before its sampling.
+struct CountedToken {
+  int32_t slot, token;
+  int32_t is_generated;  // 0: of the prompt
+};
+
 // Logits wanted: of row `row` of the step, for sequence `sequence` of the plan. Rows that sample come first, then those
 // that score; of either kind, rows of one sequence are consecutive.
 struct LogitsRow {
@@ -73,6 +85,7 @@ struct StepPlan {
   uint64_t step = 0;  // counts launched steps of the rank
   std::vector<SequenceStep> sequences;
   std::vector<BlockUpdate> block_updates;
+  std::vector<CountedToken> counted_tokens;  // at most max_context
   std::vector<LogitsRow> logits_rows;
   int num_rows = 0;      // T: sum of the sequences' rows, in their order
   int64_t num_keys = 0;  // that the rows attend to

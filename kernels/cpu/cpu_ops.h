@@ -34,6 +34,7 @@ class CpuOps : public Ops {
   void UpdateBlockTables(const SlotState& state, const Tensor& updates) override;
   void UpdateTokenBiases(const SlotState& state, const Tensor& updates) override;
   void BeginStep(const StepRows& rows, const SlotState& state, const StepInput& input) override;
+  void CountTokens(const SlotState& state, const Tensor& tokens) override;
 
   void Embed(const Tensor& h, const Weight& embed_tokens, const StepRows& rows) override;
   void AddRmsNorm(const Tensor& h, const Activation& x, const Tensor& plain, const Tensor& delta, const Weight& weight,

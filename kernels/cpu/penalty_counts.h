@@ -9,9 +9,9 @@ namespace cachalot {
 inline constexpr uint16_t kPromptBit = 0x8000;
 inline constexpr uint16_t kGeneratedMask = 0x7fff;
 
-// A token at `position` enters the cache.
-inline void CountToken(uint16_t* count, int32_t position, int32_t prompt_tokens) {
-  if (position < prompt_tokens) {
+// A token enters the cache.
+inline void CountToken(uint16_t* count, bool is_generated) {
+  if (!is_generated) {
     *count |= kPromptBit;
   } else if ((*count & kGeneratedMask) != kGeneratedMask) {
     ++*count;

@@ -95,10 +95,23 @@ void CpuOps::BeginStep(const StepRows& rows, const SlotState& state, const StepI
       positions[row] = position;
       slots[row] = slot;
       if (!state.counts.empty()) {
-        CountToken(state.counts.row<uint16_t>(slot) + tokens[row], position, params.prompt_tokens);
+        CountToken(state.counts.row<uint16_t>(slot) + tokens[row], position >= params.prompt_tokens);
       }
     }
     *length = first_position + count;
+  }
+}
+
+void CpuOps::CountTokens(const SlotState& state, const Tensor& tokens) {
+  CHECK_SHAPE(tokens, -1, 3);
+  if (state.counts.empty()) return;
+  for (int64_t i = 0; i < tokens.dim(0); ++i) {
+    const int32_t* entry = tokens.row<int32_t>(i);
+    const int32_t slot = entry[0], token = entry[1];
+    if (slot < 0) continue;
+    CHECK(slot < state.counts.dim(0) && token >= 0 && token < state.counts.dim(1), "slot {} token {}", slot, token);
+    uint16_t* count = state.counts.row<uint16_t>(slot) + token;
+    CountToken(count, entry[2] != 0);
   }
 }
 

@@ -105,4 +105,17 @@ void CudaOps::BeginStep(const StepRows& rows, const SlotState& state, const Step
   stream_.Launched("BeginStep");
 }
 
+void CudaOps::CountTokens(const SlotState& state, const Tensor& tokens) {
+  CHECK_SHAPE(tokens, -1, 3);
+  if (tokens.dim(0) == 0 || state.counts.empty()) return;
+  LaunchCountTokens(stream_.get(), {.tokens = tokens.as<int32_t>(),
+                                    .token_stride = tokens.row_stride,
+                                    .num_tokens = tokens.dim(0),
+                                    .counts = state.counts.as<uint16_t>(),
+                                    .counts_stride = state.counts.row_stride,
+                                    .vocab_size = state.counts.dim(1),
+                                    .num_slots = static_cast<int32_t>(state.counts.dim(0))});
+  stream_.Launched("CountTokens");
+}
+
 }  // namespace cachalot

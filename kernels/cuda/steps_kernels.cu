@@ -120,6 +120,15 @@ __global__ void __launch_bounds__(kSequenceThreads) BeginSequenceKernel(BeginSte
   if (threadIdx.x == 0) a.length[slot] = first_position + count;
 }
 
+__global__ void __launch_bounds__(kFillThreads) CountTokensKernel(CountTokensArgs a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kFillThreads + threadIdx.x;
+  if (i >= a.num_tokens) return;
+  const int32_t* entry = a.tokens + i * a.token_stride;
+  const int32_t slot = entry[0], token = entry[1];
+  if (slot < 0 || slot >= a.num_slots || token < 0 || token >= a.vocab_size) return;
+  CountToken(a.counts + slot * a.counts_stride + token, entry[2] == 0);
+}
+
 }  // namespace
 
 void LaunchUpdates(cudaStream_t stream, const UpdateArgs& args) {
@@ -134,6 +143,11 @@ void LaunchBeginStep(cudaStream_t stream, const BeginStepArgs& args) {
   if (args.num_sequences > 0) {
     BeginSequenceKernel<<<static_cast<unsigned>(args.num_sequences), kSequenceThreads, 0, stream>>>(args);
   }
+}
+
+void LaunchCountTokens(cudaStream_t stream, const CountTokensArgs& args) {
+  const unsigned blocks = static_cast<unsigned>((args.num_tokens + kFillThreads - 1) / kFillThreads);
+  CountTokensKernel<<<blocks, kFillThreads, 0, stream>>>(args);
 }
 
 }  // namespace cachalot

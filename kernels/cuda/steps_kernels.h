@@ -52,6 +52,16 @@ struct BeginStepArgs {
 };
 void LaunchBeginStep(cudaStream_t stream, const BeginStepArgs& args);
 
+// Tokens (slot, token, is_generated) counted; slot -1: padding.
+struct CountTokensArgs {
+  const int32_t* tokens;  // [num_tokens, 3]
+  int64_t token_stride, num_tokens;
+  uint16_t* counts;
+  int64_t counts_stride, vocab_size;
+  int32_t num_slots;
+};
+void LaunchCountTokens(cudaStream_t stream, const CountTokensArgs& args);
+
 }  // namespace cachalot
 
 #endif  // CACHALOT_KERNELS_CUDA_STEPS_KERNELS_H_

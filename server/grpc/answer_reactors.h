@@ -136,6 +136,12 @@ class UnaryReactor final : public CallReactor<grpc::ServerUnaryReactor> {
     v1::Usage* usage = response_.mutable_usage();
     usage->set_prompt_tokens(std::max<int64_t>(usage->prompt_tokens(), event.usage.prompt_tokens));
     usage->set_completion_tokens(usage->completion_tokens() + event.usage.completion_tokens);
+    // As the prompt counts once: for the answer that computed most of it.
+    if (event.finish_reason != FinishReason::kNone) {
+      const int64_t cached = event.usage.cached_tokens;
+      usage->set_cached_tokens(std::exchange(has_ended_, true) ? std::min<int64_t>(usage->cached_tokens(), cached)
+                                                               : cached);
+    }
     Append(std::move(event), response_.mutable_answers(index));
     return absl::OkStatus();
   }
@@ -154,6 +160,7 @@ class UnaryReactor final : public CallReactor<grpc::ServerUnaryReactor> {
 
   Response response_;  // guarded by mutex_ until has_finished_
   size_t num_scores_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool has_ended_ ABSL_GUARDED_BY(mutex_) = false;  // one of its answers
   grpc::ByteBuffer* const buffer_;
 };
 

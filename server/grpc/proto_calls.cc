@@ -42,6 +42,7 @@ absl::Status ReadCommon(const Request& request, const SamplingParams& defaults, 
   }
   call->stop.assign(request.stop().begin(), request.stop().end());
   call->priority = request.priority();
+  call->cache_salt = request.cache_salt();
   return absl::OkStatus();
 }
 
@@ -98,6 +99,7 @@ void AppendCommon(GenerateEvent event, Response* response) {
   response->set_stop_string(std::move(event.stop_string));
   response->mutable_usage()->set_prompt_tokens(event.usage.prompt_tokens);
   response->mutable_usage()->set_completion_tokens(event.usage.completion_tokens);
+  response->mutable_usage()->set_cached_tokens(event.usage.cached_tokens);
 }
 
 }  // namespace

@@ -96,7 +96,11 @@ void AppendIds(std::string_view key, const std::vector<int32_t>& ids, std::strin
 void AppendUsage(const Usage& usage, std::string* out) {
   absl::StrAppend(out, ",\"usage\":{\"prompt_tokens\":", usage.prompt_tokens,
                   ",\"completion_tokens\":", usage.completion_tokens,
-                  ",\"total_tokens\":", usage.prompt_tokens + usage.completion_tokens, "}");
+                  ",\"total_tokens\":", usage.prompt_tokens + usage.completion_tokens,
+                  ",\"prompt_tokens_details\":{\"cached_tokens\":", usage.cached_tokens, "}");
+  // DeepSeek's names for it.
+  absl::StrAppend(out, ",\"prompt_cache_hit_tokens\":", usage.cached_tokens,
+                  ",\"prompt_cache_miss_tokens\":", usage.prompt_tokens - usage.cached_tokens, "}");
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Events of several generations, from the engine's output thread, become one response.
 #include "server/http/completion_call.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -134,6 +135,7 @@ void CompletionCall::OnEvent(int choice_idx, GenerateEvent event) {
     const FinishReason reason = event.finish_reason;
     usage_.completion_tokens += static_cast<int64_t>(event.tokens.size());
     choice_usages_[choice_idx].completion_tokens += static_cast<int64_t>(event.tokens.size());
+    choice_usages_[choice_idx].cached_tokens = event.usage.cached_tokens;
     if (reason == FinishReason::kError) {
       FailAnswer(event.error);
     } else {
@@ -177,8 +179,18 @@ void CompletionCall::BeginStream() {
       {.content_type = "text/event-stream; charset=utf-8", .body = "", .headers = {{"Cache-Control", "no-cache"}}});
 }
 
+// A prompt counts once, and so does what of it was not cached: for the answer that computed most of it.
+void CompletionCall::CountCached() {
+  for (auto first = choice_usages_.begin(); first != choice_usages_.end(); first += num_answers_) {
+    usage_.cached_tokens += std::min_element(first, first + num_answers_, [](const Usage& a, const Usage& b) {
+                              return a.cached_tokens < b.cached_tokens;
+                            })->cached_tokens;
+  }
+}
+
 void CompletionCall::FinishAnswer() {
   is_over_ = true;
+  CountCached();
   generations_.clear();
   if (!view_.stream) {
     // NOTE: of log-probabilities there may be megabytes, and this is the engine's output thread.

@@ -41,6 +41,7 @@ class CompletionCall : public std::enable_shared_from_this<CompletionCall> {
   void StreamEvent(int choice_idx, GenerateEvent event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void GatherEvent(int choice_idx, GenerateEvent event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void BeginStream() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void CountCached() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void FinishAnswer() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void FailAnswer(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

@@ -47,6 +47,7 @@ void OpenAiApi::Register(HttpServer* server) {
   handle("POST", "/v1/chat/completions", &OpenAiApi::ChatCompletions);
   handle("POST", "/tokenize", &OpenAiApi::Tokenize);
   handle("POST", "/detokenize", &OpenAiApi::Detokenize);
+  handle("POST", "/reset_prefix_cache", &OpenAiApi::ResetPrefixCache);
   handle("GET", "/v1/models", &OpenAiApi::Models);
   handle("GET", absl::StrCat(kModelsPath, "*").c_str(), &OpenAiApi::Model);
   handle("GET", "/readyz", &OpenAiApi::Ready);
@@ -103,6 +104,13 @@ void OpenAiApi::Detokenize(HttpRequest request, Responder responder) const {
   absl::StatusOr<std::string> text = generator_->Detokenize(call->tokens, "tokens", kMaxTextBytes);
   if (!text.ok()) return responder->Respond(ErrorResponse(text.status()));
   RespondJson(responder, {{"prompt", *std::move(text)}});
+}
+
+void OpenAiApi::ResetPrefixCache(HttpRequest, Responder responder) const {
+  if (absl::Status status = generator_->ResetPrefixCache(); !status.ok()) {
+    return responder->Respond(ErrorResponse(status));
+  }
+  RespondJson(responder, {{"status", "reset"}});
 }
 
 void OpenAiApi::Models(HttpRequest, Responder responder) const {

@@ -14,8 +14,9 @@
 
 namespace cachalot {
 
-// POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /v1/models/{id}, /metrics,
-// /version, /livez (the process answers), /health (the engine works), /readyz (and takes requests).
+// POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize, /reset_prefix_cache; GET /v1/models,
+// /v1/models/{id}, /metrics, /version, /livez (the process answers), /health (the engine works), /readyz (and takes
+// requests).
 class OpenAiApi {
  public:
   // `model_name` is the name clients use, `model_root` where the model came from. `generator`, `metrics` and this
@@ -33,6 +34,7 @@ class OpenAiApi {
   void Answer(const HttpRequest& request, absl::StatusOr<CompletionRequest> completion, Responder responder) const;
   void Tokenize(HttpRequest request, Responder responder) const;
   void Detokenize(HttpRequest request, Responder responder) const;
+  void ResetPrefixCache(HttpRequest request, Responder responder) const;
   void Models(HttpRequest request, Responder responder) const;
   void Model(HttpRequest request, Responder responder) const;
   void Ready(HttpRequest request, Responder responder) const;

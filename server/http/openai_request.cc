@@ -184,6 +184,7 @@ void ReadCommon(JsonFields* fields, CompletionRequest* request) {
     if (!(seconds > 0)) fields->Fail("timeout", "must be more than 0 seconds");
     request->call.deadline = absl::Now() + absl::Seconds(seconds);
   }
+  fields->Read("cache_salt", &request->call.cache_salt);
   fields->Read("return_token_ids", &request->view.token_ids);
   ReadStreamOptions(fields, &request->view);
   RefuseUnsupported(fields, request->n);

@@ -41,6 +41,7 @@ AnswerStream::AnswerStream(std::shared_ptr<const GeneratePlan> plan, const Token
 GenerateEvent AnswerStream::Next(Delta delta) {
   CHECK(!ended_);
   GenerateEvent event;
+  event.usage.cached_tokens = usage_.cached_tokens = delta.num_cached_tokens;
   if (!std::exchange(started_, true) && plan_->echo) AppendPrompt(&event);
   for (const TokenLogprob& logprob : delta.prompt_logprobs) AppendPromptScore(logprob, &event);
 

@@ -53,6 +53,7 @@ struct GenerateCall {
   bool echo = false;                // the answer begins with the prompt; with log-probabilities, so do they
   int priority = 0;                 // Request::priority
   std::string client;               // Request::client
+  std::string cache_salt;           // Request::cache_salt
   absl::Time deadline = absl::InfiniteFuture();  // past it the answer ends with kError (DeadlineExceeded)
 };
 
@@ -66,7 +67,7 @@ struct GeneratePlan {
   bool echo = false;
   ReasoningStart reasoning = ReasoningStart::kNever;
   int priority = 0;
-  std::string client;
+  std::string client, cache_salt;
   absl::Time deadline = absl::InfiniteFuture();
 };
 
@@ -83,6 +84,7 @@ struct TokenScore {
 struct Usage {
   int64_t prompt_tokens = 0;
   int64_t completion_tokens = 0;
+  int64_t cached_tokens = 0;  // of the prompt: found in the prefix cache
 };
 
 // A step of one answer. The text of all events together is the answer; a token's text may come in a later event than
@@ -97,7 +99,7 @@ struct GenerateEvent {
   FinishReason finish_reason = FinishReason::kNone;  // set in the last event, exactly once
   std::string stop_string;                           // the one that ended the answer, if one did
   absl::Status error;                                // when kError; with the engine's code
-  Usage usage;                                       // in the last event
+  Usage usage;                                       // in the last event; `cached_tokens` in all
 };
 
 // Log-probabilities (of tokens and of alternatives, about a hundred bytes each) that may wait in the server, for a slow

@@ -50,8 +50,8 @@ void GenerationRecord::OnEvent(const GenerateEvent& event, const RequestTimes& t
 void GenerationRecord::LogEnd(const GenerateEvent& event, const RequestTimes& times, absl::Time now) const {
   std::string line = absl::StrCat(
       "a generation ended\tfinish_reason=", Name(event.finish_reason), "\tprompt_tokens=", num_prompt_tokens_,
-      "\tgenerated_tokens=", event.usage.completion_tokens, "\tseconds=", absl::ToDoubleSeconds(now - times_.start),
-      "\tqueue_seconds=", absl::ToDoubleSeconds(times.queued));
+      "\tcached_tokens=", event.usage.cached_tokens, "\tgenerated_tokens=", event.usage.completion_tokens,
+      "\tseconds=", absl::ToDoubleSeconds(now - times_.start), "\tqueue_seconds=", absl::ToDoubleSeconds(times.queued));
   if (first_token_ != absl::InfinitePast()) {
     absl::StrAppend(&line, "\tfirst_token_seconds=", absl::ToDoubleSeconds(first_token_ - times_.start));
   }

@@ -53,6 +53,12 @@ class Generator::Gate {
     std::shared_lock lock(mutex_);
     if (engine_ != nullptr) engine_->Cancel(id);
   }
+  absl::Status ResetPrefixCache() {
+    std::shared_lock lock(mutex_);
+    if (engine_ == nullptr) return Stopping();
+    engine_->ResetPrefixCache();
+    return absl::OkStatus();
+  }
   absl::Status Health() {
     std::shared_lock lock(mutex_);
     return engine_ == nullptr ? Stopping() : engine_->health();
@@ -149,6 +155,8 @@ absl::Status Generator::health() const {
 
 absl::Status Generator::engine_health() const { return gate_->Health(); }
 
+absl::Status Generator::ResetPrefixCache() { return gate_->ResetPrefixCache(); }
+
 EngineStats Generator::stats() const { return gate_->Stats(); }
 
 int Generator::num_running() const { return gate_->num_running(); }
@@ -234,6 +242,7 @@ absl::StatusOr<std::shared_ptr<const GeneratePlan>> Generator::Prepare(GenerateC
   plan->skip_special_tokens = call.skip_special_tokens;
   plan->priority = call.priority;
   plan->client = std::move(call.client);
+  plan->cache_salt = std::move(call.cache_salt);
   plan->deadline = call.deadline;
   return plan;
 }
@@ -289,6 +298,7 @@ absl::StatusOr<std::shared_ptr<Generation>> Generator::Start(std::shared_ptr<con
                   .sampling = plan->sampling,
                   .priority = plan->priority,
                   .client = plan->client,
+                  .cache_salt = plan->cache_salt,
                   .deadline = plan->deadline};
   request.sampling.choice = choice;
   auto generation = std::make_shared<LiveGeneration>(gate_, options_, std::move(plan), tokenizer_, std::move(sink));

@@ -73,6 +73,8 @@ class Generator {
   absl::Status health() const;
   absl::Status engine_health() const;
   EngineStats stats() const;
+  // Engine::ResetPrefixCache; Unavailable after Stop().
+  absl::Status ResetPrefixCache();
   // Generations whose last event has not been given out.
   int num_running() const;
   const ModelInfo& model() const { return model_; }

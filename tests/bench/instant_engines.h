@@ -48,6 +48,7 @@ class InstantEngine : public Engine {
     return sinks_.size();
   }
   void Cancel(RequestId) override {}
+  void ResetPrefixCache() override {}
   EngineStats stats() const override { return {}; }
   const ModelInfo& model() const override { return model_; }
   absl::Status health() const override { return absl::OkStatus(); }
@@ -123,6 +124,7 @@ class MixedEngine : public Engine {
     return ++next_id_;
   }
   void Cancel(RequestId) override {}
+  void ResetPrefixCache() override {}
   EngineStats stats() const override { return {}; }
   const ModelInfo& model() const override { return model_; }
   absl::Status health() const override { return absl::OkStatus(); }

@@ -78,6 +78,7 @@ class NoOps : public Ops {
   void UpdateBlockTables(const SlotState&, const Tensor&) override {}
   void UpdateTokenBiases(const SlotState&, const Tensor&) override {}
   void BeginStep(const StepRows&, const SlotState&, const StepInput&) override {}
+  void CountTokens(const SlotState&, const Tensor&) override {}
   void Embed(const Tensor&, const Weight&, const StepRows&) override {}
   void AddRmsNorm(const Tensor&, const Activation&, const Tensor&, const Tensor&, const Weight&, float) override {}
   void Linear(const Tensor&, const Activation&, const Weight&) override {}

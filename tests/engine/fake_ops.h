@@ -54,6 +54,7 @@ class FakeOps : public Ops {
   void UpdateBlockTables(const SlotState&, const Tensor&) override { Unused(); }
   void UpdateTokenBiases(const SlotState&, const Tensor&) override { Unused(); }
   void BeginStep(const StepRows&, const SlotState&, const StepInput&) override { Unused(); }
+  void CountTokens(const SlotState&, const Tensor&) override { Unused(); }
   void Embed(const Tensor&, const Weight&, const StepRows&) override { Unused(); }
   void AddRmsNorm(const Tensor&, const Activation&, const Tensor&, const Tensor&, const Weight&, float) override {
     Unused();

@@ -97,6 +97,7 @@ void AppendDelta(Delta delta, Answer* answer) {
   answer->finish_reason = delta.finish_reason;
   answer->error = delta.error;
   answer->times = delta.times;
+  answer->num_cached_tokens = delta.num_cached_tokens;
 }
 
 std::vector<Answer> RunAll(Engine& engine, const std::vector<Request>& requests) {

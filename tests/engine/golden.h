@@ -42,6 +42,7 @@ struct Answer {
   FinishReason finish_reason = FinishReason::kNone;
   absl::Status error;
   RequestTimes times;
+  int num_cached_tokens = 0;
 };
 
 void AppendDelta(Delta delta, Answer* answer);

@@ -1,4 +1,4 @@
-// SchedulerDriver: the made-up device, and the invariants of every step.
+// SchedulerDriver: turns, and the invariants of every step.
 #include "tests/engine/scheduler_driver.h"
 
 #include <gtest/gtest.h>
@@ -10,116 +10,33 @@
 
 namespace cachalot {
 
-// ---- The device ----
-
-StepResult FakeDevice::Run(const StepPlan& plan) {
-  StepResult result;
-  result.step = plan.step;
-  std::set<int> named;
-  for (const SequenceStep& s : plan.sequences) named.insert(s.slot);
-  for (const BlockUpdate& u : plan.block_updates) {
-    EXPECT_TRUE(named.count(u.slot)) << "blocks of a slot that the step does not name";
-    auto& table = slots_[u.slot].blocks;
-    if (static_cast<int>(table.size()) <= u.index) table.resize(u.index + 1, -1);
-    table[u.index] = u.block;
-  }
-  EXPECT_LE(plan.num_proposed, max_drafts_);
-  num_proposed_ = plan.num_proposed;
-  std::vector<std::vector<int32_t>> next;  // the fake model's token after each row of every sequence
-  std::vector<int> first_rows;
-  int num_rows = 0;
-  for (const SequenceStep& s : plan.sequences) {
-    next.push_back(FeedRows(s, &slots_[s.slot]));
-    first_rows.push_back(num_rows);
-    num_rows += s.num_rows;
-  }
-  result.num_accepted.assign(plan.sequences.size(), 0);
-  for (const LogitsRow& row : plan.logits_rows) {
-    const int s = row.sequence;
-    result.tokens.push_back(row.target >= 0 ? row.target : next[s][row.row - first_rows[s]]);
-    result.logprobs.push_back(-1.0f);
-    if (row.target >= 0 || result.num_accepted[s] > 0) continue;
-    Sample(next[s], plan.sequences[s].start < 0, &slots_[plan.sequences[s].slot], &result.num_accepted[s]);
-  }
-  result.top_tokens.assign(result.tokens.size() * kMaxTopLogprobs, 0);
-  result.top_logprobs.assign(result.tokens.size() * kMaxTopLogprobs, 0);
-  return result;
-}
-
-std::vector<int32_t> FakeDevice::FeedRows(const SequenceStep& step, Slot* slot) {
-  if (step.params.apply != 0) {
-    slot->owner = step.params.seed;
-    slot->tokens.clear();
-    slot->context = Context();
-  }
-  std::vector<int32_t> next;
-  for (int i = 0; i < step.num_rows; ++i) {
-    EXPECT_TRUE(step.start < 0 || static_cast<int>(slot->tokens.size()) == step.start + i) << "rows out of order";
-    Feed(step.start >= 0 ? step.tokens[i] : i == 0 ? slot->last : slot->drafts.at(i - 1), slot);
-    next.push_back(slot->context.Next());
-  }
-  CheckCache(*slot);
-  return next;
-}
-
-// Forgets what the rows of wrong drafts have done, and proposes drafts anew.
-void FakeDevice::Sample(const std::vector<int32_t>& next, bool is_decode, Slot* slot, int32_t* num_accepted) {
-  const int num_rows = static_cast<int>(next.size());
-  int num_right = is_decode ? 0 : num_rows - 1;
-  while (is_decode && num_right + 1 < num_rows && slot->drafts[num_right] == next[num_right]) ++num_right;
-  *num_accepted = is_decode ? num_right + 1 : 1;
-  slot->last = next[num_right];
-  slot->tokens.resize(slot->tokens.size() - (num_rows - 1 - num_right));
-  slot->context = Context();
-  for (int32_t token : slot->tokens) slot->context.Append(token);
-  Propose(slot);
-}
-
-void FakeDevice::Propose(Slot* slot) {
-  Context context = slot->context;
-  context.Append(slot->last);
-  slot->drafts.clear();
-  for (int i = 0; i < num_proposed_; ++i) {
-    Write(static_cast<int>(slot->tokens.size()) + i, -1, *slot);
-    slot->drafts.push_back(context.hash % 5 == 0 ? kFakeVocab : context.Next());
-    context.Append(slot->drafts.back());
-  }
-}
-
-void FakeDevice::Write(int position, int32_t token, const Slot& slot) {
-  const int index = position / kBlockTokens;
-  ASSERT_LT(position, max_positions_);
-  ASSERT_LT(index, static_cast<int>(slot.blocks.size())) << "no block for the position";
-  auto& block = cache_[slot.blocks[index]];
-  block.resize(kBlockTokens);
-  block[position % kBlockTokens] = {slot.owner, position, token};
-}
-
-void FakeDevice::Feed(int32_t token, Slot* slot) {
-  Write(static_cast<int>(slot->tokens.size()), token, *slot);
-  slot->tokens.push_back(token);
-  slot->context.Append(token);
-}
-
-void FakeDevice::CheckCache(const Slot& slot) {
-  for (int p = 0; p < static_cast<int>(slot.tokens.size()); ++p) {
-    const Written& written = cache_[slot.blocks[p / kBlockTokens]][p % kBlockTokens];
-    ASSERT_TRUE((written == Written{slot.owner, p, slot.tokens[p]}))
-        << "request " << written.owner << " wrote over request " << slot.owner;
-  }
-}
-
 // ---- Requests ----
 
 RequestId SchedulerDriver::Add(int prompt_length, Options options) {
   std::mt19937 random(static_cast<uint32_t>(next_id_));
   auto sequence = std::make_unique<Sequence>();
-  for (int i = 0; i < prompt_length; ++i) sequence->tokens.push_back(3 + static_cast<int>(random() % (kFakeVocab - 3)));
+  std::mt19937 family_random(static_cast<uint32_t>(1000000 + options.family));
+  if (options.continues > 0) {
+    const Record& before = records_.at(options.continues);
+    sequence->tokens = before.prompt;
+    sequence->tokens.insert(sequence->tokens.end(), before.tokens.begin(), before.tokens.end());
+    options.salt = before.options.salt;
+    prompt_length = std::min(prompt_length + static_cast<int>(sequence->tokens.size()), limits_.max_model_len - 1);
+    if (static_cast<int>(sequence->tokens.size()) > prompt_length) sequence->tokens.resize(prompt_length);
+    options.num_of_family = 0;
+  }
+  while (static_cast<int>(sequence->tokens.size()) < std::min(options.num_of_family, prompt_length)) {
+    sequence->tokens.push_back(3 + static_cast<int>(family_random() % (kFakeVocab - 3)));
+  }
+  while (static_cast<int>(sequence->tokens.size()) < prompt_length)
+    sequence->tokens.push_back(3 + static_cast<int>(random() % (kFakeVocab - 3)));
   sequence->num_prompt_tokens = prompt_length;
   sequence->priority = options.priority;
   sequence->client = options.client;
   sequence->sampling.max_tokens = options.max_tokens;
+  sequence->cache_salt = options.salt;
   if (options.scores) sequence->sampling.prompt_logprobs = 0;
+  if (options.has_penalties) sequence->sampling.repetition_penalty = 1.5f;
   if (options.deadline_turns > 0) sequence->deadline = now_ + absl::Seconds(options.deadline_turns);
   const RequestId id = Add(std::move(sequence));
   records_[id].options = options;
@@ -135,7 +52,9 @@ RequestId SchedulerDriver::Add(std::unique_ptr<Sequence> sequence) {
   r.options.priority = sequence->priority;
   r.submitted = now_;
   r.deadline = sequence->deadline;
+  r.context = Context(sequence->cache_salt);
   for (int32_t token : r.prompt) r.context.Append(token);
+  device_.SetSalt(id, sequence->cache_salt);
   r.live = sequence.get();
   counts_.prompt_tokens += r.prompt.size();
   scheduler_.Add(std::move(sequence));
@@ -177,6 +96,7 @@ void SchedulerDriver::TakeEnd(RequestId id, const Delta& delta) {
   r.reason = delta.finish_reason;
   r.error = delta.error;
   r.times = delta.times;
+  r.num_cached_tokens = delta.num_cached_tokens;
   if (r.reason == FinishReason::kCancelled) {
     EXPECT_TRUE(r.is_cancelled);
     ++counts_.cancelled;
@@ -222,6 +142,8 @@ bool SchedulerDriver::Turn(bool waits_early) {
   if (!plan.empty()) {
     CheckShape(plan);
     CheckOwnership(plan);
+    CheckSharing();
+    counts_.counted += plan.counted_tokens.size();
     in_flight_.back().result = device_.Run(plan);
     Serve(plan);
     CheckRows(plan, pool_.num_free() > 0 && stats().preemptions == preemptions);
@@ -298,31 +220,59 @@ void SchedulerDriver::CheckShape(const StepPlan& plan) const {
   EXPECT_EQ(rows, plan.num_rows);
 }
 
-// Blocks belong to one sequence each; slots and blocks that a step in flight names are nobody else's.
+// Slots are one sequence's each, and those that a step in flight names nobody else's; so are blocks to be written to.
 void SchedulerDriver::CheckOwnership(const StepPlan& plan) {
   std::map<int, const Sequence*> by_slot;
   std::set<int32_t> blocks;
   for (const auto& [standing, id] : live_) {
     const Sequence& s = *records_[id].live;
     EXPECT_TRUE(s.slot < 0 || by_slot.emplace(s.slot, &s).second) << "a slot of two sequences";
-    for (int32_t block : s.blocks) EXPECT_TRUE(blocks.insert(block).second) << "a block of two sequences";
+    blocks.insert(s.blocks.begin(), s.blocks.end());
   }
   EXPECT_LE(static_cast<int>(blocks.size()), pool_.num_used()) << "a block that is in use is free";
   InFlight step;
+  std::map<int, int> last_rows;
   for (const SequenceStep& s : plan.sequences) {
+    last_rows[s.slot] = s.num_rows;
     const auto it = by_slot.find(s.slot);
     EXPECT_NE(it, by_slot.end()) << "a row of nobody";
     if (it == by_slot.end()) continue;
     step.slots.insert(s.slot);
-    step.blocks.insert(it->second->blocks.begin(), it->second->blocks.end());
+    const Sequence& sequence = *it->second;
+    const int num_written =
+        s.start < 0 || sequence.is_decoding ? static_cast<int>(sequence.blocks.size()) : BlocksFor(sequence.num_fed);
+    step.blocks.insert(sequence.blocks.begin(), sequence.blocks.begin() + num_written);
     for (const InFlight& earlier : in_flight_) {
       EXPECT_FALSE(s.params.apply != 0 && earlier.slots.count(s.slot)) << "a slot was freed too early";
     }
   }
   for (const BlockUpdate& u : plan.block_updates) {
+    const Sequence* s = by_slot[u.slot];
+    if (s == nullptr || u.index < BlocksFor(s->num_fed - last_rows[u.slot])) continue;  // read only
     for (const InFlight& earlier : in_flight_) EXPECT_FALSE(earlier.blocks.count(u.block)) << "freed too early";
   }
   in_flight_.push_back(std::move(step));
+}
+
+// A block of several sequences is the same part of the same beginning, of one salt, and none of them will write to it.
+void SchedulerDriver::CheckSharing() {
+  std::map<int32_t, std::vector<std::pair<const Sequence*, int>>> users;  // by block: who, and where
+  for (const auto& [standing, id] : live_) {
+    const Sequence& s = *records_[id].live;
+    for (int i = 0; i < static_cast<int>(s.blocks.size()); ++i) users[s.blocks[i]].emplace_back(&s, i);
+  }
+  for (const auto& [block, of] : users) {
+    EXPECT_LE(static_cast<int>(of.size()), pool_.num_users(block));
+    counts_.shared += of.size() - 1;
+    const auto [first, index] = of.front();
+    const int end = (index + 1) * kBlockTokens;
+    for (size_t i = 1; i < of.size(); ++i) {
+      const auto [s, at] = of[i];
+      ASSERT_TRUE(at == index && s->cache_salt == first->cache_salt);
+      ASSERT_TRUE(s->num_fed >= end && first->num_fed >= end) << "a shared block is not full";
+      ASSERT_TRUE(std::equal(s->tokens.begin(), s->tokens.begin() + end, first->tokens.begin()));
+    }
+  }
 }
 
 SchedulerDriver::Waiting SchedulerDriver::FirstWaiting() const {
@@ -369,6 +319,7 @@ void SchedulerDriver::CheckRows(const StepPlan& plan, bool had_blocks) {
     RequestId id;
     int rows;
     std::string client;
+    bool may_wait;  // for what another computes, or for its penalties' turn
     int turn = 0;
   };
   std::vector<Prompt> prompts;
@@ -379,7 +330,10 @@ void SchedulerDriver::CheckRows(const StepPlan& plan, bool had_blocks) {
     const auto it = steps.find(s.slot);
     const bool is_chunk = it != steps.end() && it->second->start >= 0;
     if (is_chunk || (it == steps.end() && !s.is_decoding && s.num_unfed() > 0)) {
-      prompts.push_back({std::max(s.priority, 0), s.num_unfed() + r.rows, id, r.rows, s.client});
+      const bool follows = r.rows == 0 && Follows(s);
+      counts_.followed += follows ? 1 : 0;
+      const bool may_wait = follows || (s.has_penalties() && !plan.counted_tokens.empty());
+      prompts.push_back({std::max(s.priority, 0), s.num_unfed() + r.rows, id, r.rows, s.client, may_wait});
     } else if (it == steps.end()) {
       EXPECT_FALSE(had_blocks && WantsRows(s)) << "decodes without a row";
     }
@@ -395,9 +349,23 @@ void SchedulerDriver::CheckRows(const StepPlan& plan, bool had_blocks) {
   for (const Prompt& a : prompts) {
     for (const Prompt& b : prompts) {
       const bool is_before = std::pair(a.priority, a.turn) < std::pair(b.priority, b.turn);
-      EXPECT_FALSE(is_before && a.rows < a.num_unfed && b.rows > 0) << "out of turn";
+      EXPECT_FALSE(is_before && a.rows < a.num_unfed && b.rows > 0 && !(a.rows == 0 && a.may_wait)) << "out of turn";
     }
   }
+}
+
+// Whether another prompt is at the same block, of the same beginning.
+bool SchedulerDriver::Follows(const Sequence& s) {
+  const int index = s.num_fed / kBlockTokens, end = (s.num_fed / kBlockTokens + 1) * kBlockTokens;
+  if (s.num_fed % kBlockTokens != 0 || end >= static_cast<int>(s.tokens.size())) return false;
+  for (const auto& [standing, id] : live_) {
+    const Record& r = records_[id];
+    const Sequence& other = *r.live;
+    if (&other == &s || other.slot < 0 || other.cache_salt != s.cache_salt) continue;
+    if (static_cast<int>(other.tokens.size()) < end || (other.num_fed - r.rows) / kBlockTokens != index) continue;
+    if (std::equal(s.tokens.begin(), s.tokens.begin() + end, other.tokens.begin())) return true;
+  }
+  return false;
 }
 
 // Steps without a row, of those that run and of the first of all.

@@ -10,55 +10,9 @@
 #include <vector>
 
 #include "engine/schedule/scheduler.h"
+#include "tests/engine/fake_device.h"
 
 namespace cachalot {
-
-inline constexpr int kFakeVocab = 1000;
-
-// Tokens folded into a number; the fake model's next token is a function of it.
-struct Context {
-  uint64_t hash = 1469598103934665603u;
-  void Append(int32_t token) { hash = (hash ^ static_cast<uint64_t>(token)) * 1099511628211u; }
-  int32_t Next() const { return static_cast<int32_t>(3 + (hash >> 20) % (kFakeVocab - 3)); }
-};
-
-// Stands where the device stands: slots, block tables and a cache that remembers who wrote what. Expects rows in
-// order, a block for every position, drafts' included, and that nobody else wrote to a sequence's blocks. Of its drafts
-// four in five are right.
-class FakeDevice {
- public:
-  explicit FakeDevice(const SchedulerLimits& limits)
-      : max_drafts_(limits.max_drafts),
-        max_positions_(limits.max_model_len + DraftSlack(limits.max_drafts)),
-        slots_(limits.max_sequences) {}
-  StepResult Run(const StepPlan& plan);
-
- private:
-  struct Slot {
-    uint64_t owner = 0;  // SlotParams.seed: the request's id
-    std::vector<int32_t> tokens, blocks;
-    Context context;
-    int32_t last = -1;
-    std::vector<int32_t> drafts;
-  };
-  struct Written {
-    uint64_t owner;
-    int position;
-    int32_t token;
-    friend bool operator==(const Written&, const Written&) = default;
-  };
-  void Write(int position, int32_t token, const Slot& slot);
-  void Feed(int32_t token, Slot* slot);
-  std::vector<int32_t> FeedRows(const SequenceStep& step, Slot* slot);
-  void Sample(const std::vector<int32_t>& next, bool is_decode, Slot* slot, int32_t* num_accepted);
-  void Propose(Slot* slot);
-  void CheckCache(const Slot& slot);
-
-  const int max_drafts_, max_positions_;
-  int num_proposed_ = 0;  // by the step that runs
-  std::vector<Slot> slots_;
-  std::map<int32_t, std::vector<Written>> cache_;  // by block
-};
 
 class SchedulerDriver {
  public:
@@ -67,6 +21,11 @@ class SchedulerDriver {
     std::string client = {};
     bool scores = false;
     int deadline_turns = 0;  // from now; 0: none
+    // The first tokens of its prompt are those of all of its family; it is of a salt, and has penalties or none.
+    int family = 0, num_of_family = 0;
+    std::string salt = {};
+    RequestId continues = 0;  // its prompt begins with the prompt and the tokens of this one, or as many as it has now
+    bool has_penalties = false;
   };
   struct Record {
     std::vector<int32_t> prompt, tokens;
@@ -80,16 +39,19 @@ class SchedulerDriver {
     FinishReason reason = FinishReason::kNone;
     absl::Status error;
     RequestTimes times;
+    int num_cached_tokens = 0;
     int rows = 0;          // in the last step
     int num_unserved = 0;  // steps since it was served, while it ran or was the first of all
   };
   struct Counts {
     uint64_t cancelled = 0, expired = 0, overtakes = 0, prompt_tokens_ended = 0, prompt_tokens = 0;
+    uint64_t shared = 0, followed = 0, counted = 0;  // blocks in use twice; prompts that waited for one; tokens
     int longest_decode_wait = 0, longest_prompt_wait = 0, longest_first_wait = 0;  // steps
   };
 
-  SchedulerDriver(SchedulerLimits limits, int num_blocks)
-      : limits_(limits), pool_(num_blocks), scheduler_(limits, &pool_), device_(limits) {}
+  SchedulerDriver(SchedulerLimits limits, int num_blocks,
+                  BlockPool::PrefixCache prefix_cache = BlockPool::PrefixCache::kOn)
+      : limits_(limits), pool_(num_blocks, prefix_cache), scheduler_(limits, &pool_), device_(limits) {}
 
   RequestId Add(int prompt_length, Options options);
   RequestId Add(std::unique_ptr<Sequence> sequence);  // id, submitted and seed are the driver's
@@ -105,7 +67,7 @@ class SchedulerDriver {
 
   Scheduler& scheduler() { return scheduler_; }
   EngineStats stats() const { return scheduler_.stats(); }
-  const BlockPool& pool() const { return pool_; }
+  BlockPool& pool() { return pool_; }
   const Record& record(RequestId id) { return records_.at(id); }
   const Counts& counts() const { return counts_; }
   const StepPlan& last_plan() const { return last_plan_; }
@@ -125,7 +87,9 @@ class SchedulerDriver {
   void CheckShape(const StepPlan& plan) const;
   void CheckOwnership(const StepPlan& plan);
   void CheckAdmissions(const Before& before, Waiting first);
+  void CheckSharing();
   void CheckRows(const StepPlan& plan, bool had_blocks);
+  bool Follows(const Sequence& s);
   void CheckWaits(const Before& before);
   void Serve(const StepPlan& plan);
   void Take(const Scheduler::Deltas& deltas);

@@ -490,24 +490,5 @@ TEST(Scheduler, CountsTheRowsOfSteps) {
   EXPECT_EQ(rows.sum, 20620u);
 }
 
-TEST(BlockPool, GivesAllOrNothing) {
-  BlockPool pool(4);
-  std::vector<int32_t> blocks;
-  EXPECT_TRUE(pool.Allocate(3, &blocks));
-  EXPECT_FALSE(pool.Allocate(2, &blocks));
-  EXPECT_EQ(blocks.size(), 3u);
-  EXPECT_EQ(pool.num_free(), 1);
-  pool.Release(blocks);
-  EXPECT_EQ(pool.num_used(), 0);
-}
-
-TEST(BlockPoolDeathTest, ADoubleFreeIsABug) {
-  BlockPool pool(4);
-  std::vector<int32_t> blocks;
-  ASSERT_TRUE(pool.Allocate(1, &blocks));
-  pool.Release(blocks);
-  EXPECT_DEATH(pool.Release(blocks), "");
-}
-
 }  // namespace
 }  // namespace cachalot

@@ -16,7 +16,8 @@ T Must(absl::StatusOr<T> value) {
 
 }  // namespace
 
-StepLoop::StepLoop(const std::string& model_dir, SchedulerLimits limits, int num_blocks, int max_logits_rows)
+StepLoop::StepLoop(const std::string& model_dir, SchedulerLimits limits, int num_blocks, int max_logits_rows,
+                   BlockPool::PrefixCache prefix_cache)
     : config_(Must(ModelConfig::Load(model_dir))), checkpoint_(Must(Checkpoint::Open(model_dir))) {
   BackendOptions backend;
   backend.device = "cpu";
@@ -35,7 +36,7 @@ StepLoop::StepLoop(const std::string& model_dir, SchedulerLimits limits, int num
   options.num_valid_tokens = config_.vocab_size;
   runner_ = Must(Runner::Create(config_, *checkpoint_, options, *backend_));
   shapes_ = std::make_unique<StepShapes>(options.limits, backend_->device());
-  pool_ = std::make_unique<BlockPool>(num_blocks);
+  pool_ = std::make_unique<BlockPool>(num_blocks, prefix_cache);
   limits.eos_token_ids = config_.eos_token_ids;
   scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
 }
@@ -46,6 +47,7 @@ void StepLoop::Add(const Request& request) {
   sequence->sampling = request.sampling;
   sequence->priority = request.priority;
   sequence->client = request.client;
+  sequence->cache_salt = request.cache_salt;
   sequence->submitted = absl::Now();
   sequence->num_prompt_tokens = static_cast<int>(request.prompt.size());
   sequence->tokens = request.prompt;

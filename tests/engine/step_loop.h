@@ -16,7 +16,8 @@ namespace cachalot {
 // On the CPU. Aborts the test program when the checkpoint cannot be served.
 class StepLoop {
  public:
-  StepLoop(const std::string& model_dir, SchedulerLimits limits, int num_blocks, int max_logits_rows = 0);
+  StepLoop(const std::string& model_dir, SchedulerLimits limits, int num_blocks, int max_logits_rows = 0,
+           BlockPool::PrefixCache prefix_cache = BlockPool::PrefixCache::kOn);
 
   void Add(const Request& request);
   // Plans and launches a step, and takes the result of the oldest when two are under way or nothing was planned; false
@@ -27,6 +28,7 @@ class StepLoop {
 
   const std::vector<Answer>& answers() const { return answers_; }  // in the order of Add
   EngineStats stats() const { return scheduler_->stats(); }
+  BlockPool& pool() { return *pool_; }
   Runner& runner() { return *runner_; }
 
  private:

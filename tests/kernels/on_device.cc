@@ -43,6 +43,11 @@ class OnDeviceOps : public Ops {
     at.Out(rows).Out(state).In(input);
     memory_.Run(&at, [&] { ops_.BeginStep(at(rows), at(state), at(input)); });
   }
+  void CountTokens(const SlotState& state, const Tensor& tokens) override {
+    DeviceCall at;
+    at.Out(state).In(tokens);
+    memory_.Run(&at, [&] { ops_.CountTokens(at(state), at(tokens)); });
+  }
 
   void Embed(const Tensor& h, const Weight& embed_tokens, const StepRows& rows) override {
     DeviceCall at;

@@ -1,4 +1,4 @@
-// UpdateBlockTables and BeginStep, and what slots remember over steps with drafts.
+// UpdateBlockTables, BeginStep and CountTokens, and what slots remember over steps with drafts.
 #include <gtest/gtest.h>
 
 #include "tests/kernels/step_world.h"
@@ -84,6 +84,30 @@ TEST_F(StepsTest, EnteringForgetsThePast) {
   Begin(world, next);
   EXPECT_EQ(world.Count(1, 8), 0x8001);
   EXPECT_EQ(world.Length(1), 3);
+}
+
+// Tokens that the cache had already count as if they had been fed, also several times, beside those that are.
+TEST_F(StepsTest, CountTokens) {
+  StepWorld fed(2, 0, 50, true), counted(2, 0, 50, true);
+  Step all({{1, 0, {5, 5, 7, 8, 8, 5}, 0, Entering(4)}});
+  Begin(fed, all);
+  Step rest({{1, 3, {8, 8, 5}, 0, Entering(4)}});
+  Begin(counted, rest);
+  Owned tokens(DType::kI32, {4, 3});
+  ops().CountTokens(counted.state, tokens.Set({1, 5, 0, 1, 5, 0, -1, 9, 1, 1, 7, 0}));
+  for (int token = 0; token < 50; ++token) {
+    EXPECT_EQ(counted.Count(1, token), fed.Count(1, token)) << token;
+    EXPECT_EQ(counted.Count(0, token), 0);
+  }
+  EXPECT_EQ(fed.Count(1, 5), 0x8001);
+  Owned generated(DType::kI32, {70, 3});
+  std::vector<int32_t> values;
+  for (int i = 0; i < 70; ++i) values.insert(values.end(), {0, 8 + i % 2, 1});
+  ops().CountTokens(counted.state, generated.Set(values));
+  EXPECT_EQ(counted.Count(0, 8), 35);
+  EXPECT_EQ(counted.Count(0, 9), 35);
+  EXPECT_EQ(counted.Count(1, 8), fed.Count(1, 8));
+  ops().CountTokens(counted.state, Owned(DType::kI32, {0, 3}));
 }
 
 // Prefill, then decodes whose drafts are all right, half right and all wrong; counts and length follow what counts.

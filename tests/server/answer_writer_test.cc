@@ -122,7 +122,11 @@ TEST(AnswerWriterTest, ChunksOfAChat) {
     EXPECT_EQ(chunk["id"], "id");
     EXPECT_EQ(chunk["object"], "chat.completion.chunk");
     EXPECT_EQ(chunk["choices"][0]["index"], 2);
-    EXPECT_EQ(chunk["usage"], json::parse(R"({"prompt_tokens":3,"completion_tokens":4,"total_tokens":7})"));
+    EXPECT_EQ(
+        chunk["usage"],
+        json::parse(
+            R"({"prompt_tokens":3,"completion_tokens":4,"total_tokens":7,"prompt_tokens_details":{"cached_tokens":0},
+      "prompt_cache_hit_tokens":0,"prompt_cache_miss_tokens":3})"));
   }
   EXPECT_EQ(events[0]["choices"][0]["delta"], json::parse(R"({"role":"assistant","content":""})"));
   EXPECT_EQ(events[1]["choices"][0]["delta"], json::parse(R"({"reasoning_content":"hm"})"));
@@ -171,7 +175,8 @@ TEST(AnswerWriterTest, WholeAnswers) {
        "logprobs":null,"finish_reason":"stop"},
       {"index":1,"message":{"role":"assistant","content":"no","refusal":null},
        "logprobs":null,"finish_reason":"length"}],
-      "usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}})"));
+      "usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7,"prompt_tokens_details":{"cached_tokens":0},
+      "prompt_cache_hit_tokens":0,"prompt_cache_miss_tokens":3}})"));
   EXPECT_EQ(json::parse(AnswerWriter({}, "id", 7, "m").Whole(choices, {3, 4}))["choices"][1],
             json::parse(R"({"index":1,"text":"no","logprobs":null,"finish_reason":"length"})"));
 }

@@ -29,6 +29,7 @@ struct FakeEngineOptions {
   int max_model_len = 256;
   int vocab_size = 320;
   int max_waiting = 4096;
+  int cached_tokens = 0;  // of each prompt; of choice c, c more
 };
 
 class FakeEngine : public Engine {
@@ -70,6 +71,14 @@ class FakeEngine : public Engine {
     cancels_.push_back(id);
     changed_.notify_all();
     if (const auto found = live_.find(id); found != live_.end()) found->second.is_cancelled = true;
+  }
+  void ResetPrefixCache() override {
+    std::lock_guard lock(mutex_);
+    ++num_resets_;
+  }
+  int num_resets() const {
+    std::lock_guard lock(mutex_);
+    return num_resets_;
   }
   EngineStats stats() const override { return {}; }
   const ModelInfo& model() const override { return model_; }
@@ -143,6 +152,8 @@ class FakeEngine : public Engine {
 
   Delta Step(Live* live) const {
     Delta delta;
+    const int choice = static_cast<int>(live->request.sampling.choice);
+    delta.num_cached_tokens = options_.cached_tokens > 0 ? options_.cached_tokens + choice : 0;
     const SamplingParams& sampling = live->request.sampling;
     if (live->is_cancelled) {
       delta.finish_reason = FinishReason::kCancelled;
@@ -189,6 +200,7 @@ class FakeEngine : public Engine {
   std::map<RequestId, Live> live_;
   std::vector<Request> requests_;
   std::vector<RequestId> cancels_;
+  int num_resets_ = 0;
   RequestId next_id_ = 1;
   bool is_stopping_ = false;
   std::thread thread_;

@@ -97,6 +97,11 @@ TEST(MetricsTest, OneGeneration) {
   stats.step_rows.Add(5);
   stats.draft_tokens = 7;
   stats.accepted_draft_tokens = 6;
+  stats.prompt_tokens = 50;
+  stats.cached_prompt_tokens = 20;
+  stats.prefix_cache_queries = 45;
+  stats.prefix_cache_evictions = 4;
+  stats.blocks_idle = 3;
   ModelInfo model;
   model.kv_cache_tokens = 512;
   auto samples = Samples(metrics.Render("a \"b\"", stats, model, 3));
@@ -113,6 +118,14 @@ TEST(MetricsTest, OneGeneration) {
             1);
   EXPECT_EQ(sample("vllm:spec_decode_num_draft_tokens_total"), 7);
   EXPECT_EQ(sample("vllm:spec_decode_num_accepted_tokens_total"), 6);
+  EXPECT_EQ(sample("vllm:prompt_tokens_total"), 50);
+  EXPECT_EQ(sample("vllm:prompt_tokens_cached_total"), 20);
+  EXPECT_EQ(sample("vllm:prompt_tokens_by_source_total", ",source=\"local_compute\""), 30);
+  EXPECT_EQ(sample("vllm:prompt_tokens_by_source_total", ",source=\"local_cache_hit\""), 20);
+  EXPECT_EQ(sample("vllm:prefix_cache_queries_total"), 45);
+  EXPECT_EQ(sample("vllm:prefix_cache_hits_total"), 20);
+  EXPECT_EQ(sample("cachalot:prefix_cache_evictions_total"), 4);
+  EXPECT_EQ(sample("cachalot:prefix_cache_idle_blocks"), 3);
   EXPECT_EQ(sample("vllm:request_success_total", ",finished_reason=\"stop\""), 1);
   EXPECT_EQ(sample("vllm:request_success_total", ",finished_reason=\"abort\""), 0);
   EXPECT_EQ(sample("vllm:time_to_first_token_seconds_sum"), 2);

@@ -27,6 +27,15 @@ std::vector<std::string> Events(const std::string& body) {
   return events;
 }
 
+json UsageJson(int64_t prompt_tokens, int64_t completion_tokens, int64_t cached_tokens = 0) {
+  return {{"prompt_tokens", prompt_tokens},
+          {"completion_tokens", completion_tokens},
+          {"total_tokens", prompt_tokens + completion_tokens},
+          {"prompt_tokens_details", {{"cached_tokens", cached_tokens}}},
+          {"prompt_cache_hit_tokens", cached_tokens},
+          {"prompt_cache_miss_tokens", prompt_tokens - cached_tokens}};
+}
+
 class OpenAiTest : public OpenAiServerTest {
  protected:
   std::vector<std::string> Stream(json body) {
@@ -47,7 +56,26 @@ TEST_F(OpenAiTest, Completion) {
   EXPECT_TRUE(answer["created"].is_number_integer());
   const json expected = {{"index", 0}, {"text", "Hello world"}, {"logprobs", nullptr}, {"finish_reason", "length"}};
   EXPECT_EQ(answer["choices"], json::array({expected}));
-  EXPECT_EQ(answer["usage"], json({{"prompt_tokens", 2}, {"completion_tokens", 2}, {"total_tokens", 4}}));
+  EXPECT_EQ(answer["usage"], UsageJson(2, 2));
+}
+
+// Of several answers the one that computed most of the prompt tells what was cached; of prompts, the sum counts.
+TEST_F(OpenAiTest, CachedTokensAndTheSalt) {
+  Start({.script = {50}, .cached_tokens = 2});
+  EXPECT_EQ(Complete({{"prompt", {5, 6, 7}}, {"max_tokens", 2}})["usage"], UsageJson(3, 2, 2));
+  EXPECT_EQ(engine_->requests()[0].cache_salt, "");
+  const json several = {{"prompt", {{5, 6, 7}, {8, 9, 8, 9}}}, {"max_tokens", 1}, {"n", 2}, {"cache_salt", "tenant"}};
+  EXPECT_EQ(Complete(several)["usage"], UsageJson(7, 4, 4));  // choice 1 of each: one token more
+  EXPECT_EQ(engine_->requests()[4].cache_salt, "tenant");
+  const auto events = Stream({{"prompt", {5, 6, 7}},
+                              {"max_tokens", 2},
+                              {"stream_options", {{"include_usage", true}, {"continuous_usage_stats", true}}}});
+  EXPECT_EQ(Parse(events[0])["usage"], UsageJson(3, 1, 2));
+  EXPECT_EQ(Parse(events[2])["usage"], UsageJson(3, 2, 2));
+  EXPECT_EQ(engine_->num_resets(), 0);
+  EXPECT_EQ(client_->Post("/reset_prefix_cache", "").status, 200);
+  EXPECT_EQ(engine_->num_resets(), 1);
+  EXPECT_EQ(client_->Post("/v1/completions", R"({"prompt":"x","cache_salt":5})").status, 400);
 }
 
 TEST_F(OpenAiTest, PromptsInAllShapesAndSeveralAnswers) {
@@ -143,7 +171,7 @@ TEST_F(OpenAiTest, StreamsUsageWhenAsked) {
   for (int i = 0; i < 4; ++i) EXPECT_TRUE(Parse(events[i])["usage"].is_null() && Parse(events[i]).contains("usage"));
   const json last = Parse(events[4]);
   EXPECT_EQ(last["choices"], json::array());
-  EXPECT_EQ(last["usage"], json({{"prompt_tokens", 2}, {"completion_tokens", 4}, {"total_tokens", 6}}));
+  EXPECT_EQ(last["usage"], UsageJson(2, 4));
   EXPECT_EQ(events[5], "[DONE]");
 }
 
@@ -158,10 +186,9 @@ TEST_F(OpenAiTest, ContinuousUsageIsThatOfAChoice) {
   for (int i = 0; i < 8; ++i) {
     const json chunk = Parse(events[i]);
     const int index = chunk["choices"][0]["index"], prompt = index < 2 ? 2 : 1, answer = ++num_events[index];
-    EXPECT_EQ(chunk["usage"],
-              json({{"prompt_tokens", prompt}, {"completion_tokens", answer}, {"total_tokens", prompt + answer}}));
+    EXPECT_EQ(chunk["usage"], UsageJson(prompt, answer));
   }
-  EXPECT_EQ(Parse(events[8])["usage"], json({{"prompt_tokens", 3}, {"completion_tokens", 8}, {"total_tokens", 11}}));
+  EXPECT_EQ(Parse(events[8])["usage"], UsageJson(3, 8));
 }
 
 TEST_F(OpenAiTest, AStreamEqualsTheWholeAnswer) {

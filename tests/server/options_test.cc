@@ -56,6 +56,7 @@ TEST(OptionsTest, AllOfThem) {
                                             "256",
                                             "--speculative-tokens",
                                             "2",
+                                            "--no-prefix-cache",
                                             "--kv-cache-memory",
                                             "8GiB",
                                             "--kv-cache-dtype",
@@ -87,6 +88,7 @@ TEST(OptionsTest, AllOfThem) {
   EXPECT_EQ(options.engine.max_batch_tokens, 256);
   EXPECT_EQ(options.engine.speculative_tokens, 2);
   EXPECT_FALSE(options.engine.adapts_drafts);
+  EXPECT_FALSE(options.engine.prefix_cache);
   EXPECT_EQ(options.engine.kv_cache_bytes, int64_t{8} << 30);
   EXPECT_EQ(options.engine.kv_cache_dtype, "bf16");
   EXPECT_EQ(options.engine.activation, "fp8");

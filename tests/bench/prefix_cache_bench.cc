@@ -1,0 +1,201 @@
+// The prefix cache: time to the first token of a prompt that is in it, what a block's hash and lookup cost, and what
+// the host does in a step of many sequences, by itself.
+//
+//   build/release/tests/bench/prefix_cache_bench --model deploy/demo
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/schedule/scheduler.h"
+
+namespace cachalot {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double Micros(Clock::time_point begin, Clock::time_point end) {
+  return std::chrono::duration<double, std::micro>(end - begin).count();
+}
+
+double Median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+  return values[values.size() / 2];
+}
+
+std::vector<int32_t> RandomTokens(int count, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<int32_t> tokens(count);
+  for (int32_t& token : tokens) token = static_cast<int32_t>(3 + random() % 250);
+  return tokens;
+}
+
+// Microseconds until the first token.
+double FirstToken(Engine& engine, std::vector<int32_t> prompt, int* num_cached) {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool has_ended = false;
+  Clock::time_point first;
+  Request request;
+  request.prompt = std::move(prompt);
+  request.sampling.temperature = 0;
+  request.sampling.max_tokens = 1;
+  request.sampling.ignore_eos = true;
+  const auto begin = Clock::now();
+  const auto id = engine.Submit(std::move(request), [&](const Delta& delta) {
+    std::lock_guard lock(mutex);
+    if (!delta.tokens.empty()) first = Clock::now();
+    *num_cached = delta.num_cached_tokens;
+    has_ended = delta.finish_reason != FinishReason::kNone;
+    if (has_ended) changed.notify_one();
+  });
+  if (!id.ok()) {
+    std::fprintf(stderr, "%s\n", id.status().ToString().c_str());
+    std::exit(1);
+  }
+  std::unique_lock lock(mutex);
+  changed.wait(lock, [&] { return has_ended; });
+  return Micros(begin, first);
+}
+
+// A prefix of `num_tokens` and an ending of 32 that is new each time.
+void MeasureFirstToken(Engine& engine, int num_tokens) {
+  std::vector<double> cold, warm;
+  int num_cached = 0;
+  for (uint32_t repeat = 0; repeat < 3; ++repeat) {
+    std::vector<int32_t> prompt = RandomTokens(num_tokens, 100 + repeat);
+    prompt.resize(num_tokens + 32, static_cast<int32_t>(10 + repeat));
+    cold.push_back(FirstToken(engine, prompt, &num_cached));
+    for (int again = 0; again < 5; ++again) {
+      std::fill(prompt.begin() + num_tokens, prompt.end(), 50 + again);
+      warm.push_back(FirstToken(engine, prompt, &num_cached));
+    }
+  }
+  std::printf("prefix of %d tokens: first token after %.1f ms, cached (%d tokens) after %.2f ms: %.0f x\n", num_tokens,
+              Median(cold) / 1e3, num_cached, Median(warm) / 1e3, Median(cold) / Median(warm));
+}
+
+// A chain of `num_blocks` in a pool of 100,000 published ones.
+void MeasureLookup(int num_blocks) {
+  constexpr int kPoolBlocks = 100000;
+  BlockPool pool(kPoolBlocks, BlockPool::PrefixCache::kOn, 1);
+  std::vector<std::vector<int32_t>> chains;
+  for (int i = 0; i < kPoolBlocks / num_blocks; ++i) {
+    chains.push_back(RandomTokens(num_blocks * kBlockTokens, static_cast<uint32_t>(i)));
+    std::vector<PrefixKey> keys;
+    std::vector<int32_t> blocks;
+    pool.ExtendKeys("", chains.back(), &keys);
+    pool.Allocate(num_blocks, &blocks);
+    BlockPool::Serial before = BlockPool::kRoot;
+    for (int b = 0; b < num_blocks; ++b) before = pool.Publish(keys, chains.back(), b, blocks[b], before);
+    pool.Release(blocks);
+  }
+  double hash = 0, find = 0, share = 0;
+  for (const std::vector<int32_t>& tokens : chains) {
+    std::vector<PrefixKey> keys;
+    const auto begin = Clock::now();
+    pool.ExtendKeys("", tokens, &keys);
+    const auto hashed = Clock::now();
+    const std::vector<int32_t> found = pool.Find(keys, tokens, 0, num_blocks);
+    const auto looked_up = Clock::now();
+    if (static_cast<int>(found.size()) != num_blocks) std::abort();
+    pool.Share(found);
+    pool.Release(found);
+    hash += Micros(begin, hashed);
+    find += Micros(hashed, looked_up);
+    share += Micros(looked_up, Clock::now());
+  }
+  const double n = 1e-3 * static_cast<double>(chains.size()) * num_blocks;
+  std::printf("chains of %d blocks, %d published: hash %.0f ns, lookup %.0f ns, share and release %.0f ns a block\n",
+              num_blocks, kPoolBlocks, hash / n, find / n, share / n);
+}
+
+// Plan and Commit of steps in which `num_sequences` decode, two in flight, with a result that is made up.
+void MeasureSteps(int num_sequences, BlockPool::PrefixCache prefix_cache) {
+  constexpr int kTokens = 1024;
+  BlockPool pool(num_sequences * 64, prefix_cache);
+  Scheduler scheduler({4096, num_sequences, 4096, {1}}, &pool);
+  for (int i = 0; i < num_sequences; ++i) {
+    auto sequence = std::make_unique<Sequence>();
+    sequence->id = static_cast<RequestId>(i) + 1;
+    sequence->tokens = RandomTokens(256, 1);
+    sequence->tokens.push_back(3 + i);
+    sequence->num_prompt_tokens = static_cast<int>(sequence->tokens.size());
+    sequence->sampling.max_tokens = kTokens;
+    sequence->submitted = absl::Now();
+    scheduler.Add(std::move(sequence));
+  }
+  std::vector<StepResult> in_flight;
+  std::vector<double> times;
+  while (true) {
+    const auto begin = Clock::now();
+    const StepPlan plan = scheduler.Plan(absl::Now());
+    const double planned = Micros(begin, Clock::now());
+    if (!plan.empty()) {
+      StepResult& result = in_flight.emplace_back();
+      result.step = plan.step;
+      result.num_accepted.assign(plan.sequences.size(), 0);
+      for (const LogitsRow& row : plan.logits_rows) {
+        result.tokens.push_back(3 + static_cast<int32_t>(plan.step * 31 + row.row) % 250);
+        result.num_accepted[row.sequence] = 1;
+      }
+      result.logprobs.resize(result.tokens.size());
+    }
+    if (in_flight.empty()) break;
+    if (in_flight.size() < kMaxStepsInFlight && !plan.empty()) continue;
+    Scheduler::Deltas deltas;
+    const auto middle = Clock::now();
+    scheduler.Commit(in_flight.front(), absl::Now(), &deltas);
+    const double committed = Micros(middle, Clock::now());
+    in_flight.erase(in_flight.begin());
+    if (static_cast<int>(plan.logits_rows.size()) == num_sequences) times.push_back(planned + committed);
+  }
+  std::sort(times.begin(), times.end());
+  double sum = 0;
+  for (double time : times) sum += time;
+  std::printf("plan and commit, %d sequences, prefix cache %s: mean %.1f us, median %.1f, 99 %% %.1f of %zu steps\n",
+              num_sequences, prefix_cache == BlockPool::PrefixCache::kOn ? "on" : "off", sum / times.size(),
+              Median(times), times[times.size() * 99 / 100], times.size());
+}
+
+int Main(int argc, char** argv) {
+  EngineOptions options;
+  options.device = "cpu";
+  options.max_sequences = 4;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    if (std::strcmp(argv[i], "--model") == 0) options.model_dir = argv[i + 1];
+    if (std::strcmp(argv[i], "--device") == 0) options.device = argv[i + 1];
+  }
+  if (options.model_dir.empty()) {
+    std::fprintf(stderr, "usage: prefix_cache_bench --model DIR [--device cpu|cuda]\n");
+    return 1;
+  }
+  for (int num_blocks : {16, 128, 2000}) MeasureLookup(num_blocks);
+  for (int num_sequences : {64, 256}) {
+    for (const auto cache : {BlockPool::PrefixCache::kOff, BlockPool::PrefixCache::kOn}) {
+      MeasureSteps(num_sequences, cache);
+    }
+  }
+  const auto engine = Engine::Create(options);
+  if (!engine.ok()) {
+    std::fprintf(stderr, "%s\n", engine.status().ToString().c_str());
+    return 1;
+  }
+  std::printf("%s, context of %d tokens\n", (*engine)->model().backend.c_str(), (*engine)->model().max_model_len);
+  for (int num_tokens : {1024, 8192}) {
+    if (num_tokens + 64 < (*engine)->model().max_model_len) MeasureFirstToken(**engine, num_tokens);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace cachalot
+
+int main(int argc, char** argv) { return cachalot::Main(argc, argv); }
