@@ -16,9 +16,9 @@ constexpr char kDriver[] = "/dev/nvidiactl";
 BackendOptions CudaOptions(BackendOptions options) {
   options.device = "cuda";
   if (options.activation == ActivationFormat::kF32) options.activation = ActivationFormat::kBF16;
-  // Some tests of Sample draw for many sequences at once.
-  options.limits.max_sequences = std::max(options.limits.max_sequences, 128);
-  options.limits.max_rows = std::max(options.limits.max_rows, 128);
+  // Some tests of sampling draw for many sequences at once.
+  options.limits.max_sequences = std::max(options.limits.max_sequences, 1024);
+  options.limits.max_rows = std::max(options.limits.max_rows, 4096);
   return options;
 }
 
