@@ -156,6 +156,7 @@ absl::StatusOr<MemoryDemand> EngineImpl::ChooseBackend() {
   options.device = options_.device;
   options.activation = WantsFp8() ? ActivationFormat::kFP8 : ActivationFormat::kF32;
   options.value_dtype = options_.activation == "fp8" ? DType::kBF16 : DType::kF32;
+  options.is_exact = options_.is_exact;
   options.scale_rule = config_.scale_rule;
   options.num_threads = options_.num_threads;
   const bool has_batch_tokens = options_.max_batch_tokens > 0;

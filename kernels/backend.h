@@ -22,6 +22,9 @@ struct BackendOptions {
   // On the CPU: bf16 rounds the residual, products and what attention multiplies as the GPU does, whose oracle it is,
   // and sums as its tensor cores do.
   DType value_dtype = DType::kF32;
+  // On the GPU: powers in attention of the bits that the CPU's oracle makes, where otherwise they come from the special
+  // function unit.
+  bool is_exact = false;
   int num_threads = 0;  // CPU workers; 0: one per core
   OpLimits limits;
 };

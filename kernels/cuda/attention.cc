@@ -2,7 +2,6 @@
 // prefill chunks with keys and values made of the latents instead (prefill_attention_kernels.h).
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/cuda_ops.h"
-#include "kernels/cuda/drafts_kernels.h"
 #include "kernels/cuda/prefill_attention_kernels.h"
 
 namespace cachalot {
@@ -27,10 +26,11 @@ CudaOps::StepRowsKey CudaOps::KeyOf(const StepRows& rows, const StepInput& input
           input.query_start.data, rows.positions.dim(0), input.seq_slot.dim(0)};
 }
 
-bool CudaOps::HasPlan(const StepRows& rows, const StepInput& input, int64_t num_heads) {
+bool CudaOps::HasPlan(const StepRows& rows, const StepInput& input, const AttentionArguments& a) {
   const bool is_step = KeyOf(rows, input) == step_rows_;
-  const bool has_plan = is_step && num_planned_heads_ == num_heads;
-  num_planned_heads_ = is_step ? num_heads : 0;
+  const PlanKey key = {a.num_heads, a.num_tokens, a.max_rows};
+  const bool has_plan = is_step && planned_ == key;
+  planned_ = is_step ? key : PlanKey();
   return has_plan;
 }
 
@@ -72,19 +72,22 @@ void CudaOps::MlaAttention(const Activation& out, const Tensor& q, const Weight&
   attention.softmax_scale = softmax_scale;
   attention.plan = workspace_.attention_plan;
   attention.partials = workspace_.attention_partials;
-  if (first_key == 0) attention.has_plan = HasPlan(rows, input, num_heads);
+  CHECK(first_key >= 0 && first_key < kPageTokens, "first key {}", first_key);
+  attention.first_key = first_key;
+  attention.is_exact = options_.is_exact;
 
   // NOTE: what is absorbed comes first: rows of long chunks among its own it spoils, and both work in the same memory.
   PrefillArguments prefill;
-  if (first_key > 0 || !TakesLongChunks(input.long_chunks, attention, out, q, *up, rope, &prefill)) {
-    Absorb(out, q, *up, rope, attention, first_key);
-    return;
+  const bool has_long = first_key == 0 && TakesLongChunks(input.long_chunks, attention, out, q, *up, rope, &prefill);
+  if (has_long) {
+    attention.num_tokens = input.long_chunks.other_rows;
+    attention.max_rows = input.long_chunks.min_rows;
   }
-  attention.num_tokens = input.long_chunks.other_rows;
-  attention.max_rows = input.long_chunks.min_rows;
   if (attention.num_tokens > 0) {
-    Absorb(FirstRows(out, attention.num_tokens), q.Rows(0, attention.num_tokens), *up, rope, attention, first_key);
+    attention.has_plan = HasPlan(rows, input, attention);
+    Absorb(FirstRows(out, attention.num_tokens), q.Rows(0, attention.num_tokens), *up, rope, attention);
   }
+  if (!has_long) return;
   CHECK(LaunchPrefillAttention(stream_.get(), prefill), "no tensor map of {} rows", num_tokens);
   stream_.Launched("prefill attention");
 }
@@ -124,7 +127,7 @@ bool CudaOps::TakesLongChunks(const LongChunks& chunks, const AttentionArguments
 }
 
 void CudaOps::Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up, const RopeTable& rope,
-                     AttentionArguments attention, int first_key) {
+                     AttentionArguments attention) {
   const int64_t num_tokens = q.dim(0), num_heads = attention.num_heads, nope_dim = up.w_uk().cols;
   const int64_t v_dim = up.w_uv().rows, latent_dim = attention.latent_dim, rope_dim = attention.rope_dim;
   const int64_t entry_dim = latent_dim + rope_dim;
@@ -148,11 +151,7 @@ void CudaOps::Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up,
 
   attention.q = absorbed.data;
   attention.out = latents.data;
-  if (first_key > 0) {
-    LaunchAttentionFrom(stream_.get(), attention, first_key);
-  } else {
-    CHECK(LaunchAttention(stream_.get(), attention), "no tensor map of {} blocks", attention.num_blocks);
-  }
+  CHECK(LaunchAttention(stream_.get(), attention), "no tensor map of {} blocks", attention.num_blocks);
   stream_.Launched("attention");
 
   if (out.values.dtype != DType::kF8E4M3) {

@@ -44,14 +44,15 @@ static_assert(kSharedBytes <= 227 * 1024);
 
 constexpr int kConsumerBarrier = 1;
 
-// 64 rows of 576 bf16 from `src`, `num_rows` of them there, the others zeros; by `kCount` threads, `thread` this one.
+// 64 rows of 576 bf16 from `src`, those from `first_row` to `end_row` there, the others zeros; by `kCount` threads,
+// `thread` this one.
 template <int kCount>
-__device__ void LoadRows(uint32_t dst, const uint8_t* src, int64_t row_bytes, int num_rows, int thread) {
+__device__ void LoadRows(uint32_t dst, const uint8_t* src, int64_t row_bytes, int first_row, int end_row, int thread) {
   constexpr int kChunks = kEntryDim * 2 / 16;
 #pragma unroll 6
   for (int i = 0; i < kRows * kChunks / kCount; ++i) {
     const int index = i * kCount + thread, row = index / kChunks, chunk = index % kChunks;
-    const bool is_there = row < num_rows;
+    const bool is_there = row >= first_row && row < end_row;
     CopyAsync16(dst + chunk / 8 * kSubTileBytes + Swizzled(row, chunk % 8),
                 is_there ? src + row * row_bytes + chunk * 16 : src, is_there ? 16 : 0);
   }
@@ -155,10 +156,12 @@ __device__ __forceinline__ void ProduceBf16(const AttentionArguments& a, const C
   for (int32_t index = item.block_begin; index < item.block_end; ++index) {
     const int b = (index - item.block_begin) & 1, num_keys = min(kPageTokens, tile.kv_len - index * kPageTokens);
     const uint32_t dst = SharedAddress(sh.kv[b]);
-    if (num_keys < kPageTokens) {
+    // NOTE: what nobody sees may be anything, and nothing times NaN is not nothing.
+    const int first_there = index == 0 ? a.first_key : 0;
+    if (num_keys < kPageTokens || first_there > 0) {
       for (int part = 0; part < kParts; ++part) buffers.WaitEmpty(b, part);
       const uint8_t* page = a.cache + pages[index] * a.token_bytes * kPageTokens;
-      LoadRows<kGroupThreads>(dst, page, a.token_bytes, num_keys, thread);
+      LoadRows<kGroupThreads>(dst, page, a.token_bytes, first_there, num_keys, thread);
       CopyAsyncCommit();
       CopyAsyncWait<0>();
       FenceProxyAsync();
@@ -191,7 +194,10 @@ __device__ __forceinline__ void ProduceFp8(const AttentionArguments& a, const Qu
   const auto page = [&](int32_t index) {
     return a.cache + pages[index] * static_cast<int64_t>(kPageTokens) * Fp8Key::kBytes;
   };
-  const auto is_there = [&](int32_t index) { return index * kPageTokens + key < tile.kv_len; };
+  const auto is_there = [&](int32_t index) {
+    const int32_t own = index * kPageTokens + key;
+    return own >= a.first_key && own < tile.kv_len;
+  };
   Fp8Key own;
   const uint8_t* entry = page(item.block_begin) + key * Fp8Key::kBytes;
   own.Load(entry, quarter, is_there(item.block_begin));
@@ -264,14 +270,16 @@ __device__ __forceinline__ void Scale(const float (&factor)[2], float (&o)[128])
   }
 }
 
-// Scores of keys that a row does not see become -infinity; the largest of each row, in the log2 domain.
-__device__ __forceinline__ void MaskAndMax(int32_t first_key, float scale, const RowState& rows, float (&s)[32],
-                                           float (&largest)[2]) {
+// Scores of keys that a row does not see become -infinity; the largest of each row, in the log2 domain. `key`: the
+// block's first; those before `first_key` nobody sees.
+__device__ __forceinline__ void MaskAndMax(int32_t key, int32_t first_key, float scale, const RowState& rows,
+                                           float (&s)[32], float (&largest)[2]) {
   const int lane = threadIdx.x % kWarpSize;
-  if (static_cast<uint32_t>(first_key + kPageTokens - 1) > rows.last_clear) {
+  if (static_cast<uint32_t>(key + kPageTokens - 1) > rows.last_clear || key < first_key) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      if (first_key + i / 4 * 8 + 2 * (lane % 4) + i % 2 > rows.last_key[i / 2 % 2]) s[i] = -INFINITY;
+      const int32_t own = key + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+      if (own > rows.last_key[i / 2 % 2] || own < first_key) s[i] = -INFINITY;
     }
   }
 #pragma unroll
@@ -285,12 +293,20 @@ __device__ __forceinline__ void MaskAndMax(int32_t first_key, float scale, const
   }
 }
 
+// kExact: the bits of the CPU's oracle, for 9 % of the kernel's time at 128 sequences of 4,096.
+template <bool kExact>
+__device__ __forceinline__ float PowerOf2(float x) {
+  return kExact ? Exp2(x) : FastExp2(x);
+}
+
 // By how much earlier results shrink when the maximum goes from `before` to `max`.
+template <bool kExact>
 __device__ __forceinline__ float Shrink(float before, float max) {
-  return Exp2(before - (max == -INFINITY ? 0.0f : max));  // nothing seen yet
+  return PowerOf2<kExact>(before - (max == -INFINITY ? 0.0f : max));  // nothing seen yet
 }
 
 // exp2(score * scale - max) in the place of the block's rotated parts, as bf16; the rows' sums, shrunk, grow by them.
+template <bool kExact>
 __device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const float (&s)[32], float scale,
                                               const float (&shrink)[2], RowState& rows) {
   const int lane = threadIdx.x % kWarpSize;
@@ -302,7 +318,8 @@ __device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const 
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float p0 = Exp2(fmaf(s[4 * j + 2 * i], scale, -base)), p1 = Exp2(fmaf(s[4 * j + 2 * i + 1], scale, -base));
+      const float p0 = PowerOf2<kExact>(fmaf(s[4 * j + 2 * i], scale, -base)),
+                  p1 = PowerOf2<kExact>(fmaf(s[4 * j + 2 * i + 1], scale, -base));
       sum += p0 + p1;
       *reinterpret_cast<__nv_bfloat162*>(p + Swizzled(r, j) + lane % 4 * 4) = __floats2bfloat162_rn(p0, p1);
     }
@@ -313,6 +330,7 @@ __device__ __forceinline__ void Probabilities(Shared& sh, int b, int row, const 
 }
 
 // The rows' maximum after the other warpgroup's block, once that one has its probabilities: their sums shrink with it.
+template <bool kExact>
 __device__ __forceinline__ void TakeMax(const Shared& sh, const Buffers& buffers, int b, int row, RowState& rows,
                                         float (&shrink)[2]) {
   buffers.WaitFull(b, threadIdx.x / kGroupThreads);
@@ -320,7 +338,7 @@ __device__ __forceinline__ void TakeMax(const Shared& sh, const Buffers& buffers
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float max = sh.max[b][row + 8 * i];
-    shrink[i] = Shrink(rows.max[i], max);
+    shrink[i] = Shrink<kExact>(rows.max[i], max);
     rows.max[i] = max;
     rows.sum[i] *= shrink[i];
   }
@@ -348,7 +366,7 @@ __device__ __forceinline__ void WriteResult(const AttentionArguments& a, const Q
     const int column = 256 * half + 2 * (lane % 4);
     if (item.partial < 0) {
       bf16* out = static_cast<bf16*>(a.out) + (first_row + r) * kLatentDim + column;
-      const float factor = 1.0f / sum;
+      const float factor = sum > 0 ? 1.0f / sum : 0.0f;  // 0: the row sees no key
 #pragma unroll
       for (int j = 0; j < 32; ++j) {
         *reinterpret_cast<__nv_bfloat162*>(out + 8 * j) =
@@ -395,6 +413,7 @@ __device__ __forceinline__ void Score(const Shared& sh, const Buffers& buffers, 
 }
 
 // They become its probabilities; by how much the rows' earlier results shrink.
+template <bool kExact>
 __device__ __forceinline__ void Weigh(Shared& sh, const Buffers& buffers, int b, float scale, int row,
                                       const float (&s)[32], const float (&largest)[2], RowState& rows,
                                       float (&shrink)[2]) {
@@ -402,37 +421,39 @@ __device__ __forceinline__ void Weigh(Shared& sh, const Buffers& buffers, int b,
   for (int i = 0; i < 2; ++i) {
     const float before = rows.max[i];
     rows.max[i] = GrownMax(before, largest[i]);
-    shrink[i] = Shrink(before, rows.max[i]);
+    shrink[i] = Shrink<kExact>(before, rows.max[i]);
   }
-  Probabilities(sh, b, row, s, scale, shrink, rows);
+  Probabilities<kExact>(sh, b, row, s, scale, shrink, rows);
   buffers.ArriveWeighed(b);
 }
 
 // A pair of blocks by the warpgroup of the even one.
-__device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t first_key, bool has_odd, float scale,
-                                           int row, RowState& rows, float (&o)[128]) {
+template <bool kExact>
+__device__ __forceinline__ void AttendEven(Shared& sh, Buffers& buffers, int32_t key, int32_t first_key, bool has_odd,
+                                           float scale, int row, RowState& rows, float (&o)[128]) {
   float s[32], largest[2], shrink[2];
   Score(sh, buffers, 0, s);
-  MaskAndMax(first_key, scale, rows, s, largest);
-  Weigh(sh, buffers, 0, scale, row, s, largest, rows, shrink);
+  MaskAndMax(key, first_key, scale, rows, s, largest);
+  Weigh<kExact>(sh, buffers, 0, scale, row, s, largest, rows, shrink);
   buffers.WaitWeighed(0);
   TakeValues(sh, buffers, 0, 0, shrink, o);
   if (!has_odd) return;
-  TakeMax(sh, buffers, 1, row, rows, shrink);
+  TakeMax<kExact>(sh, buffers, 1, row, rows, shrink);
   TakeValues(sh, buffers, 1, 0, shrink, o);
 }
 
-// The same pair by the warpgroup of the odd one.
-__device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t first_key, float scale, int row,
+// The same pair by the warpgroup of the odd one, which hides no key: those that nobody sees lie in a sequence's first.
+template <bool kExact>
+__device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t key, float scale, int row,
                                           RowState& rows, float (&o)[128]) {
   float s[32], largest[2], shrink[2];
   Score(sh, buffers, 1, s);
-  MaskAndMax(first_key, scale, rows, s, largest);
-  TakeMax(sh, buffers, 0, row, rows, shrink);
+  MaskAndMax(key, 0, scale, rows, s, largest);
+  TakeMax<kExact>(sh, buffers, 0, row, rows, shrink);
   Scale(shrink, o);
   AddValues(sh, 0, 1, o);
   // While tensor cores add the even block's values:
-  Weigh(sh, buffers, 1, scale, row, s, largest, rows, shrink);
+  Weigh<kExact>(sh, buffers, 1, scale, row, s, largest, rows, shrink);
   WgmmaWait<0>();
   WgmmaKeep(o);
   Release(buffers, 0, 1);
@@ -441,12 +462,14 @@ __device__ __forceinline__ void AttendOdd(Shared& sh, Buffers& buffers, int32_t 
 }
 
 // Where the last block is an even one.
+template <bool kExact>
 __device__ __forceinline__ void AttendNoOdd(Shared& sh, Buffers& buffers, int row, RowState& rows, float (&o)[128]) {
   float shrink[2];
-  TakeMax(sh, buffers, 0, row, rows, shrink);
+  TakeMax<kExact>(sh, buffers, 0, row, rows, shrink);
   TakeValues(sh, buffers, 0, 1, shrink, o);
 }
 
+template <bool kExact>
 __device__ __forceinline__ void Consume(const AttentionArguments& a, const QueryTile& tile, const WorkItem& item,
                                         Shared& sh, Buffers& buffers, int group) {
   const int lane = threadIdx.x % kWarpSize, row = threadIdx.x % kGroupThreads / kWarpSize * 16 + lane / 4;
@@ -454,7 +477,7 @@ __device__ __forceinline__ void Consume(const AttentionArguments& a, const Query
   const int64_t first_row = static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows;
   const int num_rows = min(kRows, tile.num_rows - tile.index * kRows);
   LoadRows<kConsumers>(SharedAddress(sh.q), static_cast<const uint8_t*>(a.q) + first_row * kEntryDim * 2, kEntryDim * 2,
-                       num_rows, threadIdx.x);
+                       0, num_rows, threadIdx.x);
   CopyAsyncCommit();
   RowState rows;
 #pragma unroll
@@ -473,14 +496,15 @@ __device__ __forceinline__ void Consume(const AttentionArguments& a, const Query
   SyncThreads(kConsumerBarrier, kConsumers);
   if (group == 0) {
     for (int32_t index = item.block_begin; index < item.block_end; index += 2) {
-      AttendEven(sh, buffers, index * kPageTokens, index + 1 < item.block_end, scale, row, rows, o);
+      AttendEven<kExact>(sh, buffers, index * kPageTokens, a.first_key, index + 1 < item.block_end, scale, row, rows,
+                         o);
     }
   } else {
     int32_t index = item.block_begin;
     for (; index + 1 < item.block_end; index += 2) {
-      AttendOdd(sh, buffers, (index + 1) * kPageTokens, scale, row, rows, o);
+      AttendOdd<kExact>(sh, buffers, (index + 1) * kPageTokens, scale, row, rows, o);
     }
-    if (index < item.block_end) AttendNoOdd(sh, buffers, row, rows, o);
+    if (index < item.block_end) AttendNoOdd<kExact>(sh, buffers, row, rows, o);
   }
   WriteResult(a, tile, item, sh, row, rows, o);
 }
@@ -510,7 +534,7 @@ struct Items {
   }
 };
 
-template <bool kFp8>
+template <bool kFp8, bool kExact>
 __global__ void __launch_bounds__(kThreads<kFp8>, 1)
     MlaKernel(const __grid_constant__ CUtensorMap map, const AttentionArguments a) {
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -551,11 +575,12 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
     }
   } else {
     MoreRegisters<kConsumerRegisters>();
-    while (items.Next(plan, sh, &item, &tile)) Consume(a, tile, item, sh, buffers, group);
+    while (items.Next(plan, sh, &item, &tile)) Consume<kExact>(a, tile, item, sh, buffers, group);
   }
 }
 
 // Joins the splits of tiles, in their order. A warp a quarter of a row, a block two rows, as often as there are any.
+template <bool kExact>
 __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
   AllowNextKernel();
   constexpr int kWidth = 4 * kWarpSize, kQuarters = kLatentDim / kWidth, kBlockRows = 256 / kWarpSize / kQuarters;
@@ -573,13 +598,14 @@ __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
     float max = -INFINITY;
     for (int s = lane; s < tile.num_splits; s += kWarpSize) max = fmaxf(max, maxima[s * kPartialFloats]);
     max = WarpMax(max);
+    if (max == -INFINITY) max = 0;  // the row sees no key
     float sum = 0;
     float4 o = make_float4(0, 0, 0, 0);
     for (int first = 0; first < tile.num_splits; first += kWarpSize) {
       // Every lane the weight of one split, then all lanes the splits one after the other.
       const bool is_there = first + lane < tile.num_splits;
       const float* own = maxima + (is_there ? first + lane : 0) * kPartialFloats;
-      const float own_weight = is_there ? Exp2(own[0] - max) : 0.0f;
+      const float own_weight = is_there ? PowerOf2<kExact>(own[0] - max) : 0.0f;
       sum += WarpSum(own_weight * own[kRows]);
       const int count = min(kWarpSize, tile.num_splits - first);
 #pragma unroll 8
@@ -594,6 +620,7 @@ __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
       }
     }
     const int64_t row = static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows + r;
+    if (sum == 0) sum = 1;
     const __nv_bfloat162 packed[2] = {__floats2bfloat162_rn(o.x / sum, o.y / sum),
                                       __floats2bfloat162_rn(o.z / sum, o.w / sum)};
     *reinterpret_cast<uint2*>(static_cast<bf16*>(a.out) + row * kLatentDim + column) =
@@ -642,7 +669,7 @@ __global__ void __launch_bounds__(256)
   EmitGroup(out, row, static_cast<int>(group), static_cast<int>(cols), v);
 }
 
-template <bool kFp8>
+template <bool kFp8, bool kExact>
 bool LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
   CUtensorMap map = {};
   if (!kFp8 && !MakeTensorMap(&map, a.cache,
@@ -655,9 +682,10 @@ bool LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
     return false;
   }
   static const cudaError_t configured =
-      cudaFuncSetAttribute(MlaKernel<kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      cudaFuncSetAttribute(MlaKernel<kFp8, kExact>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   (void)configured;  // NOTE: where it failed, the launch fails too
-  MlaKernel<kFp8><<<a.num_sms, kThreads<kFp8>, kSharedBytes, stream>>>(map, a);
+  MlaKernel<kFp8, kExact><<<a.num_sms, kThreads<kFp8>, kSharedBytes, stream>>>(map, a);
+  JoinSplits<kExact><<<4 * a.num_sms, 256, 0, stream>>>(a);
   return true;
 }
 
@@ -676,9 +704,8 @@ bool LaunchAttention(cudaStream_t stream, const AttentionArguments& a) {
     return true;
   }
   if (!a.has_plan) PlanAttention<<<1, kPlanThreads, 0, stream>>>(a);
-  if (!(a.is_fp8 ? LaunchMla<true>(stream, a) : LaunchMla<false>(stream, a))) return false;
-  JoinSplits<<<4 * a.num_sms, 256, 0, stream>>>(a);
-  return true;
+  if (a.is_exact) return a.is_fp8 ? LaunchMla<true, true>(stream, a) : LaunchMla<false, true>(stream, a);
+  return a.is_fp8 ? LaunchMla<true, false>(stream, a) : LaunchMla<false, false>(stream, a);
 }
 
 void LaunchRopeQueries(cudaStream_t stream, const RopeQueriesArguments& a) {

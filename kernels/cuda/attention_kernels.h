@@ -23,7 +23,7 @@ struct AttentionArguments {
   const uint8_t* cache = nullptr;
   int64_t num_blocks = 0;   // of the cache
   int64_t token_bytes = 0;  // of a cache entry: bf16, or the fp8 layout of ops_types.h
-  bool is_fp8 = false;
+  bool is_fp8 = false, is_exact = false;
   const int32_t* block_table = nullptr;  // [U, table_stride]
   int64_t table_stride = 0;
   const int32_t* seq_slot = nullptr;     // [S], -1: padding
@@ -32,6 +32,7 @@ struct AttentionArguments {
   const int32_t* slots = nullptr;        // [T]
   int latent_dim = 0, rope_dim = 0;      // C, R
   int num_tokens = 0, num_sequences = 0, num_heads = 0, num_sms = 0;
+  int first_key = 0;         // keys before it do not exist, nor do rows; less than kPageTokens
   int max_rows = INT32_MAX;  // sequences with so many or more are left out
   float softmax_scale = 0;
   void* plan = nullptr;       // AttentionPlanBytes

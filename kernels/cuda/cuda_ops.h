@@ -90,15 +90,20 @@ class CudaOps : public Ops {
   };
   absl::Status MakeWorkspace();
 
-  // Attention's plan depends on a step's rows alone: the first layer makes it, the others find it in the workspace.
+  // Attention's plan depends on a step's rows alone, and on which of them are left to long chunks: the first layer
+  // makes it, the others find it in the workspace.
   struct StepRowsKey {
     const void *positions = nullptr, *slots = nullptr, *seq_slot = nullptr, *query_start = nullptr;
     int64_t num_tokens = 0, num_sequences = 0;
     bool operator==(const StepRowsKey&) const = default;
   };
+  struct PlanKey {
+    int num_heads = 0, num_tokens = 0, max_rows = 0;
+    bool operator==(const PlanKey&) const = default;
+  };
   static StepRowsKey KeyOf(const StepRows& rows, const StepInput& input);
   // Whether the workspace has the plan; from now on it has. Rows that BeginStep did not write may change unseen.
-  bool HasPlan(const StepRows& rows, const StepInput& input, int64_t num_heads);
+  bool HasPlan(const StepRows& rows, const StepInput& input, const AttentionArguments& a);
 
   // kernels/cuda/gemm/gemm.cc: y = x * w^T for every group; `offsets` null: all rows of x for each group.
   void Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
@@ -108,7 +113,7 @@ class CudaOps : public Ops {
   bool TakesLongChunks(const LongChunks& chunks, const AttentionArguments& a, const Activation& out, const Tensor& q,
                        const CudaKvUp& up, const RopeTable& rope, PrefillArguments* prefill);
   void Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up, const RopeTable& rope,
-              AttentionArguments attention, int first_key);
+              AttentionArguments attention);
 
   // kernels/cuda/weights.cc: groups of alike parts, stacked by rows. Without data when there is no room, or
   // when they are only measured.
@@ -123,8 +128,8 @@ class CudaOps : public Ops {
   WeightLoader& loader_;
   int num_sms_ = 0;
   Workspace workspace_;
-  StepRowsKey step_rows_;          // of the last BeginStep
-  int64_t num_planned_heads_ = 0;  // of the plan for them; 0: none
+  StepRowsKey step_rows_;  // of the last BeginStep
+  PlanKey planned_;        // of the plan for them; no heads: none
   std::vector<Buffer> buffers_;
   PendingWeights pending_;
   int64_t* measured_ = nullptr;  // MeasureWeights' count, while it runs

@@ -50,9 +50,6 @@ struct TakeDraftsArgs {
 };
 void LaunchTakeDrafts(cudaStream_t stream, const TakeDraftsArgs& args);
 
-// LaunchAttention without the keys before `first_key`, in any dimensions; every row sees a key.
-void LaunchAttentionFrom(cudaStream_t stream, const AttentionArguments& arguments, int first_key);
-
 }  // namespace cachalot
 
 #endif  // CACHALOT_KERNELS_CUDA_DRAFTS_KERNELS_H_

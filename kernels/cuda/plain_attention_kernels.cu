@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kPlainThreads) PlainAttention(const AttentionA
     const uint8_t* page =
         a.cache + a.block_table[slot * a.table_stride + first / kPageTokens] * a.token_bytes * kPageTokens;
     __syncthreads();
-    for (int key = threadIdx.x / kWarpSize; key < num_keys; key += kPlainThreads / kWarpSize) {
+    const int first_there = first < a.first_key ? a.first_key - first : 0;
+    for (int key = first_there + threadIdx.x / kWarpSize; key < num_keys; key += kPlainThreads / kWarpSize) {
       float score = 0;
       for (int i = lane; i < entry_dim; i += kWarpSize) {
         score = fmaf(q[i], EntryValue<kFp8>(a, page + key * a.token_bytes, i), score);
@@ -45,13 +46,13 @@ __global__ void __launch_bounds__(kPlainThreads) PlainAttention(const AttentionA
     }
     __syncthreads();
     float new_max = max;
-    for (int key = 0; key < num_keys; ++key) new_max = fmaxf(new_max, scores[key]);
+    for (int key = first_there; key < num_keys; ++key) new_max = fmaxf(new_max, scores[key]);
     const float shrink = Exp2(max - new_max);
     max = new_max;
     sum *= shrink;
 #pragma unroll
     for (float& value : o) value *= shrink;
-    for (int key = 0; key < num_keys; ++key) {
+    for (int key = first_there; key < num_keys; ++key) {
       const float p = Exp2(scores[key] - max), rounded = __bfloat162float(__float2bfloat16(p));
       sum += p;
 #pragma unroll

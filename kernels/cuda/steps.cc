@@ -100,7 +100,7 @@ void CudaOps::BeginStep(const StepRows& rows, const SlotState& state, const Step
   SetSlots(args, state);
   SetInput(args, input);
   step_rows_ = KeyOf(rows, input);
-  num_planned_heads_ = 0;
+  planned_ = {};
   LaunchBeginStep(stream_.get(), args);
   stream_.Launched("BeginStep");
 }

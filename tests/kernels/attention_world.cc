@@ -83,6 +83,11 @@ void AttentionWorld::UseThreads(int num_threads) {
   Use(MakeTestBackend(options_));
 }
 
+void AttentionWorld::UseExact() {
+  options_.is_exact = true;
+  Use(MakeTestBackend(options_));
+}
+
 void AttentionWorld::UseGpuOracle() {
   options_.device = "cpu";
   options_.value_dtype = DType::kBF16;

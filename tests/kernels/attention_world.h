@@ -32,6 +32,7 @@ class AttentionWorld {
                  int64_t max_context, ActivationFormat format = ActivationFormat::kF32, int num_threads = 2);
 
   void UseThreads(int num_threads);
+  void UseExact();      // BackendOptions
   void UseGpuOracle();  // the CPU backend that rounds and sums as the GPU
 
   // Attention leaves keys at positions below it out; Write does too.

@@ -125,6 +125,7 @@ TEST(CudaAttentionOracleTest, SameBits) {
         for (auto [slot, length] : {std::pair{0, 1}, {1, 65}, {2, 200}, {3, 70}, {4, 700}, {5, 2400}}) {
           world.Write(slot, length);
         }
+        world.UseExact();
         std::vector<OwnedActivation> got;
         for (const std::vector<Chunk>& chunks : steps) got.push_back(world.Attend(chunks, DType::kBF16));
         world.UseGpuOracle();
