@@ -19,6 +19,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "kernels/ops_types.h"
 
@@ -95,6 +96,11 @@ class Ops {
                             int first_key) = 0;
 
   virtual void SiluMul(const Activation& out, const Tensor& gate_up) = 0;  // [T,F] <- silu([T,0:F]) * [T,F:2F]
+
+  // What `work` calls may run beside what is called after, until JoinBeside, and shares no outputs with it. One at a
+  // time.
+  virtual void Beside(absl::FunctionRef<void()> work) { work(); }
+  virtual void JoinBeside() {}
 
   // fp32 logits = x * gate^T, then group-limited top-k (report 2.1.2, eq. 12-16). Logical experts become
   // physical slots through `expert_slots`; padding rows get -1.

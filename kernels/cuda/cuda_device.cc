@@ -42,10 +42,13 @@ absl::Status CudaDevice::Start() {
   if (!Use()) return Fault();
   cudaStream_t stream = nullptr;
   if (!stream_.Check(cudaGetDeviceProperties(&properties_, ordinal_), "cudaGetDeviceProperties") ||
-      !stream_.Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate")) {
+      !stream_.Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate") ||
+      !stream_.Check(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "cudaStreamCreate") ||
+      !stream_.Check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "cudaEventCreate") ||
+      !stream_.Check(cudaEventCreateWithFlags(&ended_, cudaEventDisableTiming), "cudaEventCreate")) {
     return Fault();
   }
-  stream_.set(stream);
+  stream_.set(stream, side_, forked_, ended_);
   for (cudaEvent_t& event : events_) {
     if (!stream_.Check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate")) return Fault();
   }
@@ -59,6 +62,9 @@ CudaDevice::~CudaDevice() {
   for (cudaEvent_t event : events_) {
     if (event != nullptr) cudaEventDestroy(event);
   }
+  if (forked_ != nullptr) cudaEventDestroy(forked_);
+  if (ended_ != nullptr) cudaEventDestroy(ended_);
+  if (side_ != nullptr) cudaStreamDestroy(side_);
   if (stream_.get() != nullptr) cudaStreamDestroy(stream_.get());
 }
 

@@ -60,6 +60,8 @@ class CudaDevice : public Device {
   const int ordinal_;
   cudaDeviceProp properties_ = {};
   mutable CudaStream stream_;
+  cudaStream_t side_ = nullptr;  // CudaStream::Fork
+  cudaEvent_t forked_ = nullptr, ended_ = nullptr;
   absl::flat_hash_map<StepKey, Graph> graphs_;
   // Event e is in element e % kNumEvents, until a later one takes its place: then it is done when that is.
   std::array<cudaEvent_t, kNumEvents> events_ = {};

@@ -76,4 +76,10 @@ const WeightRef& LinearRef(const Weight& w) {
   return linear->ref();
 }
 
+void CudaOps::Beside(absl::FunctionRef<void()> work) {
+  stream_.Fork();
+  work();
+  stream_.EndFork();
+}
+
 }  // namespace cachalot

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/cuda_weights.h"
@@ -39,6 +40,9 @@ class CudaOps : public Ops {
   void UpdateTokenBiases(const SlotState& state, const Tensor& updates) override;
   void BeginStep(const StepRows& rows, const SlotState& state, const StepInput& input) override;
   void CountTokens(const SlotState& state, const Tensor& tokens) override;
+
+  void Beside(absl::FunctionRef<void()> work) override;
+  void JoinBeside() override { stream_.Join(); }
 
   void Embed(const Tensor& h, const Weight& embed_tokens, const StepRows& rows) override;
   void AddRmsNorm(const Tensor& h, const Activation& x, const Tensor& plain, const Tensor& delta, const Weight& weight,

@@ -1,4 +1,4 @@
-// CudaStream: the one stream of a rank, and the first error that anything on it met.
+// CudaStream: a rank's stream, a second one for what may run beside it, and the first error that anything on them met.
 #ifndef CACHALOT_KERNELS_CUDA_STREAM_H_
 #define CACHALOT_KERNELS_CUDA_STREAM_H_
 
@@ -6,14 +6,31 @@
 
 #include <mutex>
 #include <string>
+#include <utility>
 
 namespace cachalot {
 
 // Errors of CUDA are sticky and final: the first is kept, Device::Wait returns it, the rank is dead. Any thread.
 class CudaStream {
  public:
+  // Where the next launch goes.
   cudaStream_t get() const { return stream_; }
-  void set(cudaStream_t stream) { stream_ = stream; }
+  void set(cudaStream_t stream, cudaStream_t side, cudaEvent_t forked, cudaEvent_t ended) {
+    stream_ = stream, side_ = side, forked_ = forked, ended_ = ended;
+  }
+
+  // What is launched between Fork and EndFork runs after what was launched before, and beside what is launched from
+  // then on until Join. A capture takes it along.
+  void Fork() {
+    Check(cudaEventRecord(forked_, stream_), "cudaEventRecord");
+    std::swap(stream_, side_);
+    Check(cudaStreamWaitEvent(stream_, forked_), "cudaStreamWaitEvent");
+  }
+  void EndFork() {
+    Check(cudaEventRecord(ended_, stream_), "cudaEventRecord");
+    std::swap(stream_, side_);
+  }
+  void Join() { Check(cudaStreamWaitEvent(stream_, ended_), "cudaStreamWaitEvent"); }
 
   // Keeps `error` when it is the first; whether all is well so far. `what`: the call or the kernel, for the message.
   bool Check(cudaError_t error, const char* what) {
@@ -34,7 +51,8 @@ class CudaStream {
   }
 
  private:
-  cudaStream_t stream_ = nullptr;
+  cudaStream_t stream_ = nullptr, side_ = nullptr;
+  cudaEvent_t forked_ = nullptr, ended_ = nullptr;
   mutable std::mutex mutex_;
   std::string fault_;
 };
