@@ -114,7 +114,9 @@ constexpr GemmPlan PlanGemm(const GemmShape& s) {
   // NOTE: how many rows an expert has is known on the device alone; both kernels take narrower tiles where there are
   // few.
   if (s.has_offsets) {
-    if (s.num_rows <= 64 * s.num_groups) return {GemmPlan::Kernel::kFewRows, 64, 128, 1};
+    // Where that many are the average, no expert or few have more than 64, and 128.
+    if (s.num_rows <= 48 * s.num_groups) return {GemmPlan::Kernel::kFewRows, 64, 128, 1};
+    if (s.num_rows <= 112 * s.num_groups) return {GemmPlan::Kernel::kManyRows, 128, 128, 1};
     return {GemmPlan::Kernel::kManyRows, 256, 128, 1};
   }
   return s.num_rows <= 32 ? PlanFewRows(s) : PlanManyRows(s);

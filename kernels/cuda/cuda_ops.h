@@ -133,7 +133,10 @@ class CudaOps : public Ops {
   int num_sms_ = 0;
   Workspace workspace_;
   StepRowsKey step_rows_;  // of the last BeginStep
-  PlanKey planned_;        // of the plan for them; no heads: none
+  // Those of rows that the kernel before has read, which therefore are there when the next begins, before that one
+  // ends.
+  const int32_t* old_offsets_ = nullptr;
+  PlanKey planned_;  // of the plan for them; no heads: none
   std::vector<Buffer> buffers_;
   PendingWeights pending_;
   int64_t* measured_ = nullptr;  // MeasureWeights' count, while it runs

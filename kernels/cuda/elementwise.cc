@@ -63,6 +63,7 @@ void CudaOps::GroupedSiluMul(const Activation& out, const Tensor& gate_up, const
   LaunchSiluMul(stream_.get(),
                 {RefOf(out, options_.scale_rule), RefOf(gate_up), end, num_rows, static_cast<int32_t>(cols)});
   stream_.Launched("GroupedSiluMul");
+  old_offsets_ = offsets.as<int32_t>();
 }
 
 void CudaOps::GatherRows(const Activation& out, const Activation& x, const Tensor& row_token) {

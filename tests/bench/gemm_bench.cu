@@ -119,6 +119,13 @@ std::vector<Product> Products() {
         p.counts.push_back(std::vector<int>(groups, m));
         p.count_names.push_back(std::to_string(m) + " each");
       }
+      // What a rank of many has: of experts that all ranks' tokens are routed to, some.
+      for (int mean : {64, 96, 128}) {
+        std::vector<int> counts = Drawn(256, 32 * mean, 8, 0);
+        counts.resize(groups);
+        p.counts.push_back(counts);
+        p.count_names.push_back("about " + std::to_string(mean));
+      }
       all.push_back(p);
     }
     Product p = {

@@ -23,6 +23,8 @@ void CudaOps::Multiply(const Tensor& y, int64_t y_group_stride, const Activation
   arguments.x = RefOf(x, options_.scale_rule);
   arguments.w = w;
   arguments.offsets = offsets;
+  arguments.are_offsets_old = offsets != nullptr && offsets == old_offsets_;
+  old_offsets_ = nullptr;
   arguments.num_rows = x.rows();
   arguments.x_group_stride = x_group_stride;
   arguments.y_group_stride = y_group_stride;

@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1)
   __shared__ int32_t first_item[kMaxGroups + 1];
   __shared__ Barriers<L> barriers;
   if (threadIdx.x == 0) barriers.Init();
-  bool is_early = work.g.offsets == nullptr;
+  bool is_early = work.g.offsets == nullptr || work.g.are_offsets_old;
   if (!is_early) WaitForKernelBefore();  // it says what the items are
   const int32_t num_items = ScanGroups<K::kTokens>(work, first_item);
   __syncthreads();
@@ -287,6 +287,8 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1)
       cooperative_groups::this_cluster().sync();
       cooperative_groups::this_cluster().sync();
     }
+    // NOTE: a kernel that ends before the one before would let the one after begin before that has ended.
+    if (is_early) WaitForKernelBefore();
   } else {
     MoreRegisters<224>();
     for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
