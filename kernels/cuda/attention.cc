@@ -158,6 +158,7 @@ void CudaOps::Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up,
     Multiply(out.values, v_dim, Activation{latents, Tensor()}, latent_dim, up.w_uv(), nullptr);
     return;
   }
+  if (MultiplyQuantised(out, v_dim, Activation{latents, Tensor()}, latent_dim, up.w_uv())) return;
   const Tensor values(workspace_.attention_out, DType::kBF16, {num_tokens, num_heads * v_dim});
   Multiply(values, v_dim, Activation{latents, Tensor()}, latent_dim, up.w_uv(), nullptr);
   LaunchQuantize(stream_.get(), RefOf(out, options_.scale_rule), RefOf(values), num_tokens, num_heads * v_dim);

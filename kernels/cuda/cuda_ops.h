@@ -112,6 +112,9 @@ class CudaOps : public Ops {
   // kernels/cuda/gemm/gemm.cc: y = x * w^T for every group; `offsets` null: all rows of x for each group.
   void Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
                 const WeightRef& w, const int32_t* offsets);
+  // The same in e4m3 of what bf16 leaves; false, and nothing done, where no kernel can.
+  bool MultiplyQuantised(const Activation& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
+                         const WeightRef& w);
 
   // kernels/cuda/attention.cc
   bool TakesLongChunks(const LongChunks& chunks, const AttentionArguments& a, const Activation& out, const Tensor& q,

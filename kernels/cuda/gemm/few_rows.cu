@@ -172,17 +172,67 @@ __device__ __forceinline__ void Store(const Work& work, const Item& item, const 
   }
 }
 
+// The largest magnitude of every token's group, as bits; of this item, and zeros for the next. NOTE: a few hundred
+// bytes more would leave room for one block an SM alone.
+struct Magnitudes {
+  uint32_t of[2][64];
+};
+
+// The same in e4m3: of a token all eight warps have 16 values of its group. Flips `round`, one of the two.
+template <int kN>
+__device__ __forceinline__ void StoreQuantised(const Work& work, const Item& item, const RowTile& tile,
+                                               const float (&sum)[kN / 2], Magnitudes& magnitudes, int& round) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float amax = fmaxf(fabsf(RoundBf16(sum[4 * j + c])), fabsf(RoundBf16(sum[4 * j + 2 + c])));
+#pragma unroll
+      for (int offset = 4; offset < kWarpSize; offset *= 2) {
+        amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
+      }
+      if (lane < 4) atomicMax(&magnitudes.of[round][8 * j + 2 * lane + c], __float_as_uint(amax));
+    }
+  }
+  SyncThreads(2, kConsumers);
+  uint8_t* out = QuantisedTile(work, item, tile) + warp * 16 + lane / 4;
+  float* scales = QuantisedScale(work, item, tile);
+#pragma unroll
+  for (int j = 0; j < kN / 8; ++j) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int token = 8 * j + 2 * (lane % 4) + c;
+      if (token >= item.num_tokens) continue;
+      const float scale = QuantScale(__uint_as_float(magnitudes.of[round][token]), work.g.is_y_ue8m0);
+      if (warp == 0 && lane < 4) scales[token * work.g.y_scale_stride] = scale;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        out[token * work.g.y.row_stride + 8 * i] = FloatToE4m3(RoundBf16(sum[4 * j + 2 * i + c]) / scale);
+      }
+    }
+  }
+  round ^= 1;
+  if (threadIdx.x < 64) magnitudes.of[round][threadIdx.x] = 0;  // NOTE: its readers have passed the barrier above
+  SyncThreads(2, kConsumers);
+}
+
 constexpr int kOutStride = kRows + 4;
 
-template <int kTokens, int kN, bool kFp8>
+template <int kTokens, int kN, bool kFp8, bool kQuantises>
 __device__ __forceinline__ void MultiplyItem(const Work& work, const Item& item, const RowTile& tile, uint8_t* shared,
-                                             int32_t begin, int32_t end, Rings<FewRowsLayout<kTokens, kFp8>>& rings) {
+                                             int32_t begin, int32_t end, Rings<FewRowsLayout<kTokens, kFp8>>& rings,
+                                             Magnitudes& magnitudes, int& round) {
   static_assert(kN * kOutStride * 4 <=
                 FewRowsLayout<kTokens, kFp8>::kStages * FewRowsLayout<kTokens, kFp8>::kStageBytes);
   float sum[kN / 2];
   Consume<kTokens, kN, kFp8>(shared, begin, end, rings, sum);
   if (work.num_splits == 1) {
-    Store<kN>(work, item, tile, sum);
+    if constexpr (kQuantises) {
+      StoreQuantised<kN>(work, item, tile, sum, magnitudes, round);
+    } else {
+      Store<kN>(work, item, tile, sum);
+    }
     return;
   }
   float* out = reinterpret_cast<float*>(shared);
@@ -192,7 +242,8 @@ __device__ __forceinline__ void MultiplyItem(const Work& work, const Item& item,
   for (int i = 0; i < kN / 2; ++i) out[(i / 4 * 8 + token + i % 2) * kOutStride + row + i % 4 / 2 * 8] = sum[i];
 }
 
-template <int kTokens, bool kFp8>
+// kQuantises: to e4m3. NOTE: a kernel of its own, as all blocks read a kernel's code anew at every launch.
+template <int kTokens, bool kFp8, bool kQuantises>
 __global__ void __launch_bounds__(kConsumers + kProducers, kBlocksPerSm)
     FewRowsKernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ TokenMaps x_maps,
                   const __grid_constant__ Work work) {
@@ -200,7 +251,9 @@ __global__ void __launch_bounds__(kConsumers + kProducers, kBlocksPerSm)
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ int32_t first_item[kMaxGroups + 1];
   __shared__ Barriers<L> barriers;
+  __shared__ Magnitudes magnitudes;  // of kQuantises
   if (threadIdx.x == 0) barriers.Init();
+  if (kQuantises && threadIdx.x < 64) magnitudes.of[0][threadIdx.x] = 0;
   bool is_early = work.g.offsets == nullptr || work.g.are_offsets_old;
   if (!is_early) WaitForKernelBefore();  // it says what the items are
   const int32_t num_items = ScanGroups<kTokens>(work, first_item);
@@ -226,37 +279,38 @@ __global__ void __launch_bounds__(kConsumers + kProducers, kBlocksPerSm)
     if (is_early) WaitForKernelBefore();
   } else {
     MoreRegisters<96>();
+    int round = 0;  // of magnitudes
     for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
       const Item item = ItemAt<kTokens>(work, first_item, index);
       const RowTile tile = TileAt<kRows>(work.g.w, item.weight_tile);
       const int32_t begin = SplitStep(work, item.split), end = SplitStep(work, item.split + 1);
       const int width = WidthOf(item.num_tokens);
       if (width == 0) {
-        MultiplyItem<kTokens, 8, kFp8>(work, item, tile, shared, begin, end, rings);
+        MultiplyItem<kTokens, 8, kFp8, kQuantises>(work, item, tile, shared, begin, end, rings, magnitudes, round);
       } else if (kTokens == 16 || width == 1) {
-        MultiplyItem<kTokens, 16, kFp8>(work, item, tile, shared, begin, end, rings);
+        MultiplyItem<kTokens, 16, kFp8, kQuantises>(work, item, tile, shared, begin, end, rings, magnitudes, round);
       } else if constexpr (kTokens > 16) {
         if (width == 2) {
-          MultiplyItem<kTokens, 32, kFp8>(work, item, tile, shared, begin, end, rings);
+          MultiplyItem<kTokens, 32, kFp8, kQuantises>(work, item, tile, shared, begin, end, rings, magnitudes, round);
         } else {
-          MultiplyItem<kTokens, 64, kFp8>(work, item, tile, shared, begin, end, rings);
+          MultiplyItem<kTokens, 64, kFp8, kQuantises>(work, item, tile, shared, begin, end, rings, magnitudes, round);
         }
       }
       if (work.num_splits == 1) continue;
       cooperative_groups::this_cluster().sync();
-      StoreSplits<kRows>(work, item, tile, reinterpret_cast<float*>(shared), kOutStride);
+      StoreSplits<kRows, kQuantises>(work, item, tile, reinterpret_cast<float*>(shared), kOutStride);
       cooperative_groups::this_cluster().sync();
     }
   }
 }
 
-template <int kTokens, bool kFp8>
+template <int kTokens, bool kFp8, bool kQuantises = false>
 cudaError_t Prepare() {
-  return cudaFuncSetAttribute(FewRowsKernel<kTokens, kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  return cudaFuncSetAttribute(FewRowsKernel<kTokens, kFp8, kQuantises>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               FewRowsLayout<kTokens, kFp8>::kSharedBytes);
 }
 
-template <int kTokens, bool kFp8>
+template <int kTokens, bool kFp8, bool kQuantises = false>
 bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
   using L = FewRowsLayout<kTokens, kFp8>;
   Work work;
@@ -310,15 +364,15 @@ bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(work.num_splits), 1, 1};
   }
   // NOTE: the caller looks at errors.
-  (void)cudaLaunchKernelEx(&config, FewRowsKernel<kTokens, kFp8>, w_map, x_maps, work);
+  (void)cudaLaunchKernelEx(&config, FewRowsKernel<kTokens, kFp8, kQuantises>, w_map, x_maps, work);
   return true;
 }
 
 }  // namespace
 
 cudaError_t PrepareFewRows() {
-  for (const cudaError_t error :
-       {Prepare<16, true>(), Prepare<64, true>(), Prepare<16, false>(), Prepare<64, false>()}) {
+  for (const cudaError_t error : {Prepare<16, true>(), Prepare<64, true>(), Prepare<16, false>(), Prepare<64, false>(),
+                                  Prepare<16, false, true>(), Prepare<64, false, true>()}) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -326,6 +380,10 @@ cudaError_t PrepareFewRows() {
 
 bool LaunchFewRows(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
   const bool is_fp8 = g.w.type == NumberType::kE4M3;
+  if (g.y.type == NumberType::kE4M3) {
+    if (is_fp8) return false;
+    return plan.tokens <= 16 ? Launch<16, false, true>(stream, g, plan) : Launch<64, false, true>(stream, g, plan);
+  }
   if (plan.tokens <= 16) return is_fp8 ? Launch<16, true>(stream, g, plan) : Launch<16, false>(stream, g, plan);
   return is_fp8 ? Launch<64, true>(stream, g, plan) : Launch<64, false>(stream, g, plan);
 }

@@ -34,6 +34,27 @@ void CudaOps::Multiply(const Tensor& y, int64_t y_group_stride, const Activation
   stream_.Launched("gemm");
 }
 
+bool CudaOps::MultiplyQuantised(const Activation& y, int64_t y_group_stride, const Activation& x,
+                                int64_t x_group_stride, const WeightRef& w) {
+  const ActivationRef out = RefOf(y, options_.scale_rule);
+  GemmArguments arguments;
+  arguments.y = out.values;
+  arguments.y_scales = out.scales;
+  arguments.y_scale_stride = out.scale_stride;
+  arguments.is_y_ue8m0 = out.is_ue8m0;
+  arguments.x = RefOf(x, options_.scale_rule);
+  arguments.w = w;
+  arguments.num_rows = x.rows();
+  arguments.x_group_stride = x_group_stride;
+  arguments.y_group_stride = y_group_stride;
+  arguments.num_sms = num_sms_;
+  if (!QuantisesProduct(arguments)) return false;
+  CHECK(LaunchGemm(stream_.get(), arguments, ChooseGemm(arguments)), "no tensor map of {} rows of {} by {}", x.rows(),
+        w.cols, w.rows);
+  stream_.Launched("gemm");
+  return true;
+}
+
 void CudaOps::Linear(const Tensor& y, const Activation& x, const Weight& w) {
   CheckProduct(y, x, w);
   Multiply(y, 0, x, 0, LinearRef(w), nullptr);

@@ -15,7 +15,10 @@ namespace cachalot {
 // For every group g of w: rows offsets[g] .. offsets[g+1] of x and y when there are offsets, else all rows of x + g *
 // x_group_stride and y + g * y_group_stride (in elements).
 struct GemmArguments {
-  MatrixRef y;      // [rows, w.rows] f32 | bf16
+  MatrixRef y;                // [rows, w.rows] f32 | bf16 | e4m3: of bf16, where QuantisesProduct
+  float* y_scales = nullptr;  // of e4m3: [rows, y_scale_stride], a group for every 128 columns of y
+  int64_t y_scale_stride = 0;
+  bool is_y_ue8m0 = false;
   ActivationRef x;  // [rows, w.cols]
   WeightRef w;
   const int32_t* offsets = nullptr;  // [num_groups + 1] on the device
@@ -32,13 +35,18 @@ cudaError_t PrepareGemm();
 // run on tensor cores; everything else on a plain kernel.
 GemmPlan ChooseGemm(const GemmArguments& arguments);
 
+// Whether the kernel that a product takes can write its rows as e4m3 in groups of 128: that of few rows, where a kernel
+// less is worth it.
+bool QuantisesProduct(const GemmArguments& arguments);
+
 // A row's result does not depend on the other rows, but for the split of the inner dimension. False where the driver
 // has no words for the operands' shapes, or the plan does not fit them.
 bool LaunchGemm(cudaStream_t stream, const GemmArguments& arguments, const GemmPlan& plan);
 
 namespace gemm {
 
-constexpr int kMaxGroups = 512;  // of the tensor core kernels, which list them in shared memory
+constexpr int kQuantisedRows = 128;  // of the weight, that make a group of the product's e4m3
+constexpr int kMaxGroups = 512;      // of the tensor core kernels, which list them in shared memory
 
 // One kernel each (few_rows.cu, many_rows.cu, plain.cu).
 cudaError_t PrepareFewRows();

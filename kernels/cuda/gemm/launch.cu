@@ -31,6 +31,11 @@ GemmPlan ChooseGemm(const GemmArguments& g) {
                    .has_even_tiles = g.w.has_even_tiles});
 }
 
+bool QuantisesProduct(const GemmArguments& g) {
+  return ChooseGemm(g).kernel == GemmPlan::Kernel::kFewRows && g.w.type == NumberType::kBF16 &&
+         g.w.rows % gemm::kQuantisedRows == 0 && g.w.has_even_tiles && g.y_group_stride % gemm::kQuantisedRows == 0;
+}
+
 bool LaunchGemm(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
   switch (plan.kernel) {
     case GemmPlan::Kernel::kFewRows: return gemm::LaunchFewRows(stream, g, plan);

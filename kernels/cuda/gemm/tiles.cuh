@@ -263,9 +263,23 @@ __device__ __forceinline__ float4 SumOfSplits(float* out, int num_splits) {
   return sum;
 }
 
+// ---- Products in e4m3: rows of bf16 in groups of 128, a tile's rows of the weight each.
+
+// Where the group of an item's first token and a tile begins, and its scale.
+__device__ __forceinline__ uint8_t* QuantisedTile(const Work& work, const Item& item, const RowTile& tile) {
+  const MatrixRef& y = work.g.y;
+  return static_cast<uint8_t*>(y.data) + item.group * work.g.y_group_stride + item.first_row * y.row_stride +
+         tile.first_row;
+}
+__device__ __forceinline__ float* QuantisedScale(const Work& work, const Item& item, const RowTile& tile) {
+  return work.g.y_scales + item.first_row * work.g.y_scale_stride +
+         (item.group * work.g.y_group_stride + tile.first_row) / kQuantisedRows;
+}
+__device__ __forceinline__ float RoundBf16(float x) { return __bfloat162float(__float2bfloat16(x)); }
+
 // Each block of a cluster writes its share of the tile, whose parts stand as out [tokens][stride] in their shared
 // memory, kRows of a token's stride used.
-template <int kRows>
+template <int kRows, bool kQuantises = false>
 __device__ void StoreSplits(const Work& work, const Item& item, const RowTile& tile, float* out, int stride) {
   constexpr int kWidth = 4;
   const MatrixRef& y = work.g.y;
@@ -277,6 +291,16 @@ __device__ void StoreSplits(const Work& work, const Item& item, const RowTile& t
     const int token = i / (kRows / kWidth), row = i % (kRows / kWidth) * kWidth;
     if (row >= tile.num_rows) continue;
     const float4 sum = SumOfSplits(out + token * stride + row, work.num_splits);
+    if constexpr (kQuantises) {  // NOTE: a warp has a token's group
+      static_assert(kRows == kQuantisedRows);
+      const float v[kWidth] = {RoundBf16(sum.x), RoundBf16(sum.y), RoundBf16(sum.z), RoundBf16(sum.w)};
+      const float amax = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
+      const float scale = QuantScale(WarpMax(amax), work.g.is_y_ue8m0);
+      *reinterpret_cast<uint32_t*>(QuantisedTile(work, item, tile) + token * y.row_stride + row) =
+          PackE4m3(v[0] / scale, v[1] / scale, v[2] / scale, v[3] / scale);
+      if (row == 0) QuantisedScale(work, item, tile)[token * work.g.y_scale_stride] = scale;
+      continue;
+    }
     const int64_t at = first + token * y.row_stride + row;
     if (is_aligned) {
       const __nv_bfloat162 packed[2] = {__floats2bfloat162_rn(sum.x, sum.y), __floats2bfloat162_rn(sum.z, sum.w)};
