@@ -52,6 +52,7 @@ __device__ __forceinline__ void Fill(const Work& work, const Item& item, const R
   const int32_t first_column = static_cast<int32_t>(item.group * work.g.x_group_stride);
   ScaleSource scales;
   if constexpr (kFp8) scales = ScalesOf(work, item, tile);
+#pragma unroll 1
   for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
     if constexpr (kFp8) {
       if ((step - begin) % kScaleSteps == 0) {
@@ -92,6 +93,7 @@ __device__ __forceinline__ void Consume(const uint8_t* memory, int32_t begin, in
 #pragma unroll
   for (float& value : sum) value = 0;
   if constexpr (kFp8) {
+#pragma unroll 1
     for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
       const int phase = (step - begin) % kScaleSteps;
       if (phase == 0) BarrierWait(rings.scales.Full(), rings.scales.round);
@@ -122,6 +124,7 @@ __device__ __forceinline__ void Consume(const uint8_t* memory, int32_t begin, in
     return;
   }
   uint32_t before = 0;  // the barrier of the step before
+#pragma unroll 1
   for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
     BarrierWait(rings.stages.Full(), rings.stages.round);
     Multiply<kN, false>(shared + rings.stages.at * L::kStageBytes, sum);
@@ -219,7 +222,7 @@ __device__ __forceinline__ void StoreQuantised(const Work& work, const Item& ite
 
 constexpr int kOutStride = kRows + 4;
 
-template <int kTokens, int kN, bool kFp8, bool kQuantises>
+template <int kTokens, int kN, bool kFp8, Output kOutput>
 __device__ __forceinline__ void MultiplyItem(const Work& work, const Item& item, const RowTile& tile, uint8_t* shared,
                                              int32_t begin, int32_t end, Rings<FewRowsLayout<kTokens, kFp8>>& rings,
                                              Magnitudes& magnitudes, int& round) {
@@ -227,14 +230,9 @@ __device__ __forceinline__ void MultiplyItem(const Work& work, const Item& item,
                 FewRowsLayout<kTokens, kFp8>::kStages * FewRowsLayout<kTokens, kFp8>::kStageBytes);
   float sum[kN / 2];
   Consume<kTokens, kN, kFp8>(shared, begin, end, rings, sum);
-  if (work.num_splits == 1) {
-    if constexpr (kQuantises) {
-      StoreQuantised<kN>(work, item, tile, sum, magnitudes, round);
-    } else {
-      Store<kN>(work, item, tile, sum);
-    }
-    return;
-  }
+  if constexpr (kOutput == Output::kRows) Store<kN>(work, item, tile, sum);
+  if constexpr (kOutput == Output::kE4m3) StoreQuantised<kN>(work, item, tile, sum, magnitudes, round);
+  if constexpr (kOutput != Output::kSplits) return;
   float* out = reinterpret_cast<float*>(shared);
   SyncThreads(1, kConsumers);  // nobody reads the stages any more
   const int row = threadIdx.x / kWarpSize * 16 + threadIdx.x % kWarpSize / 4, token = 2 * (threadIdx.x % 4);
@@ -242,8 +240,7 @@ __device__ __forceinline__ void MultiplyItem(const Work& work, const Item& item,
   for (int i = 0; i < kN / 2; ++i) out[(i / 4 * 8 + token + i % 2) * kOutStride + row + i % 4 / 2 * 8] = sum[i];
 }
 
-// kQuantises: to e4m3. NOTE: a kernel of its own, as all blocks read a kernel's code anew at every launch.
-template <int kTokens, bool kFp8, bool kQuantises>
+template <int kTokens, bool kFp8, Output kOutput>
 __global__ void __launch_bounds__(kConsumers + kProducers, kBlocksPerSm)
     FewRowsKernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ TokenMaps x_maps,
                   const __grid_constant__ Work work) {
@@ -251,9 +248,9 @@ __global__ void __launch_bounds__(kConsumers + kProducers, kBlocksPerSm)
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ int32_t first_item[kMaxGroups + 1];
   __shared__ Barriers<L> barriers;
-  __shared__ Magnitudes magnitudes;  // of kQuantises
+  __shared__ Magnitudes magnitudes;  // of Output::kE4m3
   if (threadIdx.x == 0) barriers.Init();
-  if (kQuantises && threadIdx.x < 64) magnitudes.of[0][threadIdx.x] = 0;
+  if (kOutput == Output::kE4m3 && threadIdx.x < 64) magnitudes.of[0][threadIdx.x] = 0;
   bool is_early = work.g.offsets == nullptr || work.g.are_offsets_old;
   if (!is_early) WaitForKernelBefore();  // it says what the items are
   const int32_t num_items = ScanGroups<kTokens>(work, first_item);
@@ -268,10 +265,10 @@ __global__ void __launch_bounds__(kConsumers + kProducers, kBlocksPerSm)
     for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
       const Item item = ItemAt<kTokens>(work, first_item, index);
       const RowTile tile = TileAt<kRows>(work.g.w, item.weight_tile);
-      Fill<kTokens, kFp8>(work, item, tile, &w_map, &x_maps, SharedAddress(shared), SplitStep(work, item.split),
-                          SplitStep(work, item.split + 1), policy, rings, is_early);
+      Fill<kTokens, kFp8>(work, item, tile, &w_map, &x_maps, SharedAddress(shared), work.split_begin[item.split],
+                          work.split_begin[item.split + 1], policy, rings, is_early);
       is_early = false;
-      if (work.num_splits == 1) continue;
+      if constexpr (kOutput != Output::kSplits) continue;
       cooperative_groups::this_cluster().sync();
       cooperative_groups::this_cluster().sync();
     }
@@ -283,42 +280,41 @@ __global__ void __launch_bounds__(kConsumers + kProducers, kBlocksPerSm)
     for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
       const Item item = ItemAt<kTokens>(work, first_item, index);
       const RowTile tile = TileAt<kRows>(work.g.w, item.weight_tile);
-      const int32_t begin = SplitStep(work, item.split), end = SplitStep(work, item.split + 1);
+      const int32_t begin = work.split_begin[item.split], end = work.split_begin[item.split + 1];
       const int width = WidthOf(item.num_tokens);
       if (width == 0) {
-        MultiplyItem<kTokens, 8, kFp8, kQuantises>(work, item, tile, shared, begin, end, rings, magnitudes, round);
+        MultiplyItem<kTokens, 8, kFp8, kOutput>(work, item, tile, shared, begin, end, rings, magnitudes, round);
       } else if (kTokens == 16 || width == 1) {
-        MultiplyItem<kTokens, 16, kFp8, kQuantises>(work, item, tile, shared, begin, end, rings, magnitudes, round);
+        MultiplyItem<kTokens, 16, kFp8, kOutput>(work, item, tile, shared, begin, end, rings, magnitudes, round);
       } else if constexpr (kTokens > 16) {
         if (width == 2) {
-          MultiplyItem<kTokens, 32, kFp8, kQuantises>(work, item, tile, shared, begin, end, rings, magnitudes, round);
+          MultiplyItem<kTokens, 32, kFp8, kOutput>(work, item, tile, shared, begin, end, rings, magnitudes, round);
         } else {
-          MultiplyItem<kTokens, 64, kFp8, kQuantises>(work, item, tile, shared, begin, end, rings, magnitudes, round);
+          MultiplyItem<kTokens, 64, kFp8, kOutput>(work, item, tile, shared, begin, end, rings, magnitudes, round);
         }
       }
-      if (work.num_splits == 1) continue;
+      if constexpr (kOutput != Output::kSplits) continue;
       cooperative_groups::this_cluster().sync();
-      StoreSplits<kRows, kQuantises>(work, item, tile, reinterpret_cast<float*>(shared), kOutStride);
+      StoreSplits<kRows>(work, item, tile, reinterpret_cast<float*>(shared), kOutStride);
       cooperative_groups::this_cluster().sync();
     }
   }
 }
 
-template <int kTokens, bool kFp8, bool kQuantises = false>
+template <int kTokens, bool kFp8, Output kOutput>
 cudaError_t Prepare() {
-  return cudaFuncSetAttribute(FewRowsKernel<kTokens, kFp8, kQuantises>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  return cudaFuncSetAttribute(FewRowsKernel<kTokens, kFp8, kOutput>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               FewRowsLayout<kTokens, kFp8>::kSharedBytes);
 }
 
-template <int kTokens, bool kFp8, bool kQuantises = false>
+template <int kTokens, bool kFp8, Output kOutput>
 bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
   using L = FewRowsLayout<kTokens, kFp8>;
   Work work;
   work.g = g;
-  work.num_steps = (g.w.cols + L::kStepElements - 1) / L::kStepElements;
+  work.Split((g.w.cols + L::kStepElements - 1) / L::kStepElements, plan.splits);
   work.token_tiles = static_cast<int32_t>((g.num_rows + kTokens - 1) / kTokens);
   work.weight_tiles = g.w.num_tiles;
-  work.num_splits = plan.splits;
   int64_t items = static_cast<int64_t>(g.w.num_groups) * g.w.num_tiles * work.token_tiles * work.num_splits;
   if (g.offsets != nullptr) {
     if (plan.splits != 1) return false;
@@ -364,28 +360,43 @@ bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(work.num_splits), 1, 1};
   }
   // NOTE: the caller looks at errors.
-  (void)cudaLaunchKernelEx(&config, FewRowsKernel<kTokens, kFp8, kQuantises>, w_map, x_maps, work);
+  (void)cudaLaunchKernelEx(&config, FewRowsKernel<kTokens, kFp8, kOutput>, w_map, x_maps, work);
   return true;
 }
 
 }  // namespace
 
 cudaError_t PrepareFewRows() {
-  for (const cudaError_t error : {Prepare<16, true>(), Prepare<64, true>(), Prepare<16, false>(), Prepare<64, false>(),
-                                  Prepare<16, false, true>(), Prepare<64, false, true>()}) {
+  for (const cudaError_t error :
+       {Prepare<16, true, Output::kRows>(), Prepare<16, true, Output::kSplits>(), Prepare<64, true, Output::kRows>(),
+        Prepare<64, true, Output::kSplits>(), Prepare<16, false, Output::kRows>(),
+        Prepare<16, false, Output::kSplits>(), Prepare<16, false, Output::kE4m3>(), Prepare<64, false, Output::kRows>(),
+        Prepare<64, false, Output::kSplits>(), Prepare<64, false, Output::kE4m3>()}) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
 bool LaunchFewRows(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
-  const bool is_fp8 = g.w.type == NumberType::kE4M3;
-  if (g.y.type == NumberType::kE4M3) {
-    if (is_fp8) return false;
-    return plan.tokens <= 16 ? Launch<16, false, true>(stream, g, plan) : Launch<64, false, true>(stream, g, plan);
+  const bool is_fp8 = g.w.type == NumberType::kE4M3, is_e4m3 = g.y.type == NumberType::kE4M3;
+  if (is_e4m3) {
+    if (is_fp8 || plan.splits > 1) return false;
+    return plan.tokens <= 16 ? Launch<16, false, Output::kE4m3>(stream, g, plan)
+                             : Launch<64, false, Output::kE4m3>(stream, g, plan);
   }
-  if (plan.tokens <= 16) return is_fp8 ? Launch<16, true>(stream, g, plan) : Launch<16, false>(stream, g, plan);
-  return is_fp8 ? Launch<64, true>(stream, g, plan) : Launch<64, false>(stream, g, plan);
+  if (plan.splits > 1) {
+    if (plan.tokens <= 16) {
+      return is_fp8 ? Launch<16, true, Output::kSplits>(stream, g, plan)
+                    : Launch<16, false, Output::kSplits>(stream, g, plan);
+    }
+    return is_fp8 ? Launch<64, true, Output::kSplits>(stream, g, plan)
+                  : Launch<64, false, Output::kSplits>(stream, g, plan);
+  }
+  if (plan.tokens <= 16) {
+    return is_fp8 ? Launch<16, true, Output::kRows>(stream, g, plan)
+                  : Launch<16, false, Output::kRows>(stream, g, plan);
+  }
+  return is_fp8 ? Launch<64, true, Output::kRows>(stream, g, plan) : Launch<64, false, Output::kRows>(stream, g, plan);
 }
 
 }  // namespace cachalot::gemm

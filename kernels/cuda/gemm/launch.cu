@@ -32,7 +32,8 @@ GemmPlan ChooseGemm(const GemmArguments& g) {
 }
 
 bool QuantisesProduct(const GemmArguments& g) {
-  return ChooseGemm(g).kernel == GemmPlan::Kernel::kFewRows && g.w.type == NumberType::kBF16 &&
+  const GemmPlan plan = ChooseGemm(g);
+  return plan.kernel == GemmPlan::Kernel::kFewRows && plan.splits == 1 && g.w.type == NumberType::kBF16 &&
          g.w.rows % gemm::kQuantisedRows == 0 && g.w.has_even_tiles && g.y_group_stride % gemm::kQuantisedRows == 0;
 }
 

@@ -71,6 +71,7 @@ __device__ __forceinline__ void Fill(const Work& work, const Item& item, const R
   const int32_t first_column = static_cast<int32_t>(item.group * work.g.x_group_stride);
   ScaleSource scales;
   if constexpr (kFp8) scales = ScalesOf(work, item, tile);
+#pragma unroll 1
   for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
     if constexpr (kFp8) {
       if ((step - begin) % kScaleSteps == 0) {
@@ -117,6 +118,7 @@ __device__ __forceinline__ void ConsumeFp8(const uint8_t* memory, int32_t begin,
   using L = typename K::L;
   const uint32_t shared = SharedAddress(memory);
   const int row = threadIdx.x % 128 / kWarpSize * 16 + threadIdx.x % kWarpSize / 4;
+#pragma unroll 1
   for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
     const int phase = (step - begin) % kScaleSteps;
     if (phase == 0) BarrierWait(rings.scales.Full(), rings.scales.round);
@@ -160,6 +162,7 @@ __device__ __forceinline__ void ConsumeBf16(const uint8_t* memory, int32_t begin
   using L = typename K::L;
   const uint32_t shared = SharedAddress(memory);
   uint32_t before = 0;  // the barrier of the step before
+#pragma unroll 1
   for (int32_t step = begin; step < end; ++step, rings.stages.Next()) {
     const uint32_t stage = shared + rings.stages.at * L::kStageBytes;
     BarrierWait(rings.stages.Full(), rings.stages.round);
@@ -257,7 +260,7 @@ __device__ __forceinline__ void Store(const Work& work, const Item& item, const 
   }
 }
 
-template <int kWaves, int kRows, bool kFp8, bool kIsUneven = false>
+template <int kWaves, int kRows, bool kFp8, Output kOutput, bool kIsUneven>
 __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     ManyRowsKernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ TokenMaps x_maps,
                    const __grid_constant__ Work work) {
@@ -280,10 +283,10 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
       const Item item = ItemAt<K::kTokens>(work, first_item, index);
       const RowTile tile = TileAt<kRows>(work.g.w, item.weight_tile);
-      Fill<K>(work, item, tile, &w_map, &x_maps, SharedAddress(shared), SplitStep(work, item.split),
-              SplitStep(work, item.split + 1), rings, is_early);
+      Fill<K>(work, item, tile, &w_map, &x_maps, SharedAddress(shared), work.split_begin[item.split],
+              work.split_begin[item.split + 1], rings, is_early);
       is_early = false;
-      if (work.num_splits == 1) continue;
+      if constexpr (kOutput == Output::kRows) continue;
       cooperative_groups::this_cluster().sync();
       cooperative_groups::this_cluster().sync();
     }
@@ -295,9 +298,9 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1)
       const Item item = ItemAt<K::kTokens>(work, first_item, index);
       const RowTile tile = TileAt<kRows>(work.g.w, item.weight_tile);
       float sum[kWaves][kRows / 2];
-      Consume<K, kWaves, kRows, kFp8>(shared, K::NumWaves(item.num_tokens), SplitStep(work, item.split),
-                                      SplitStep(work, item.split + 1), rings, sum);
-      if (work.num_splits == 1) {
+      Consume<K, kWaves, kRows, kFp8>(shared, K::NumWaves(item.num_tokens), work.split_begin[item.split],
+                                      work.split_begin[item.split + 1], rings, sum);
+      if constexpr (kOutput == Output::kRows) {
         Store<K, kWaves, kRows>(work, item, tile, sum);
         continue;
       }
@@ -320,25 +323,31 @@ __global__ void __launch_bounds__(kConsumers + kProducers, 1)
   }
 }
 
-template <int kWaves, int kRows, bool kFp8, bool kIsUneven = false>
-cudaError_t Prepare() {
-  return cudaFuncSetAttribute(ManyRowsKernel<kWaves, kRows, kFp8, kIsUneven>,
+template <int kWaves, int kRows, bool kFp8, Output kOutput, bool kIsUneven>
+cudaError_t PrepareFor() {
+  return cudaFuncSetAttribute(ManyRowsKernel<kWaves, kRows, kFp8, kOutput, kIsUneven>,
                               cudaFuncAttributeMaxDynamicSharedMemorySize,
                               ManyRows<kWaves, kRows, kFp8, kIsUneven>::L::kSharedBytes);
 }
 
 template <int kWaves, int kRows, bool kFp8, bool kIsUneven = false>
-bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
+cudaError_t Prepare() {
+  const cudaError_t error = PrepareFor<kWaves, kRows, kFp8, Output::kRows, kIsUneven>();
+  if (error != cudaSuccess || kIsUneven) return error;
+  return PrepareFor<kWaves, kRows, kFp8, Output::kSplits, kIsUneven>();
+}
+
+template <int kWaves, int kRows, bool kFp8, Output kOutput, bool kIsUneven>
+bool LaunchFor(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
   using K = ManyRows<kWaves, kRows, kFp8, kIsUneven>;
   using L = typename K::L;
   if (plan.splits > 1 && g.offsets != nullptr) return false;
   if (kRows != kScaleTileRows && kFp8 && !g.w.has_even_tiles) return false;
   Work work;
   work.g = g;
-  work.num_steps = (g.w.cols + L::kStepElements - 1) / L::kStepElements;
+  work.Split((g.w.cols + L::kStepElements - 1) / L::kStepElements, plan.splits);
   work.token_tiles = static_cast<int32_t>((g.num_rows + K::kTokens - 1) / K::kTokens);
   work.weight_tiles = kRows == kScaleTileRows ? g.w.num_tiles : (g.w.rows + kRows - 1) / kRows;
-  work.num_splits = plan.splits;
   int64_t items = static_cast<int64_t>(g.w.num_groups) * work.weight_tiles * work.token_tiles * work.num_splits;
   // At most: every group begins one tile more than its share of the rows fills.
   if (g.offsets != nullptr) items = (g.num_rows / K::kTokens + g.w.num_groups) * work.weight_tiles;
@@ -378,8 +387,16 @@ bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(work.num_splits), 1, 1};
   }
   // NOTE: the caller looks at errors.
-  (void)cudaLaunchKernelEx(&config, ManyRowsKernel<kWaves, kRows, kFp8, kIsUneven>, w_map, x_maps, work);
+  (void)cudaLaunchKernelEx(&config, ManyRowsKernel<kWaves, kRows, kFp8, kOutput, kIsUneven>, w_map, x_maps, work);
   return true;
+}
+
+template <int kWaves, int kRows, bool kFp8, bool kIsUneven = false>
+bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
+  if constexpr (!kIsUneven) {
+    if (plan.splits > 1) return LaunchFor<kWaves, kRows, kFp8, Output::kSplits, kIsUneven>(stream, g, plan);
+  }
+  return LaunchFor<kWaves, kRows, kFp8, Output::kRows, kIsUneven>(stream, g, plan);
 }
 
 }  // namespace

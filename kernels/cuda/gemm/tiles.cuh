@@ -22,6 +22,9 @@ constexpr int kConsumerWarps = kConsumers / kWarpSize;
 constexpr int kScaleTileRows = 128;            // rows of a weight that share a row of scales
 constexpr int kScaleSteps = kInnerScaleSteps;  // steps whose scales come together, 16 bytes a row
 
+// What becomes of a tile. NOTE: kernels of their own, as small as can be: every launch reads its code anew.
+enum class Output { kRows, kSplits, kE4m3 };
+
 // ---- Which tile is next.
 
 struct Work {
@@ -29,7 +32,15 @@ struct Work {
   int32_t token_tiles;   // without offsets: of every group
   int32_t weight_tiles;  // of every group
   int32_t num_splits;
-  int32_t num_steps;  // of the inner dimension
+  int32_t split_begin[kMaxInnerSplits + 1];  // steps of the inner dimension
+
+  // On the host.
+  void Split(int64_t num_steps, int splits) {
+    num_splits = splits;
+    for (int s = 0; s <= splits; ++s) {
+      split_begin[s] = static_cast<int32_t>(InnerSplitBegin(num_steps, splits, s));
+    }
+  }
 };
 
 struct Item {
@@ -245,10 +256,6 @@ __device__ __forceinline__ void Release(uint32_t empty) {
 
 // ---- Split inner dimensions.
 
-__device__ __forceinline__ int32_t SplitStep(const Work& work, int32_t split) {
-  return static_cast<int32_t>(InnerSplitBegin(work.num_steps, work.num_splits, split));
-}
-
 // Four neighbours of the product: the blocks of the cluster have a part each, which are added in their order.
 __device__ __forceinline__ float4 SumOfSplits(float* out, int num_splits) {
   const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
@@ -279,7 +286,7 @@ __device__ __forceinline__ float RoundBf16(float x) { return __bfloat162float(__
 
 // Each block of a cluster writes its share of the tile, whose parts stand as out [tokens][stride] in their shared
 // memory, kRows of a token's stride used.
-template <int kRows, bool kQuantises = false>
+template <int kRows>
 __device__ void StoreSplits(const Work& work, const Item& item, const RowTile& tile, float* out, int stride) {
   constexpr int kWidth = 4;
   const MatrixRef& y = work.g.y;
@@ -291,16 +298,6 @@ __device__ void StoreSplits(const Work& work, const Item& item, const RowTile& t
     const int token = i / (kRows / kWidth), row = i % (kRows / kWidth) * kWidth;
     if (row >= tile.num_rows) continue;
     const float4 sum = SumOfSplits(out + token * stride + row, work.num_splits);
-    if constexpr (kQuantises) {  // NOTE: a warp has a token's group
-      static_assert(kRows == kQuantisedRows);
-      const float v[kWidth] = {RoundBf16(sum.x), RoundBf16(sum.y), RoundBf16(sum.z), RoundBf16(sum.w)};
-      const float amax = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
-      const float scale = QuantScale(WarpMax(amax), work.g.is_y_ue8m0);
-      *reinterpret_cast<uint32_t*>(QuantisedTile(work, item, tile) + token * y.row_stride + row) =
-          PackE4m3(v[0] / scale, v[1] / scale, v[2] / scale, v[3] / scale);
-      if (row == 0) QuantisedScale(work, item, tile)[token * work.g.y_scale_stride] = scale;
-      continue;
-    }
     const int64_t at = first + token * y.row_stride + row;
     if (is_aligned) {
       const __nv_bfloat162 packed[2] = {__floats2bfloat162_rn(sum.x, sum.y), __floats2bfloat162_rn(sum.z, sum.w)};
