@@ -16,6 +16,7 @@ namespace cachalot {
 
 struct BackendOptions {
   std::string device = "auto";  // auto | cpu | cuda; auto is CUDA where its library and a GPU are there
+  int ordinal = 0;              // on the GPU: which of those that the backend can use
   // What norms, silu and attention emit; on the GPU f32 stands for bf16.
   ActivationFormat activation = ActivationFormat::kF32;
   ScaleRule scale_rule = ScaleRule::kFP32;  // of fp8 activations; UE8M0 for V3.1
@@ -42,8 +43,9 @@ class Backend {
   virtual size_t workspace_bytes() const { return 0; }  // device memory that operations will hold; 0 where it is small
 };
 
-// NotFound when the device asked for is not there; FailedPrecondition when libcachalot_cuda.so is of another build,
-// unless the CPU is asked for by name; ResourceExhausted when what it needs at once does not fit.
+// NotFound when the device asked for is not there, or not the GPU of that ordinal; FailedPrecondition when
+// libcachalot_cuda.so is of another build, unless the CPU is asked for by name; ResourceExhausted when what it needs at
+// once does not fit.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options);
 
 }  // namespace cachalot

@@ -681,15 +681,21 @@ bool LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
                                .box_rows = kPageTokens})) {
     return false;
   }
-  static const cudaError_t configured =
-      cudaFuncSetAttribute(MlaKernel<kFp8, kExact>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  (void)configured;  // NOTE: where it failed, the launch fails too
   MlaKernel<kFp8, kExact><<<a.num_sms, kThreads<kFp8>, kSharedBytes, stream>>>(map, a);
   JoinSplits<kExact><<<4 * a.num_sms, 256, 0, stream>>>(a);
   return true;
 }
 
 }  // namespace
+
+cudaError_t PrepareAttention() {
+  for (const auto kernel :
+       {MlaKernel<false, false>, MlaKernel<false, true>, MlaKernel<true, false>, MlaKernel<true, true>}) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
 
 size_t AttentionPlanBytes(int max_tokens, int max_sequences, int num_heads, int num_sms) {
   const Plan plan = PlanAt(nullptr, max_tokens, max_sequences, num_heads, num_sms);

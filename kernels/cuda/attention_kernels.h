@@ -40,6 +40,9 @@ struct AttentionArguments {
   float* partials = nullptr;  // AttentionPartialsBytes
 };
 
+// Once a device, before its first launch.
+cudaError_t PrepareAttention();
+
 size_t AttentionPlanBytes(int max_tokens, int max_sequences, int num_heads, int num_sms);
 size_t AttentionPartialsBytes(int num_sms);
 

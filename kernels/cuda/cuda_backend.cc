@@ -56,7 +56,10 @@ class CudaBackend : public Backend {
     if (options.activation == ActivationFormat::kF32) options.activation = ActivationFormat::kBF16;
     const absl::StatusOr<std::vector<int>> gpus = UsableGpus();
     if (!gpus.ok()) return gpus.status();
-    auto device = CudaDevice::Make(gpus->front());
+    if (options.ordinal < 0 || options.ordinal >= static_cast<int>(gpus->size())) {
+      return absl::NotFoundError(absl::StrFormat("GPU %d: the CUDA backend sees %d", options.ordinal, gpus->size()));
+    }
+    auto device = CudaDevice::Make((*gpus)[options.ordinal]);
     if (!device.ok()) return device.status();
     device_ = *std::move(device);
     loader_ = std::make_unique<WeightLoader>(device_->stream());

@@ -6,6 +6,8 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/gemm/gemm.h"
+#include "kernels/cuda/prefill_attention_kernels.h"
+#include "kernels/cuda/sampling_kernels.h"
 
 namespace cachalot {
 namespace {
@@ -38,7 +40,9 @@ absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Make(const BackendOptions& opt
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&ops->num_sms_, cudaDevAttrMultiProcessorCount, ordinal);
   }
-  if (error == cudaSuccess) error = PrepareGemm();
+  for (const auto prepare : {PrepareGemm, PrepareAttention, PreparePrefillAttention, PrepareSampling}) {
+    if (error == cudaSuccess) error = prepare();
+  }
   if (error != cudaSuccess) {
     return absl::InternalError(
         absl::StrCat("the GPU does not say what it has, or not give it: ", cudaGetErrorString(error)));

@@ -470,11 +470,14 @@ bool LaunchAttendChunks(cudaStream_t stream, const PrefillArguments& a, int pass
       !head_map(&maps.values, a.values)) {
     return false;
   }
-  static const cudaError_t configured =
-      cudaFuncSetAttribute(AttendChunks, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  (void)configured;  // NOTE: where it failed, the launch fails too
   AttendChunks<<<a.num_sms, kThreads, sizeof(Shared), stream>>>(maps, a, pass * a.window_tiles);
   return true;
+}
+
+cudaError_t PreparePrefillAttention() {
+  const cudaError_t error = PrepareExpandLatents();
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(AttendChunks, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
 }
 
 bool LaunchPrefillAttention(cudaStream_t stream, const PrefillArguments& a) {

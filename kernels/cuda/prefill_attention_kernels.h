@@ -55,6 +55,10 @@ struct PrefillArguments {
 size_t PlacePrefillWorkspace(void* memory, int max_tokens, int max_sequences, int num_heads, int window_tiles,
                              PrefillArguments* arguments);
 
+// Once a device, before its first launch.
+cudaError_t PreparePrefillAttention();
+cudaError_t PrepareExpandLatents();
+
 // Whether the operands lie as the kernels want them.
 bool CanPrefill(const PrefillArguments& arguments);
 

@@ -376,6 +376,10 @@ void LaunchGatherLatents(cudaStream_t stream, const PrefillArguments& a, int pas
   }
 }
 
+cudaError_t PrepareExpandLatents() {
+  return cudaFuncSetAttribute(ExpandLatents, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(ExpandShared));
+}
+
 bool LaunchExpandLatents(cudaStream_t stream, const PrefillArguments& a, int pass) {
   ExpandMaps maps;
   const auto weight_map = [](CUtensorMap* map, const WeightRef& w, int box_rows) {
@@ -395,9 +399,6 @@ bool LaunchExpandLatents(cudaStream_t stream, const PrefillArguments& a, int pas
                       .box_rows = kPrefillKeyTile})) {
     return false;
   }
-  static const cudaError_t configured =
-      cudaFuncSetAttribute(ExpandLatents, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(ExpandShared));
-  (void)configured;  // NOTE: where it failed, the launch fails too
   ExpandLatents<<<a.num_sms, kThreads, sizeof(ExpandShared), stream>>>(maps, a, pass * a.window_tiles);
   return true;
 }

@@ -608,10 +608,11 @@ __global__ void VerifyDraftsKernel(SampleArgs args) {
 
 }  // namespace
 
+cudaError_t PrepareSampling() {
+  return cudaFuncSetAttribute(SampleKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+}
+
 void LaunchSample(const SampleArgs& args, cudaStream_t stream) {
-  static const cudaError_t configured =
-      cudaFuncSetAttribute(SampleKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  (void)configured;  // NOTE: where it failed, the launch fails too
   SampleKernel<<<args.num_rows, kThreads, sizeof(Shared), stream>>>(args);
 }
 

@@ -63,6 +63,9 @@ struct SampleArgs {
   int32_t num_rows, num_tokens, num_valid_tokens, num_sequences;
 };
 
+// Once a device, before its first launch.
+cudaError_t PrepareSampling();
+
 // One block a row of logits, then one block that verifies drafts. The name of what failed to launch is left to the
 // caller: errors stay in cudaGetLastError.
 void LaunchSample(const SampleArgs& args, cudaStream_t stream);

@@ -90,6 +90,7 @@ struct Load {
   std::vector<std::vector<int32_t>> prompts;  // in turn; random tokens where there are none
   double acceptance = -1;                     // what else it would be worth; negative: do not say
   float temperature = 0;
+  int num_tokens = 257;  // that a request generates
 };
 
 struct Timing {
@@ -170,7 +171,7 @@ double TokensOfStep(double acceptance, int num_drafts) {
 void Decode(Engine& engine, const Load& load, int num_drafts) {
   for (int batch : load.batches) {
     Run(engine, load, batch, 64, 9);
-    const Timing t = Run(engine, load, batch, 64, 257);
+    const Timing t = Run(engine, load, batch, 64, load.num_tokens);
     const double steps = t.num_steps / t.rest;
     std::printf("decode B=%-3d k=%s: %9.1f tok/s, %8.1f steps/s, host %.1f us a step", batch,
                 num_drafts == kAuto ? "auto" : absl::StrCat(num_drafts).c_str(), t.num_tokens / t.rest, steps,
@@ -277,6 +278,8 @@ int Main(int argc, char** argv) {
       load.prompts = ReadPrompts(value());
     } else if (is("--temperature")) {
       load.temperature = std::strtof(value(), nullptr);
+    } else if (is("--tokens")) {
+      load.num_tokens = std::atoi(value());
     } else if (is("--acceptance")) {
       load.acceptance = std::atof(value());
     }
@@ -285,7 +288,7 @@ int Main(int argc, char** argv) {
     std::fprintf(stderr,
                  "usage: engine_bench --model DIR [--device cpu|cuda] [--random-weights] [--threads N] "
                  "[--max-batch-tokens N] [--speculative-tokens K|auto,...] [--batches B,...] [--prompts FILE] "
-                 "[--temperature T] [--acceptance SHARE]\n");
+                 "[--tokens N] [--temperature T] [--acceptance SHARE]\n");
     return 1;
   }
   const bool on_gpu = options.device == "cuda", is_decode_alone = !load.batches.empty();

@@ -88,6 +88,16 @@ void AttentionWorld::UseExact() {
   Use(MakeTestBackend(options_));
 }
 
+bool AttentionWorld::UseGpu(int ordinal) {
+  BackendOptions options = options_;
+  options.device = "cuda";
+  options.ordinal = ordinal;
+  if (const auto backend = MakeBackend(options); absl::IsNotFound(backend.status())) return false;
+  options_.ordinal = ordinal;
+  Use(MakeTestBackend(options_));
+  return true;
+}
+
 void AttentionWorld::UseGpuOracle() {
   options_.device = "cpu";
   options_.value_dtype = DType::kBF16;

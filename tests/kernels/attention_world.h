@@ -32,8 +32,9 @@ class AttentionWorld {
                  int64_t max_context, ActivationFormat format = ActivationFormat::kF32, int num_threads = 2);
 
   void UseThreads(int num_threads);
-  void UseExact();      // BackendOptions
-  void UseGpuOracle();  // the CPU backend that rounds and sums as the GPU
+  void UseExact();           // BackendOptions
+  bool UseGpu(int ordinal);  // whether there is one
+  void UseGpuOracle();       // the CPU backend that rounds and sums as the GPU
 
   // Attention leaves keys at positions below it out; Write does too.
   void HideKeysBelow(int first_key) { first_key_ = first_key; }

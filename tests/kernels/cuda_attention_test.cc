@@ -1,6 +1,9 @@
 // MlaAttention of the CUDA backend against double precision: bf16 queries, both caches, decode and prefill.
 #include <gtest/gtest.h>
 
+#include <cstdio>
+#include <limits>
+#include <memory>
 #include <tuple>
 
 #include "tests/kernels/attention_world.h"
@@ -111,6 +114,22 @@ INSTANTIATE_TEST_SUITE_P(Shapes, CudaAttentionTest,
                                             ::testing::Values(KvDType::kBF16, KvDType::kFP8),
                                             ::testing::Values(ActivationFormat::kBF16, ActivationFormat::kFP8)),
                          CaseName);
+
+// One after the other in one process: what a kernel needs of a device it needs of each.
+TEST(CudaEveryGpuTest, Attends) {
+  AttentionWorld world({16, 128, 64, 128, 512}, KvDType::kBF16, DType::kF8E4M3, 2, 400, ActivationFormat::kFP8);
+  world.Write(0, 300);
+  world.Write(1, 70);
+  int num_gpus = 0;
+  for (; world.UseGpu(num_gpus); ++num_gpus) {
+    world.UseLongChunks(std::numeric_limits<int32_t>::max());
+    world.Check({{0, 298, 2, true}, {1, 69, 1, true}}, AllRows(3), DType::kBF16);
+    world.UseLongChunks(64);
+    world.Check({{1, 6, 64}}, {0, 63}, DType::kBF16);
+  }
+  std::printf("[ measured ] attends on %d GPUs\n", num_gpus);
+  EXPECT_GE(num_gpus, 1);
+}
 
 // What the CPU's oracle says, bit for bit: keys whole, and cut into splits, by rows that see all of them or a part.
 TEST(CudaAttentionOracleTest, SameBits) {
