@@ -1,4 +1,4 @@
-// Engine: one rank's model, scheduler and step thread. Requests go in, deltas come out.
+// Engine: a model that is served. Requests go in, deltas come out.
 #ifndef CACHALOT_ENGINE_ENGINE_H_
 #define CACHALOT_ENGINE_ENGINE_H_
 

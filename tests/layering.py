@@ -26,9 +26,9 @@ CHECK, OPS_TYPES = "kernels/check.h", "kernels/ops_types.h"
 SERVER_MAY_INCLUDE = {f"engine/{name}.h" for name in ("engine", "request", "options", "stats", "inspect", "plan")} | {CHECK}
 SERVER_SHARED_HEADER, SERVER_FOLDER = re.compile(r"server/\w+\.h$"), re.compile(r"server/\w+/")
 # The rank's backend is chosen once; the model gets it by reference, the scheduler never hears of it.
-BACKEND_MAKERS = {"engine/engine.cc", "server/main.cc"}
+BACKEND_MAKERS = {"engine/rank.cc", "server/main.cc"}
 MAKES_BACKEND = re.compile(r"\bMakeBackend\s*\(")
-# model/ and schedule/ meet in engine.cc; the step is plain data, which the runner turns into arrays.
+# model/ and schedule/ meet in rank.cc; the step is plain data, which the runner turns into arrays.
 STEP = "engine/schedule/step.h"
 STEP_USERS = re.compile(r"engine/model/runner\w*\.(h|cc)$")
 
@@ -173,7 +173,7 @@ def check_calls(tree):
             if layer in ("kernels", "engine", "server") and not path.startswith("server/options") and GETENV.search(code):
                 yield path, number, "the environment is read in server/options only"
             if layer in ("engine", "server") and path not in BACKEND_MAKERS and MAKES_BACKEND.search(code):
-                yield path, number, "only engine/engine.cc and server/main.cc make a backend"
+                yield path, number, "only engine/rank.cc and server/main.cc make a backend"
 
 
 def check_first_comment(tree):
@@ -283,7 +283,7 @@ CLEAN_TREE = {
     "kernels/backend.h": '// The one factory.\n#include "kernels/check.h"\n',
     "kernels/cuda/gemm.cu": "// The GEMM on Hopper.\n#include <cuda_runtime.h>\n#ifdef __CUDACC__\n#endif\n",
     "engine/engine.h": "// The engine itself.\n#ifndef CACHALOT_ENGINE_ENGINE_H_\n#endif\n",
-    "engine/engine.cc": '// The step loop.\n#include "engine/engine.h"\n#include "kernels/backend.h"\n',
+    "engine/rank.cc": '// The step loop.\n#include "engine/engine.h"\n#include "kernels/backend.h"\n',
     "engine/schedule/step.h": "// One step, plain data.\n",
     "engine/model/config.h": '// The checkpoint\'s config.\n#include "kernels/backend.h"\n',
     "engine/model/runner.cc": '// Plan to arrays.\n#include "engine/schedule/step.h"\n#include "engine/model/config.h"\n',

@@ -1,0 +1,319 @@
+// Rank: its making at start, then the step thread's short loop.
+#include "engine/rank.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "engine/loading_log.h"
+
+namespace cachalot {
+namespace {
+
+// What a step may take in any case. NOTE: a CPU does not hang, but it may have to read the weights from disk again.
+constexpr absl::Duration kLeastStepLimit = absl::Seconds(5), kLeastStepLimitOnCpu = absl::Minutes(10);
+constexpr int kWarmUpTokens = 512;
+// While a step takes longer than this, arrivals, cancels and deadlines are seen to in between.
+constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
+
+// Rows of a prompt whose logits are in memory at the same time, beside those of full decoding.
+constexpr int kScoredAtOnce = 64;
+
+absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
+  if (name.empty()) return on_cpu ? KvDType::kF32 : KvDType::kBF16;
+  if (name == "f32" && !on_cpu) {
+    return absl::InvalidArgumentError("kv-cache-dtype: found \"f32\", expected bf16 or fp8 on the GPU");
+  }
+  if (name == "f32") return KvDType::kF32;
+  if (name == "bf16") return KvDType::kBF16;
+  if (name == "fp8") return KvDType::kFP8;
+  return absl::InvalidArgumentError(absl::StrFormat("kv-cache-dtype: found \"%s\", expected f32, bf16 or fp8", name));
+}
+
+// Rows of a step where none are asked for. Measured (tests/bench/results/2026-11-26-cuda-products.md): a GPU reads
+// prompts twice as fast 4096 at a time as 512 at a time, and hardly faster 8192 at a time.
+constexpr int kBatchTokens = 512, kGpuBatchTokens = 4096;
+
+OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
+  OpLimits limits = config.op_limits();
+  limits.max_tokens = options.max_batch_tokens;
+  limits.max_sequences = options.max_sequences;
+  limits.max_drafts = options.speculative_tokens;
+  limits.max_rows = options.max_sequences * (1 + limits.max_drafts) + kScoredAtOnce;
+  limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
+  limits.max_context += DraftSlack(limits.max_drafts);
+  return limits;
+}
+
+}  // namespace
+
+// What the model runs on, and in which types.
+absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
+  // NOTE: before the backend is known; it decides for the CPU, where the GPU's rounding is imitated.
+  BackendOptions options;
+  options.device = options_.device;
+  options.activation = WantsFp8() ? ActivationFormat::kFP8 : ActivationFormat::kF32;
+  options.value_dtype = options_.activation == "fp8" ? DType::kBF16 : DType::kF32;
+  options.is_exact = options_.is_exact;
+  options.scale_rule = model_.config.scale_rule;
+  options.num_threads = options_.num_threads;
+  const bool has_batch_tokens = options_.max_batch_tokens > 0;
+  if (!has_batch_tokens) options_.max_batch_tokens = options_.device == "cpu" ? kBatchTokens : kGpuBatchTokens;
+  options.limits = MakeLimits(model_.config, options_);
+  if (options_.device == "cpu") {  // whatever is wrong is known before anything is made
+    if (auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, true); !kv_dtype.ok()) return kv_dtype.status();
+  }
+  auto backend = MakeBackend(options);
+  if (!has_batch_tokens && options_.device == "auto" && backend.ok() && !(*backend)->is_gpu()) {
+    options.device = "cpu";
+    options_.max_batch_tokens = kBatchTokens;
+    options.limits = MakeLimits(model_.config, options_);
+    backend = MakeBackend(options);
+  }
+  if (absl::IsResourceExhausted(backend.status())) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(backend.status().message(), ": lower --max-batch-tokens, --max-sequences or --max-model-len"));
+  }
+  if (!backend.ok()) return backend.status();
+  backend_ = *std::move(backend);
+
+  const bool on_cpu = !backend_->is_gpu();
+  if (options_.random_weights && on_cpu) {
+    return absl::InvalidArgumentError("random-weights: needs the CUDA backend");
+  }
+  auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, on_cpu);
+  if (!kv_dtype.ok()) return kv_dtype.status();
+  const bool is_quantised = WantsFp8() || (options_.activation == "auto" && !on_cpu && model_.config.is_fp8);
+  const ActivationFormat plain = on_cpu ? ActivationFormat::kF32 : ActivationFormat::kBF16;
+  const KvOptions kv = {*kv_dtype, /*has_mtp=*/options_.speculative_tokens > 0, backend_->value_dtype()};
+  return MemoryDemand{options.limits, kv, is_quantised ? ActivationFormat::kFP8 : plain};
+}
+
+absl::Status Rank::Load() {
+  auto demand = ChooseBackend();
+  if (!demand.ok()) return demand.status();
+  auto plan = PlanMemory(model_.config, *model_.checkpoint, options_, *demand, *backend_);
+  if (!plan.ok()) return plan.status();
+  plan_ = *plan;
+  if (plan->weights > 0) spdlog::info("{}", plan->ToString());
+
+  RunnerOptions runner_options;
+  runner_options.limits = demand->limits;
+  runner_options.limits.max_context = plan->max_model_len + DraftSlack(runner_options.limits.max_drafts);
+  runner_options.kv = demand->kv;
+  runner_options.format = demand->format;
+  runner_options.num_blocks = plan->num_blocks;
+  runner_options.num_valid_tokens = model_.num_valid_tokens;
+  const absl::Time begin = absl::Now();
+  std::optional<LoadingLog> log;
+  if (plan->weights > 0) log.emplace(backend_->ops(), plan->weights);
+  auto runner = Runner::Create(model_.config, *model_.checkpoint, runner_options, *backend_);
+  log.reset();
+  if (!runner.ok()) return runner.status();
+  runner_ = *std::move(runner);
+  shapes_ = std::make_unique<StepShapes>(runner_options.limits, backend_->device(), options_.adapts_drafts);
+  if (plan->weights > 0) {
+    const double seconds = absl::ToDoubleSeconds(absl::Now() - begin), gigabytes = plan->weights * 1e-9;
+    spdlog::info("{:.2f} GB of weights in {:.1f} s: {:.2f} GB/s", gigabytes, seconds, gigabytes / seconds);
+  }
+
+  std::random_device random;
+  pool_ = std::make_unique<BlockPool>(
+      plan->num_blocks, options_.prefix_cache ? BlockPool::PrefixCache::kOn : BlockPool::PrefixCache::kOff,
+      uint64_t{random()} << 32 | random());
+  const SchedulerLimits limits = {options_.max_batch_tokens, options_.max_sequences,      plan->max_model_len,
+                                  model_.eos_token_ids,      options_.speculative_tokens, options_.adapts_drafts};
+  scheduler_ = std::make_unique<Scheduler>(limits, pool_.get());
+  return absl::OkStatus();
+}
+
+// A real step or two: everything that serving will touch has been touched before anybody is told that we are ready.
+absl::Status Rank::WarmUp() {
+  watch_.emplace(backend_->is_gpu() ? kLeastStepLimit : kLeastStepLimitOnCpu);
+  const auto graphs = runner_->Prepare(shapes_->Decode());
+  if (!graphs.ok()) return graphs.status();
+  if (!graphs->empty()) spdlog::info("{}", *graphs);
+  auto sequence = std::make_unique<Sequence>();
+  // More rows than a decode step's; on a GPU, enough to know how long the longest steps may take, and a long chunk,
+  // which has kernels of its own.
+  const int num_tokens = backend_->is_gpu() ? std::min(options_.max_batch_tokens, kWarmUpTokens) : 5;
+  sequence->num_prompt_tokens = std::clamp(plan_.max_model_len - 2, 1, num_tokens);
+  sequence->tokens.assign(sequence->num_prompt_tokens, 0);
+  sequence->sampling.max_tokens = std::min(2, plan_.max_model_len - sequence->num_prompt_tokens);
+  sequence->sampling.ignore_eos = true;
+  sequence->sampling.logit_bias = {{0, 0.0f}};
+  Scheduler scheduler(scheduler_->limits(), pool_.get());  // its own, lest these steps be counted
+  scheduler.Add(std::move(sequence));
+  while (true) {
+    const StepPlan plan = scheduler.Plan(absl::Now());
+    if (plan.empty()) break;
+    Launch(plan);
+    Scheduler::Deltas deltas;
+    auto result = runner_->Wait(watch_->Limit());
+    if (!result.ok()) return result.status();
+    watch_->Completed(absl::Now());
+    scheduler.Commit(*result, absl::Now(), &deltas);
+  }
+  pool_->ResetPrefixCache();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Rank>> Rank::Create(const EngineOptions& options, const ServedModel& model) {
+  std::unique_ptr<Rank> rank(new Rank(options, model));
+  absl::Status status = rank->Load();
+  if (status.ok()) status = rank->WarmUp();
+  if (!status.ok()) return status;
+  rank->stats_ = rank->scheduler_->stats();
+  return rank;
+}
+
+void Rank::Start(Output output) {
+  output_ = std::move(output);
+  step_thread_ = std::thread([this] { RunSteps(); });
+}
+
+void Rank::Stop() {
+  {
+    std::lock_guard lock(inbox_mutex_);
+    is_stopping_ = true;
+  }
+  inbox_filled_.notify_all();
+  if (step_thread_.joinable()) step_thread_.join();
+}
+
+absl::Status Rank::Submit(std::unique_ptr<Sequence> sequence) {
+  std::lock_guard lock(inbox_mutex_);
+  if (!health_.ok()) return absl::UnavailableError(health_.message());
+  if (is_stopping_) return absl::UnavailableError("the server is stopping");
+  new_sequences_.push_back(std::move(sequence));
+  inbox_filled_.notify_one();
+  return absl::OkStatus();
+}
+
+void Rank::Cancel(RequestId id) {
+  std::lock_guard lock(inbox_mutex_);
+  cancelled_.push_back(id);
+  inbox_filled_.notify_one();
+}
+
+void Rank::ResetPrefixCache() {
+  std::lock_guard lock(inbox_mutex_);
+  wants_reset_ = true;
+  inbox_filled_.notify_one();
+}
+
+EngineStats Rank::stats() const {
+  std::lock_guard lock(inbox_mutex_);
+  EngineStats stats = stats_;
+  stats.waiting += static_cast<int>(new_sequences_.size());
+  return stats;
+}
+
+absl::Status Rank::health() const {
+  std::lock_guard lock(inbox_mutex_);
+  return health_;
+}
+
+// Moves what has arrived into the scheduler and ends what is past its deadline; false when it is time to stop.
+bool Rank::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
+  std::vector<std::unique_ptr<Sequence>> arrived;
+  std::vector<RequestId> cancelled;
+  {
+    std::unique_lock lock(inbox_mutex_);
+    if (may_sleep) {
+      inbox_filled_.wait(
+          lock, [this] { return is_stopping_ || wants_reset_ || !new_sequences_.empty() || !cancelled_.empty(); });
+    }
+    if (is_stopping_) return false;
+    if (std::exchange(wants_reset_, false)) pool_->ResetPrefixCache();
+    arrived.swap(new_sequences_);
+    cancelled.swap(cancelled_);
+    stats_.waiting += static_cast<int>(arrived.size());
+  }
+  const absl::Time now = absl::Now();
+  for (auto& sequence : arrived) scheduler_->Add(std::move(sequence));
+  for (RequestId id : cancelled) scheduler_->Cancel(id, now, deltas);
+  scheduler_->Expire(now, deltas);
+  return true;
+}
+
+void Rank::Launch(const StepPlan& plan) {
+  runner_->Launch(plan, shapes_->Of(plan));
+  watch_->Launched(StepWatch::WorkOf(plan.num_rows, plan.num_keys), absl::Now());
+}
+
+// The result of the oldest step in flight.
+absl::StatusOr<StepResult> Rank::WaitForStep(Scheduler::Deltas* deltas) {
+  for (absl::Duration waited; true; waited += kWaitSlice) {
+    if (!deltas->empty()) Publish(deltas);
+    auto result = runner_->Wait(kWaitSlice);
+    if (result.ok()) watch_->Completed(absl::Now());
+    if (result.ok() || !absl::IsDeadlineExceeded(result.status())) return result;
+    if (waited >= watch_->Limit()) {
+      return absl::DeadlineExceededError(absl::StrCat("a step has not ended within ", absl::FormatDuration(waited)));
+    }
+    TakeInbox(false, deltas);
+  }
+}
+
+// The loop of engine/schedule/step.h: plan and launch while a step runs, at most two in flight.
+void Rank::RunSteps() {
+  bool is_idle = false;
+  absl::Status status;
+  Scheduler::Deltas deltas;
+  while (TakeInbox(is_idle, &deltas)) {
+    absl::Time begin = absl::Now();
+    const StepPlan plan = scheduler_->Plan(begin);
+    if (!plan.empty()) Launch(plan);
+    host_time_ += absl::Now() - begin;
+    // NOTE: a commit frees blocks and slots, so only a turn that neither planned nor committed has nothing to do: then
+    // nothing waits either, and no deadline need wake us.
+    is_idle = plan.empty() && scheduler_->num_in_flight() == 0;
+    if (scheduler_->num_in_flight() == kMaxStepsInFlight || (plan.empty() && !is_idle)) {
+      auto result = WaitForStep(&deltas);
+      if (!result.ok()) {
+        status = result.status();
+        break;
+      }
+      begin = absl::Now();
+      scheduler_->Commit(*result, begin, &deltas);
+      host_time_ += absl::Now() - begin;
+    }
+    Publish(&deltas);
+  }
+
+  // The end: nothing may be left without its last delta.
+  if (!status.ok()) spdlog::critical("the rank is dead: {}", status.ToString());
+  {
+    std::lock_guard lock(inbox_mutex_);
+    is_stopping_ = true;
+    health_ = status;
+    for (auto& sequence : new_sequences_) scheduler_->Add(std::move(sequence));
+    new_sequences_.clear();
+  }
+  while (status.ok() && scheduler_->num_in_flight() > 0) {
+    auto result = runner_->Wait(watch_->Limit());
+    if (!result.ok()) break;
+    watch_->Completed(absl::Now());
+    scheduler_->Commit(*result, absl::Now(), &deltas);
+  }
+  scheduler_->Fail(absl::UnavailableError(status.ok() ? "the server is stopping" : status.message()), absl::Now(),
+                   &deltas);
+  Publish(&deltas);
+}
+
+// The statistics first: who has seen a request's end finds it counted.
+void Rank::Publish(Scheduler::Deltas* deltas) {
+  {
+    std::lock_guard lock(inbox_mutex_);
+    stats_ = scheduler_->stats();
+    stats_.host_seconds = absl::ToDoubleSeconds(host_time_);
+  }
+  if (!deltas->empty()) output_(deltas);
+}
+
+}  // namespace cachalot
