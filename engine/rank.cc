@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/draft_step_times.h"
 #include "engine/loading_log.h"
 
 namespace cachalot {
@@ -17,6 +18,7 @@ namespace {
 // What a step may take in any case. NOTE: a CPU does not hang, but it may have to read the weights from disk again.
 constexpr absl::Duration kLeastStepLimit = absl::Seconds(5), kLeastStepLimitOnCpu = absl::Minutes(10);
 constexpr int kWarmUpTokens = 512;
+constexpr absl::Duration kDraftStepsBudget = absl::Seconds(1);
 // While a step takes longer than this, arrivals, cancels and deadlines are seen to in between.
 constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
 
@@ -158,8 +160,12 @@ absl::Status Rank::WarmUp() {
     watch_->Completed(absl::Now());
     scheduler.Commit(*result, absl::Now(), &deltas);
   }
+  absl::Status status;
+  if (options_.adapts_drafts) {
+    status = MeasureDraftSteps(*shapes_, kDraftStepsBudget, runner_.get(), pool_.get(), scheduler_.get());
+  }
   pool_->ResetPrefixCache();
-  return absl::OkStatus();
+  return status;
 }
 
 absl::StatusOr<std::unique_ptr<Rank>> Rank::Create(const EngineOptions& options, const ServedModel& model) {

@@ -13,7 +13,7 @@ namespace cachalot {
 
 // A draft more makes a step longer and brings its token only if those before it were right too. What wins depends on
 // the model, the machine, the number of sequences and their context, and changes with what they say: nothing of it is
-// assumed, all of it is measured as steps go by.
+// assumed, all of it is measured, what steps take from before the first request on (draft_step_times.h).
 //
 // Steps are alike that decode about as many sequences over about as many keys each. For every kind the least time of
 // steps with k drafts is kept current for each k, and for all kinds together the share of drafts at each place that

@@ -127,6 +127,23 @@ TEST(DraftLengthTest, FollowsTheMachine) {
   EXPECT_GT(world.Run(8, 8000, 6000) / world.BestFixed(8, 8000), 0.97);
 }
 
+// What is known beforehand is not tried: the best length from the first steps on, also for sizes between.
+TEST(DraftLengthTest, BeginsWithWhatWasMeasuredBeforehand) {
+  for (int num_sequences : {1, 3, 8, 11, 64, 100, 256}) {
+    World world({LikeAGpu}, 4);
+    DraftLength chooser = world.chooser();
+    for (int size = 1; size <= 256; size *= 2) {
+      for (int k = 0; k <= 4; ++k) chooser.Took(size, size, k, absl::Seconds(LikeAGpu(size, size, k)));
+    }
+    for (int i = 0; i < 200; ++i) chooser.Verified(4, 4);
+    for (int i = 0; i < DraftLength::kStepsBetweenTrials - 1; ++i) {
+      const int k = chooser.Next(num_sequences, 100 * num_sequences, 4);
+      EXPECT_EQ(k, 4) << num_sequences << " in step " << i;  // all are right, and rows are cheap
+      chooser.Took(num_sequences, 100 * num_sequences, k, absl::Seconds(LikeAGpu(num_sequences, 100, k)));
+    }
+  }
+}
+
 // Sequences come and go and grow: kinds of steps are met for the first time all the while.
 TEST(DraftLengthTest, LearnsLittleAnewFromKindToKind) {
   World world({LikeAGpu}, 2);
