@@ -35,12 +35,6 @@ __device__ __forceinline__ void ArriveThreads(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ float FastExp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // d [64,128] += a [64,16] * b [16,128], a in registers: as WgmmaBf16Transposed<128> has it, packed, the columns 8 j + 2
 // (t % 4) of j = 0 and 1.
 __device__ __forceinline__ void WgmmaRegisters(float (&d)[64], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

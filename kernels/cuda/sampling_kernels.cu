@@ -296,7 +296,7 @@ __device__ __noinline__ float MassBefore(Shared& sh, uint64_t key) {
   float sum = 0;
   const auto add_doubtful = [&](int id, float x) {
     if (RankKey(x / draws.temperature, static_cast<uint32_t>(id)) < key) {
-      sum += Exp2Approximately(fmaf(x, draws.scale, -reference));
+      sum += FastExp2(fmaf(x, draws.scale, -reference));
     }
   };
   float4 x[kAhead];
@@ -321,7 +321,7 @@ __device__ __noinline__ float MassBefore(Shared& sh, uint64_t key) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float own = fmaf(Element(v, k), draws.scale, -reference);
-        sum += own > most ? Exp2Approximately(own) : 0.0f;
+        sum += own > most ? FastExp2(own) : 0.0f;
         if (fabsf(own - exponent) <= doubt) doubtful |= 1u << j;
       }
       load(j, base - kStride);
@@ -341,7 +341,7 @@ __device__ __noinline__ float MassBefore(Shared& sh, uint64_t key) {
   const auto add = [&](int id, float logit) {
     const float own = fmaf(logit, draws.scale, -reference);
     if (own > most) {
-      sum += Exp2Approximately(own);
+      sum += FastExp2(own);
     } else if (fabsf(own - exponent) <= doubt) {
       add_doubtful(id, logit);
     }

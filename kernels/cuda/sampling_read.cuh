@@ -17,12 +17,6 @@ constexpr float kLeastNoiseBits = -4.1f;  // the least noise is -2.82
 constexpr float kRacers = 8.0f;           // as many tokens as 2 to this are to reach the race's bound
 constexpr float kLeastRest = -24.0f;      // 1 - u is 2 to this or more
 
-__device__ __forceinline__ float Exp2Approximately(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Low and high half, by one instruction.
 __device__ __forceinline__ uint2 WideProduct(uint32_t a, uint32_t b) {
   uint2 product;
@@ -66,15 +60,15 @@ struct Sum {
   // Whether it took another reference.
   __device__ __forceinline__ bool MakeRoomFor(float largest) {
     if (!(ExponentOf(largest) > kMostExponent) || largest == INFINITY) return false;
-    const float factor = Exp2Approximately(reference - largest * scale);
+    const float factor = FastExp2(reference - largest * scale);
     sum *= factor;
     above *= factor;
     reference = largest * scale;
     return true;
   }
   __device__ __forceinline__ float4 Add(const float4& x) {
-    const float4 e = make_float4(Exp2Approximately(ExponentOf(x.x)), Exp2Approximately(ExponentOf(x.y)),
-                                 Exp2Approximately(ExponentOf(x.z)), Exp2Approximately(ExponentOf(x.w)));
+    const float4 e = make_float4(FastExp2(ExponentOf(x.x)), FastExp2(ExponentOf(x.y)), FastExp2(ExponentOf(x.z)),
+                                 FastExp2(ExponentOf(x.w)));
     sum += (e.x + e.y) + (e.z + e.w);
     return e;
   }
@@ -91,7 +85,7 @@ struct Sum {
 
 __device__ Total TotalOf(Shared& sh, const Sum& own) {
   const float reference = BlockMax(sh, own.reference);
-  return {BlockSum(sh, own.sum * Exp2Approximately(own.reference - reference)), reference};
+  return {BlockSum(sh, own.sum * FastExp2(own.reference - reference)), reference};
 }
 
 // How many fours a thread meets at once: their noise is made side by side.
@@ -112,7 +106,7 @@ struct Reader {
   __device__ __forceinline__ void SetBound(float new_bound) {
     bound = new_bound;
     race_exponent = drawn.reference - bound + (0.02f + 1e-6f * (fabsf(bound) + 32.0f));
-    race_factor = Exp2Approximately(race_exponent);
+    race_factor = FastExp2(race_exponent);
     sure = out.sure_exponent - drawn.reference;
   }
   // NOTE: the largest token is never filtered, so the winner is no worse than it with the least noise.
@@ -207,7 +201,7 @@ struct Reader {
     }
   }
   __device__ __forceinline__ bool MayWin(float x, uint32_t bits) const {
-    return x > -INFINITY && IsLucky(bits, Exp2Approximately(drawn.ExponentOf(x)));
+    return x > -INFINITY && IsLucky(bits, FastExp2(drawn.ExponentOf(x)));
   }
   __device__ __forceinline__ void Race(int id, float x, uint32_t bits) {
     const float logit = x / draws.temperature, value = logit + Noise(bits);
@@ -306,7 +300,7 @@ __device__ __forceinline__ float GuessSureExponent(Shared& sh, const float4& x, 
     const float exponent = sum.ExponentOf(Element(x, j));
     if (!(exponent >= -16.0f)) continue;
     const int bin = min(kGuessBins - 1, static_cast<int>(fmaxf(-exponent, 0.0f) * kBinsPerExponent));
-    atomicAdd(&sh.low[bin], static_cast<uint32_t>(Exp2Approximately(fminf(exponent, 0.0f)) * kMassUnit));
+    atomicAdd(&sh.low[bin], static_cast<uint32_t>(FastExp2(fminf(exponent, 0.0f)) * kMassUnit));
   }
   __syncthreads();
   const int lane = threadIdx.x % kWarpSize;
@@ -434,7 +428,7 @@ __device__ __forceinline__ void ReadRow(Shared& sh, int num_tokens) {
   out.raw = TotalOf(sh, reader.raw);
   if (kDraws) {
     out.drawn = TotalOf(sh, reader.drawn);
-    out.above_sure = BlockSum(sh, reader.drawn.above * Exp2Approximately(reader.drawn.reference - out.drawn.reference));
+    out.above_sure = BlockSum(sh, reader.drawn.above * FastExp2(reader.drawn.reference - out.drawn.reference));
   }
   if (threadIdx.x == 0) sh.reading = out;
   __syncthreads();
