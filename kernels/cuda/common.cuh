@@ -26,13 +26,6 @@ __device__ __forceinline__ uint8_t FloatToE4m3(float value) {
   return __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
 }
 
-// As FloatToE4m3, four at once.
-__device__ __forceinline__ uint32_t PackE4m3(float a, float b, float c, float d) {
-  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
-  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
-  return low | high << 16;
-}
-
 // The scale of a group of 128 whose largest magnitude is `amax` (tensor.h).
 __device__ __forceinline__ float QuantScale(float amax, bool is_ue8m0) {
   const float scale = fmaxf(amax, kMinAmax) / kE4m3Max;

@@ -19,6 +19,7 @@
 namespace cachalot {
 
 struct AttentionArguments;
+struct GemmArguments;
 struct PrefillArguments;
 
 class CudaOps : public Ops {
@@ -112,6 +113,9 @@ class CudaOps : public Ops {
   // kernels/cuda/gemm/gemm.cc: y = x * w^T for every group; `offsets` null: all rows of x for each group.
   void Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
                 const WeightRef& w, const int32_t* offsets);
+  GemmArguments ProductOf(const ActivationRef& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
+                          const WeightRef& w) const;
+  void Launch(const GemmArguments& product);
   // The same in e4m3 of what bf16 leaves; false, and nothing done, where no kernel can.
   bool MultiplyQuantised(const Activation& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
                          const WeightRef& w);

@@ -52,6 +52,13 @@ __device__ __forceinline__ void StoreChunk(const MatrixRef& m, int64_t t, int ch
   }
 }
 
+// As FloatToE4m3, four at once.
+__device__ __forceinline__ uint32_t PackE4m3(float a, float b, float c, float d) {
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+
 // A chunk of row t. The whole warp must call; chunks of neighbouring lanes are neighbours, the first lane's chunk is a
 // multiple of 16. Where `is_valid` is false there is no such chunk.
 __device__ __forceinline__ void EmitChunk(const ActivationRef& out, int64_t t, int chunk, bool is_valid,

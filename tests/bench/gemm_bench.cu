@@ -250,8 +250,8 @@ struct Call {
       a.y_group_stride = p.rows;
     }
     y_elements = total * y_width;
-    a.y = {Allocate<float>(y_elements), y_width, p.is_f32 ? NumberType::kF32 : NumberType::kBF16};
-    memory.insert(memory.end(), {a.x.values.data, a.y.data});
+    a.y.values = {Allocate<float>(y_elements), y_width, p.is_f32 ? NumberType::kF32 : NumberType::kBF16};
+    memory.insert(memory.end(), {a.x.values.data, a.y.values.data});
   }
   ~Call() {
     for (void* p : memory) cudaFree(p);
@@ -308,7 +308,8 @@ __global__ void Compare(GemmArguments a, int64_t group_first, int64_t group_rows
     magnitude += __shfl_xor_sync(0xffffffffu, magnitude, offset);
   }
   if (lane != 0) return;
-  const double got = LoadNumber(a.y.data, y_group + (group_first + token) * a.y.row_stride + row, a.y.type);
+  const double got =
+      LoadNumber(a.y.values.data, y_group + (group_first + token) * a.y.values.row_stride + row, a.y.values.type);
   const double bound = 4e-3 * fabs(sum) + 4e-3 * sqrt(magnitude);
   float error = static_cast<float>(fabs(got - sum) / bound);
   if (!(error == error)) error = INFINITY;
@@ -340,7 +341,7 @@ class Bench {
   bool Check(const Product& p, const Call& call, const Weights& weights, const GemmPlan& plan) {
     GemmArguments a = call.arguments;
     a.w = weights.copies[0];
-    Must(cudaMemsetAsync(a.y.data, 0xff, call.y_elements * (p.is_f32 ? 4 : 2), stream_), "poison");
+    Must(cudaMemsetAsync(a.y.values.data, 0xff, call.y_elements * (p.is_f32 ? 4 : 2), stream_), "poison");
     if (!LaunchGemm(stream_, a, plan)) return true;
     Must(cudaMemsetAsync(worst_, 0, 4, stream_), "memset");
     for (int g = 0; g < p.groups; ++g) {

@@ -141,7 +141,7 @@ __device__ __forceinline__ void Consume(const uint8_t* memory, int32_t begin, in
 template <int kN>
 __device__ __forceinline__ void Store(const Work& work, const Item& item, const RowTile& tile,
                                       const float (&sum)[kN / 2]) {
-  const MatrixRef& y = work.g.y;
+  const MatrixRef& y = work.g.y.values;
   const int lane = threadIdx.x % kWarpSize, warp_row = threadIdx.x / kWarpSize * 16;
   const int64_t first = item.group * work.g.y_group_stride + item.first_row * y.row_stride + tile.first_row;
   const bool is_paired = y.type == NumberType::kBF16 && y.row_stride % 2 == 0 && tile.num_rows % 2 == 0 &&
@@ -175,13 +175,16 @@ __device__ __forceinline__ void Store(const Work& work, const Item& item, const 
   }
 }
 
+__device__ __forceinline__ float RoundBf16(float x) { return __bfloat162float(__float2bfloat16(x)); }
+
 // The largest magnitude of every token's group, as bits; of this item, and zeros for the next. NOTE: a few hundred
 // bytes more would leave room for one block an SM alone.
 struct Magnitudes {
   uint32_t of[2][64];
 };
 
-// The same in e4m3: of a token all eight warps have 16 values of its group. Flips `round`, one of the two.
+// The same in e4m3, of bf16: a tile's rows of the weight are a group of 128, of which all eight warps have 16. Flips
+// `round`, one of the two.
 template <int kN>
 __device__ __forceinline__ void StoreQuantised(const Work& work, const Item& item, const RowTile& tile,
                                                const float (&sum)[kN / 2], Magnitudes& magnitudes, int& round) {
@@ -199,19 +202,22 @@ __device__ __forceinline__ void StoreQuantised(const Work& work, const Item& ite
     }
   }
   SyncThreads(2, kConsumers);
-  uint8_t* out = QuantisedTile(work, item, tile) + warp * 16 + lane / 4;
-  float* scales = QuantisedScale(work, item, tile);
+  const ActivationRef& y = work.g.y;
+  const int64_t first_column = item.group * work.g.y_group_stride + tile.first_row;
+  uint8_t* out =
+      static_cast<uint8_t*>(y.values.data) + item.first_row * y.values.row_stride + first_column + warp * 16 + lane / 4;
+  float* scales = y.scales + item.first_row * y.scale_stride + first_column / kQuantisedRows;
 #pragma unroll
   for (int j = 0; j < kN / 8; ++j) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int token = 8 * j + 2 * (lane % 4) + c;
       if (token >= item.num_tokens) continue;
-      const float scale = QuantScale(__uint_as_float(magnitudes.of[round][token]), work.g.is_y_ue8m0);
-      if (warp == 0 && lane < 4) scales[token * work.g.y_scale_stride] = scale;
+      const float scale = QuantScale(__uint_as_float(magnitudes.of[round][token]), y.is_ue8m0);
+      if (warp == 0 && lane < 4) scales[token * y.scale_stride] = scale;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        out[token * work.g.y.row_stride + 8 * i] = FloatToE4m3(RoundBf16(sum[4 * j + 2 * i + c]) / scale);
+        out[token * y.values.row_stride + 8 * i] = FloatToE4m3(RoundBf16(sum[4 * j + 2 * i + c]) / scale);
       }
     }
   }
@@ -364,6 +370,20 @@ bool Launch(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
   return true;
 }
 
+// By the widest item, and what operands are.
+template <Output kOutput>
+bool LaunchAs(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
+  const bool is_narrow = plan.tokens <= 16;
+  if (g.w.type != NumberType::kE4M3) {
+    return is_narrow ? Launch<16, false, kOutput>(stream, g, plan) : Launch<64, false, kOutput>(stream, g, plan);
+  }
+  if constexpr (kOutput == Output::kE4m3) {
+    return false;  // made of bf16 alone
+  } else {
+    return is_narrow ? Launch<16, true, kOutput>(stream, g, plan) : Launch<64, true, kOutput>(stream, g, plan);
+  }
+}
+
 }  // namespace
 
 cudaError_t PrepareFewRows() {
@@ -378,25 +398,8 @@ cudaError_t PrepareFewRows() {
 }
 
 bool LaunchFewRows(cudaStream_t stream, const GemmArguments& g, const GemmPlan& plan) {
-  const bool is_fp8 = g.w.type == NumberType::kE4M3, is_e4m3 = g.y.type == NumberType::kE4M3;
-  if (is_e4m3) {
-    if (is_fp8 || plan.splits > 1) return false;
-    return plan.tokens <= 16 ? Launch<16, false, Output::kE4m3>(stream, g, plan)
-                             : Launch<64, false, Output::kE4m3>(stream, g, plan);
-  }
-  if (plan.splits > 1) {
-    if (plan.tokens <= 16) {
-      return is_fp8 ? Launch<16, true, Output::kSplits>(stream, g, plan)
-                    : Launch<16, false, Output::kSplits>(stream, g, plan);
-    }
-    return is_fp8 ? Launch<64, true, Output::kSplits>(stream, g, plan)
-                  : Launch<64, false, Output::kSplits>(stream, g, plan);
-  }
-  if (plan.tokens <= 16) {
-    return is_fp8 ? Launch<16, true, Output::kRows>(stream, g, plan)
-                  : Launch<16, false, Output::kRows>(stream, g, plan);
-  }
-  return is_fp8 ? Launch<64, true, Output::kRows>(stream, g, plan) : Launch<64, false, Output::kRows>(stream, g, plan);
+  if (g.y.values.type == NumberType::kE4M3) return plan.splits == 1 && LaunchAs<Output::kE4m3>(stream, g, plan);
+  return plan.splits > 1 ? LaunchAs<Output::kSplits>(stream, g, plan) : LaunchAs<Output::kRows>(stream, g, plan);
 }
 
 }  // namespace cachalot::gemm

@@ -15,43 +15,40 @@ void CheckProduct(const Tensor& y, const Activation& x, const Weight& w) {
 
 }  // namespace
 
-void CudaOps::Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
-                       const WeightRef& w, const int32_t* offsets) {
-  if (x.rows() == 0) return;
+GemmArguments CudaOps::ProductOf(const ActivationRef& y, int64_t y_group_stride, const Activation& x,
+                                 int64_t x_group_stride, const WeightRef& w) const {
   GemmArguments arguments;
-  arguments.y = RefOf(y);
+  arguments.y = y;
   arguments.x = RefOf(x, options_.scale_rule);
   arguments.w = w;
-  arguments.offsets = offsets;
-  arguments.are_offsets_old = offsets != nullptr && offsets == old_offsets_;
-  old_offsets_ = nullptr;
   arguments.num_rows = x.rows();
   arguments.x_group_stride = x_group_stride;
   arguments.y_group_stride = y_group_stride;
   arguments.num_sms = num_sms_;
-  CHECK(LaunchGemm(stream_.get(), arguments, ChooseGemm(arguments)), "no tensor map of {} rows of {} by {}", x.rows(),
-        w.cols, w.rows);
+  return arguments;
+}
+
+void CudaOps::Launch(const GemmArguments& product) {
+  CHECK(LaunchGemm(stream_.get(), product, ChooseGemm(product)), "no tensor map of {} rows of {} by {}",
+        product.num_rows, product.w.cols, product.w.rows);
   stream_.Launched("gemm");
+}
+
+void CudaOps::Multiply(const Tensor& y, int64_t y_group_stride, const Activation& x, int64_t x_group_stride,
+                       const WeightRef& w, const int32_t* offsets) {
+  if (x.rows() == 0) return;
+  GemmArguments product = ProductOf({.values = RefOf(y)}, y_group_stride, x, x_group_stride, w);
+  product.offsets = offsets;
+  product.are_offsets_old = offsets != nullptr && offsets == old_offsets_;
+  old_offsets_ = nullptr;
+  Launch(product);
 }
 
 bool CudaOps::MultiplyQuantised(const Activation& y, int64_t y_group_stride, const Activation& x,
                                 int64_t x_group_stride, const WeightRef& w) {
-  const ActivationRef out = RefOf(y, options_.scale_rule);
-  GemmArguments arguments;
-  arguments.y = out.values;
-  arguments.y_scales = out.scales;
-  arguments.y_scale_stride = out.scale_stride;
-  arguments.is_y_ue8m0 = out.is_ue8m0;
-  arguments.x = RefOf(x, options_.scale_rule);
-  arguments.w = w;
-  arguments.num_rows = x.rows();
-  arguments.x_group_stride = x_group_stride;
-  arguments.y_group_stride = y_group_stride;
-  arguments.num_sms = num_sms_;
-  if (!QuantisesProduct(arguments)) return false;
-  CHECK(LaunchGemm(stream_.get(), arguments, ChooseGemm(arguments)), "no tensor map of {} rows of {} by {}", x.rows(),
-        w.cols, w.rows);
-  stream_.Launched("gemm");
+  const GemmArguments product = ProductOf(RefOf(y, options_.scale_rule), y_group_stride, x, x_group_stride, w);
+  if (!QuantisesProduct(product)) return false;
+  Launch(product);
   return true;
 }
 

@@ -15,10 +15,7 @@ namespace cachalot {
 // For every group g of w: rows offsets[g] .. offsets[g+1] of x and y when there are offsets, else all rows of x + g *
 // x_group_stride and y + g * y_group_stride (in elements).
 struct GemmArguments {
-  MatrixRef y;                // [rows, w.rows] f32 | bf16 | e4m3: of bf16, where QuantisesProduct
-  float* y_scales = nullptr;  // of e4m3: [rows, y_scale_stride], a group for every 128 columns of y
-  int64_t y_scale_stride = 0;
-  bool is_y_ue8m0 = false;
+  ActivationRef y;  // [rows, w.rows] f32 | bf16 | e4m3 of bf16, where QuantisesProduct
   ActivationRef x;  // [rows, w.cols]
   WeightRef w;
   const int32_t* offsets = nullptr;  // [num_groups + 1] on the device

@@ -220,7 +220,7 @@ __device__ __forceinline__ uint4 TurnWords(uint32_t (&w)[4]) {
 template <typename K, int kWaves, int kRows>
 __device__ __forceinline__ void Store(const Work& work, const Item& item, const RowTile& tile,
                                       const float (&sum)[kWaves][kRows / 2]) {
-  const MatrixRef& y = work.g.y;
+  const MatrixRef& y = work.g.y.values;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t first = item.group * work.g.y_group_stride + item.first_row * y.row_stride + tile.first_row;
   const bool is_aligned = y.type == NumberType::kBF16 && y.row_stride % 8 == 0 && tile.num_rows % 8 == 0 &&

@@ -53,9 +53,10 @@ __global__ void __launch_bounds__(256) PlainGemm(const GemmArguments g) {
   for (int i = 0; i < 4; ++i) {
     const int64_t token = first_token + line + 8 * i;
     if (token >= count) continue;
-    StoreNumber(g.y.data,
-                group * g.y_group_stride + (begin + token) * g.y.row_stride + tile.first_row + first_row + column,
-                g.y.type, sum[i]);
+    StoreNumber(
+        g.y.values.data,
+        group * g.y_group_stride + (begin + token) * g.y.values.row_stride + tile.first_row + first_row + column,
+        g.y.values.type, sum[i]);
   }
 }
 

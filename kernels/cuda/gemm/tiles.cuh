@@ -270,26 +270,12 @@ __device__ __forceinline__ float4 SumOfSplits(float* out, int num_splits) {
   return sum;
 }
 
-// ---- Products in e4m3: rows of bf16 in groups of 128, a tile's rows of the weight each.
-
-// Where the group of an item's first token and a tile begins, and its scale.
-__device__ __forceinline__ uint8_t* QuantisedTile(const Work& work, const Item& item, const RowTile& tile) {
-  const MatrixRef& y = work.g.y;
-  return static_cast<uint8_t*>(y.data) + item.group * work.g.y_group_stride + item.first_row * y.row_stride +
-         tile.first_row;
-}
-__device__ __forceinline__ float* QuantisedScale(const Work& work, const Item& item, const RowTile& tile) {
-  return work.g.y_scales + item.first_row * work.g.y_scale_stride +
-         (item.group * work.g.y_group_stride + tile.first_row) / kQuantisedRows;
-}
-__device__ __forceinline__ float RoundBf16(float x) { return __bfloat162float(__float2bfloat16(x)); }
-
 // Each block of a cluster writes its share of the tile, whose parts stand as out [tokens][stride] in their shared
 // memory, kRows of a token's stride used.
 template <int kRows>
 __device__ void StoreSplits(const Work& work, const Item& item, const RowTile& tile, float* out, int stride) {
   constexpr int kWidth = 4;
-  const MatrixRef& y = work.g.y;
+  const MatrixRef& y = work.g.y.values;
   const int64_t first = item.group * work.g.y_group_stride + item.first_row * y.row_stride + tile.first_row;
   const bool is_aligned = y.type == NumberType::kBF16 && tile.num_rows % kWidth == 0 && y.row_stride % kWidth == 0 &&
                           (reinterpret_cast<uintptr_t>(y.data) + first * 2) % 8 == 0;
