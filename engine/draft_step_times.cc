@@ -39,9 +39,7 @@ absl::StatusOr<absl::Duration> StepTime(const StepShapes& shapes, int num_sequen
     const StepPlan plan = scheduler.Plan(absl::Now());
     if (!plan.empty()) {
       are_alike.push_back(static_cast<int>(plan.sequences.size()) == num_sequences &&
-                          std::all_of(plan.sequences.begin(), plan.sequences.end(), [&](const SequenceStep& s) {
-                            return s.start < 0 && s.num_rows == 1 + num_drafts;
-                          }));
+                          plan.rows_per_sequence() == 1 + num_drafts);
       runner->Launch(plan, shapes.Of(plan));
     }
     if (scheduler.num_in_flight() == 0) return least;

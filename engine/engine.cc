@@ -63,7 +63,7 @@ absl::Status EngineImpl::Open() {
   auto config = ModelConfig::Load(options_.model_dir);
   if (!config.ok()) return config.status();
   model_.config = *std::move(config);
-  if ((options_.activation == "fp8" || options_.activation == "fp8-f32") && !model_.config.is_fp8) {
+  if (options_.wants_fp8() && !model_.config.is_fp8) {
     return absl::InvalidArgumentError("activation: fp8 needs a checkpoint with FP8 weights");
   }
   if (options_.random_weights) {

@@ -36,6 +36,7 @@ struct EngineOptions {
   // auto | f32 | fp8 | fp8-f32. On the CPU f32 by default; fp8 quantises 1x128, rounds everything else to bf16 where
   // the GPU does and sums as its tensor cores do, slowly; fp8-f32 quantises alone.
   std::string activation = "auto";
+  bool wants_fp8() const { return activation == "fp8" || activation == "fp8-f32"; }
   bool is_exact = false;        // BackendOptions
   bool random_weights = false;  // the model of config.json alone, its weights made up; GPU only
 };

@@ -58,7 +58,7 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
   // NOTE: before the backend is known; it decides for the CPU, where the GPU's rounding is imitated.
   BackendOptions options;
   options.device = options_.device;
-  options.activation = WantsFp8() ? ActivationFormat::kFP8 : ActivationFormat::kF32;
+  options.activation = options_.wants_fp8() ? ActivationFormat::kFP8 : ActivationFormat::kF32;
   options.value_dtype = options_.activation == "fp8" ? DType::kBF16 : DType::kF32;
   options.is_exact = options_.is_exact;
   options.scale_rule = model_.config.scale_rule;
@@ -89,7 +89,7 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
   }
   auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, on_cpu);
   if (!kv_dtype.ok()) return kv_dtype.status();
-  const bool is_quantised = WantsFp8() || (options_.activation == "auto" && !on_cpu && model_.config.is_fp8);
+  const bool is_quantised = options_.wants_fp8() || (options_.activation == "auto" && !on_cpu && model_.config.is_fp8);
   const ActivationFormat plain = on_cpu ? ActivationFormat::kF32 : ActivationFormat::kBF16;
   const KvOptions kv = {*kv_dtype, /*has_mtp=*/options_.speculative_tokens > 0, backend_->value_dtype()};
   return MemoryDemand{options.limits, kv, is_quantised ? ActivationFormat::kFP8 : plain};

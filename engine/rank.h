@@ -64,7 +64,6 @@ class Rank {
  private:
   Rank(const EngineOptions& options, const ServedModel& model) : options_(options), model_(model) {}
 
-  bool WantsFp8() const { return options_.activation == "fp8" || options_.activation == "fp8-f32"; }
   absl::StatusOr<MemoryDemand> ChooseBackend();
   absl::Status Load();
   absl::Status WarmUp();

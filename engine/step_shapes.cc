@@ -6,18 +6,6 @@
 #include "kernels/check.h"
 
 namespace cachalot {
-namespace {
-
-// What all sequences have, where all decode and want logits of every row; 0 where not.
-int RowsPerSequence(const StepPlan& plan) {
-  const int rows = plan.sequences[0].num_rows;
-  const bool is_decode = std::all_of(plan.sequences.begin(), plan.sequences.end(),
-                                     [rows](const SequenceStep& s) { return s.start < 0 && s.num_rows == rows; });
-  return is_decode && static_cast<int>(plan.logits_rows.size()) == plan.num_rows ? rows : 0;
-}
-
-}  // namespace
-
 int StepShapes::Padded(int n, int limit) const { return std::min(device_.Bucket(n), limit); }
 
 int StepShapes::MaxSequences(int rows_per_sequence) const {
@@ -27,7 +15,8 @@ int StepShapes::MaxSequences(int rows_per_sequence) const {
 StepShape StepShapes::Of(const StepPlan& plan) const {
   CHECK(!plan.empty());
   const int num_sequences = static_cast<int>(plan.sequences.size());
-  if (const int rows = RowsPerSequence(plan); rows > 0) {
+  const int rows = plan.rows_per_sequence();
+  if (rows > 0 && static_cast<int>(plan.logits_rows.size()) == plan.num_rows) {
     return StepShape::Decode(Padded(num_sequences, MaxSequences(rows)), rows, plan.num_proposed);
   }
   LongChunkFinder long_chunks(kLongChunkRows);

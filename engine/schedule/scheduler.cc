@@ -134,10 +134,7 @@ StepPlan Scheduler::Plan(absl::Time now) {
   next.plan.logits_rows.insert(next.plan.logits_rows.end(), next.scored.begin(), next.scored.end());
   next.record.rows = next.plan.logits_rows;
   next.record.planned = now;
-  const bool is_even = std::all_of(next.plan.sequences.begin(), next.plan.sequences.end(), [&](const SequenceStep& s) {
-    return s.start < 0 && s.num_rows == 1 + next.plan.num_proposed;
-  });
-  if (is_even) next.record.num_drafts = next.plan.num_proposed;
+  if (next.plan.rows_per_sequence() == 1 + next.plan.num_proposed) next.record.num_drafts = next.plan.num_proposed;
   counters_.step_rows.Add(next.plan.num_rows);
   // Not before: rows of one step do not see each other's blocks.
   for (size_t i = 0; i < next.plan.sequences.size(); ++i) {

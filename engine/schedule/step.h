@@ -38,6 +38,7 @@
 #ifndef CACHALOT_ENGINE_SCHEDULE_STEP_H_
 #define CACHALOT_ENGINE_SCHEDULE_STEP_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -92,6 +93,13 @@ struct StepPlan {
   int num_proposed = 0;  // drafts to propose to each sequence that samples, for its next step
 
   bool empty() const { return sequences.empty(); }
+  // What all sequences have, where all decode; 0 where not.
+  int rows_per_sequence() const {
+    const int rows = empty() ? 0 : sequences[0].num_rows;
+    const bool is_decode = std::all_of(sequences.begin(), sequences.end(),
+                                       [rows](const SequenceStep& s) { return s.start < 0 && s.num_rows == rows; });
+    return is_decode ? rows : 0;
+  }
 };
 
 // The padded sizes that a step runs at, chosen outside whatever runs it. Steps of one shape issue the same operations
