@@ -136,19 +136,6 @@ TEST_P(SpeculationTest, PreemptedOrNot) {
   }
 }
 
-std::vector<Request> DemoRequests(float temperature, int max_tokens) {
-  std::vector<Request> requests;
-  for (const std::vector<int32_t>& prompt : DemoPrompts()) {
-    Request& request = requests.emplace_back();
-    request.prompt = prompt;
-    request.sampling.temperature = temperature;
-    request.sampling.seed = requests.size();
-    request.sampling.max_tokens = max_tokens;
-    request.sampling.logprobs = 2;
-  }
-  return requests;
-}
-
 EngineOptions DemoOptions(int speculative_tokens) {
   EngineOptions options;
   options.model_dir = DemoDir();

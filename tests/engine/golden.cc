@@ -90,6 +90,19 @@ std::vector<std::vector<int32_t>> DemoPrompts() {
   return prompts;
 }
 
+std::vector<Request> DemoRequests(float temperature, int max_tokens) {
+  std::vector<Request> requests;
+  for (const std::vector<int32_t>& prompt : DemoPrompts()) {
+    Request& request = requests.emplace_back();
+    request.prompt = prompt;
+    request.sampling.temperature = temperature;
+    request.sampling.seed = requests.size();
+    request.sampling.max_tokens = max_tokens;
+    request.sampling.logprobs = 2;
+  }
+  return requests;
+}
+
 void AppendDelta(Delta delta, Answer* answer) {
   answer->tokens.insert(answer->tokens.end(), delta.tokens.begin(), delta.tokens.end());
   for (auto& l : delta.logprobs) answer->logprobs.push_back(std::move(l));

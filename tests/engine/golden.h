@@ -34,6 +34,7 @@ Golden LoadGolden(const std::string& name, const std::string& prefix = "");
 // The demo checkpoint, and the first 50 of its eval/chats.json as tokens.
 std::string DemoDir();
 std::vector<std::vector<int32_t>> DemoPrompts();
+std::vector<Request> DemoRequests(float temperature, int max_tokens);  // seeded, with log-probabilities
 
 // What a request brought, once it has ended.
 struct Answer {

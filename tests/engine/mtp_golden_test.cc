@@ -187,14 +187,7 @@ TEST(DemoAcceptanceTest, SampledIsWithinItsBounds) {
   options.speculative_tokens = 1;
   MtpWorld world(DemoDir(), KvDType::kF32);
   for (float temperature : {1.0f, 2.0f}) {
-    std::vector<Request> requests;
-    for (const std::vector<int32_t>& prompt : DemoPrompts()) {
-      Request& request = requests.emplace_back();
-      request.prompt = prompt;
-      request.sampling.temperature = temperature;
-      request.sampling.seed = requests.size();
-      request.sampling.max_tokens = 64;
-    }
+    const std::vector<Request> requests = DemoRequests(temperature, 64);
     const auto engine = MakeEngine(options);
     const std::vector<Answer> answers = RunAll(*engine, requests);
     const EngineStats stats = engine->stats();
