@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/communicator.h"
 #include "kernels/device.h"
+#include "kernels/mesh.h"
 #include "kernels/ops.h"
 
 namespace cachalot {
@@ -27,6 +28,9 @@ struct BackendOptions {
   // function unit.
   bool is_exact = false;
   int num_threads = 0;  // CPU workers; 0: one per core
+  // Of the ranks that the experts are spread over, which must outlive the backend and calls no one but it; null: there
+  // is one rank. CPU only.
+  Mesh* mesh = nullptr;
   OpLimits limits;
 };
 

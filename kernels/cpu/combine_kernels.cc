@@ -50,5 +50,17 @@ void CombineRow(const Tensor& out, const Tensor& y, const float* weights, const 
   HWY_DYNAMIC_DISPATCH(CombineRow)(out, y, weights, rows, num_choices, shared, t);
 }
 
+void CombineRows(const Tensor& out, const Tensor& y, const Tensor& weights, const int32_t* rows, const Tensor& shared,
+                 ThreadPool* pool) {
+  constexpr int64_t kTokensPerTask = 8;
+  const int64_t num_tokens = out.dim(0), num_choices = weights.dim(1);
+  pool->Run((num_tokens + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task, int) {
+    const int64_t begin = task * kTokensPerTask, end = std::min(num_tokens, begin + kTokensPerTask);
+    for (int64_t t = begin; t < end; ++t) {
+      CombineRow(out, y, weights.row<float>(t), rows + t * num_choices, num_choices, shared, t);
+    }
+  });
+}
+
 }  // namespace cachalot
 #endif  // HWY_ONCE

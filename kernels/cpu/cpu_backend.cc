@@ -8,6 +8,7 @@
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/cpu/highway_targets.h"
 #include "kernels/cpu/local_communicator.h"
+#include "kernels/cpu/mesh_communicator.h"
 #include "kernels/cpu/thread_pool.h"
 
 namespace cachalot {
@@ -15,8 +16,13 @@ namespace {
 
 class CpuBackend : public Backend {
  public:
-  explicit CpuBackend(const BackendOptions& options)
-      : value_dtype_(options.value_dtype), pool_(options.num_threads), communicator_(options.limits, &pool_) {}
+  explicit CpuBackend(const BackendOptions& options) : value_dtype_(options.value_dtype), pool_(options.num_threads) {
+    if (options.mesh != nullptr) {
+      communicator_ = std::make_unique<MeshCommunicator>(options.mesh, &device_, &pool_);
+    } else {
+      communicator_ = std::make_unique<LocalCommunicator>(options.limits, &pool_);
+    }
+  }
   absl::Status Start(const BackendOptions& options) {
     absl::StatusOr<std::unique_ptr<CpuOps>> ops = CpuOps::Make(options, &device_, &pool_);
     if (!ops.ok()) return ops.status();
@@ -30,13 +36,14 @@ class CpuBackend : public Backend {
   DType value_dtype() const override { return value_dtype_; }
   Device& device() override { return device_; }
   Ops& ops() override { return *ops_; }
-  Communicator& communicator() override { return communicator_; }
+  Communicator& communicator() override { return *communicator_; }
 
  private:
   const DType value_dtype_;
   // NOTE: destroyed from the last to the first: workspace is freed into a device that is idle already.
   ThreadPool pool_;
-  LocalCommunicator communicator_;
+  // The communicator is what the device's thread calls.
+  std::unique_ptr<Communicator> communicator_;
   CpuDevice device_;
   std::unique_ptr<CpuOps> ops_;
 };

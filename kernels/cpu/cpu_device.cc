@@ -104,10 +104,19 @@ bool CpuDevice::IsComplete(Event event) {
 
 absl::Status CpuDevice::Wait(Event event, absl::Duration timeout) {
   std::unique_lock lock(mutex_);
-  const auto is_complete = [this, event] { return completed_ >= event; };
+  const auto is_complete = [this, event] { return completed_ >= event || !fault_.ok(); };
   const auto limit = absl::ToChronoNanoseconds(std::min(timeout, absl::Hours(24)));
-  if (event_completed_.wait_for(lock, limit, is_complete)) return absl::OkStatus();
+  if (event_completed_.wait_for(lock, limit, is_complete)) return fault_;
   return absl::DeadlineExceededError(absl::StrFormat("event %d is not complete, %d is", event, completed_));
+}
+
+void CpuDevice::Fail(const absl::Status& fault) {
+  CHECK(!fault.ok());
+  {
+    std::lock_guard lock(mutex_);
+    if (fault_.ok()) fault_ = absl::InternalError(fault.message());
+  }
+  event_completed_.notify_all();
 }
 
 void CpuDevice::Enqueue(std::function<void()> work) {
@@ -128,6 +137,7 @@ void CpuDevice::Loop() {
       if (queue_.empty()) return;
       work = std::move(queue_.front());
       queue_.pop_front();
+      if (!fault_.ok()) continue;
     }
     work();
   }

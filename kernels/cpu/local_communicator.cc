@@ -69,12 +69,7 @@ void LocalCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor
   CHECK_SHAPE(y, -1, out.dim(1));
   CHECK_SHAPE(topk_weights, num_tokens_, num_choices_);
   if (!shared.empty()) CHECK_SHAPE(shared, num_tokens_, out.dim(1));
-  pool_.Run((num_tokens_ + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task, int) {
-    const int64_t begin = task * kTokensPerTask, end = std::min(num_tokens_, begin + kTokensPerTask);
-    for (int64_t t = begin; t < end; ++t) {
-      CombineRow(out, y, topk_weights.row<float>(t), row_of_.data() + t * num_choices_, num_choices_, shared, t);
-    }
-  });
+  CombineRows(out, y, topk_weights, row_of_.data(), shared, &pool_);
 }
 
 }  // namespace cachalot

@@ -53,6 +53,7 @@ absl::StatusOr<std::vector<int>> UsableGpus() {
 class CudaBackend : public Backend {
  public:
   absl::Status Start(BackendOptions options) {
+    if (options.mesh != nullptr) return absl::UnimplementedError("the CUDA backend has one rank");
     if (options.activation == ActivationFormat::kF32) options.activation = ActivationFormat::kBF16;
     const absl::StatusOr<std::vector<int>> gpus = UsableGpus();
     if (!gpus.ok()) return gpus.status();
