@@ -1,4 +1,4 @@
-// Engine: one checkpoint, its rank, and the way of requests there and of deltas back.
+// Engine: one checkpoint, its ranks, and the way of requests there and of deltas back.
 #include "engine/engine.h"
 
 #include <algorithm>
@@ -9,37 +9,49 @@
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "engine/model/generation_config.h"
 #include "engine/model/random_checkpoint.h"
 #include "engine/rank.h"
+#include "engine/router.h"
 #include "engine/validation.h"
 
 namespace cachalot {
 namespace {
 
+// A request that has not ended.
+struct OpenRequest {
+  DeltaSink sink;
+  Router::Route route;
+  bool has_begun = false;  // its first token is there
+};
+
 class EngineImpl : public Engine {
  public:
-  explicit EngineImpl(const EngineOptions& options) : options_(options) {}
+  explicit EngineImpl(const EngineOptions& options) : options_(options), router_(std::max(options.num_ranks, 1)) {}
   ~EngineImpl() override;
 
   absl::Status Start(const TokenizerInfo& tokenizer);
   absl::StatusOr<RequestId> Submit(Request request, DeltaSink sink) override;
-  void Cancel(RequestId id) override { rank_->Cancel(id); }
-  void ResetPrefixCache() override { rank_->ResetPrefixCache(); }
-  EngineStats stats() const override { return rank_->stats(); }
+  void Cancel(RequestId id) override;
+  void ResetPrefixCache() override;
+  std::vector<EngineStats> rank_stats() const override;
   const ModelInfo& model() const override { return model_info_; }
-  absl::Status health() const override { return rank_->health(); }
+  absl::Status health() const override;
 
  private:
   absl::Status Open();
   absl::Status ReadEndTokens(const TokenizerInfo& tokenizer);
+  absl::Status MakeRanks();
   void Emit(Scheduler::Deltas* deltas);
   void RunOutput();
 
   const EngineOptions options_;
   ServedModel model_;
   ModelInfo model_info_;
-  std::unique_ptr<Rank> rank_;
+  std::vector<std::unique_ptr<Mesh>> step_mesh_, expert_mesh_;  // by rank; none where it is alone
+  std::vector<std::unique_ptr<Rank>> ranks_;
+  Router router_;
 
   std::mutex submit_mutex_;  // from the count of those that wait until there is one more; ids rise with arrival
   RequestId next_id_ = 1;
@@ -52,8 +64,8 @@ class EngineImpl : public Engine {
 
   // NOTE: a lock of their own: the output thread takes it for every delta, and the step thread must not wait for one
   // who was interrupted while holding it.
-  std::mutex sinks_mutex_;
-  absl::flat_hash_map<RequestId, std::unique_ptr<DeltaSink>> sinks_;
+  mutable std::mutex open_mutex_;
+  absl::flat_hash_map<RequestId, std::unique_ptr<OpenRequest>> open_;
 
   std::thread output_thread_;
 };
@@ -95,6 +107,42 @@ absl::Status EngineImpl::ReadEndTokens(const TokenizerInfo& tokenizer) {
   return absl::OkStatus();
 }
 
+// Side by side: ranks that share experts warm up together, and when one cannot none can.
+absl::Status EngineImpl::MakeRanks() {
+  const int num_ranks = options_.num_ranks, num_experts = model_.config.op_limits().num_experts;
+  if (num_experts % num_ranks != 0) {
+    std::vector<int> possible;
+    for (int n = 1; n <= std::min(num_experts, kMaxRanks); ++n) {
+      if (num_experts % n == 0) possible.push_back(n);
+    }
+    return absl::InvalidArgumentError(
+        absl::StrFormat("ranks: found %d, which do not divide the model's %d experts, expected one of %s", num_ranks,
+                        num_experts, absl::StrJoin(possible, ", ")));
+  }
+  if (num_ranks > 1) {
+    step_mesh_ = MakeThreadMesh(num_ranks);
+    expert_mesh_ = MakeThreadMesh(num_ranks);
+  }
+  std::vector<absl::StatusOr<std::unique_ptr<Rank>>> made(num_ranks);
+  std::vector<std::thread> makers;
+  for (int r = 0; r < num_ranks; ++r) {
+    RankLinks links;
+    if (num_ranks > 1) links = {step_mesh_[r].get(), expert_mesh_[r].get()};
+    makers.emplace_back([this, links, &rank = made[r]] { rank = Rank::Create(options_, model_, links); });
+  }
+  for (std::thread& maker : makers) maker.join();
+  // NOTE: one that failed has aborted the others, whose error says no more than that.
+  absl::Status status;
+  for (auto& rank : made) {
+    if (rank.ok()) {
+      ranks_.push_back(*std::move(rank));
+    } else if (status.ok() || absl::IsAborted(status)) {
+      status = rank.status();
+    }
+  }
+  return status;
+}
+
 absl::Status EngineImpl::Start(const TokenizerInfo& tokenizer) {
   absl::Status status = ValidateOptions(options_);
   if (status.ok()) status = Open();
@@ -102,27 +150,26 @@ absl::Status EngineImpl::Start(const TokenizerInfo& tokenizer) {
   if (!status.ok()) return status;
   const int vocab_size = model_.config.vocab_size;
   model_.num_valid_tokens = tokenizer.valid_tokens > 0 ? std::min(tokenizer.valid_tokens, vocab_size) : vocab_size;
-  auto rank = Rank::Create(options_, model_);
-  if (!rank.ok()) return rank.status();
-  rank_ = *std::move(rank);
+  if (status = MakeRanks(); !status.ok()) return status;
 
   model_info_.model_type = model_.config.model_type;
-  model_info_.backend = rank_->backend_name();
+  model_info_.backend = ranks_[0]->backend_name();
   model_info_.vocab_size = vocab_size;
-  model_info_.max_model_len = rank_->max_model_len();
+  model_info_.max_model_len = ranks_[0]->max_model_len();
   model_info_.max_waiting = options_.max_waiting;
-  model_info_.kv_cache_tokens = rank_->kv_cache_tokens();
-  model_info_.kv_bytes_per_token = rank_->kv_bytes_per_token();
+  for (const auto& rank : ranks_) model_info_.kv_cache_tokens += rank->kv_cache_tokens();
+  model_info_.kv_bytes_per_token = ranks_[0]->kv_bytes_per_token();
   model_info_.bos_token_id = model_.config.bos_token_id;
   model_info_.eos_token_ids = model_.eos_token_ids;
   output_thread_ = std::thread([this] { RunOutput(); });
-  rank_->Start([this](Scheduler::Deltas* deltas) { Emit(deltas); });
+  for (const auto& rank : ranks_) rank->Start([this](Scheduler::Deltas* deltas) { Emit(deltas); });
   return absl::OkStatus();
 }
 
 // NOTE: whoever waits for an answer has its end before the device's memory is freed.
 EngineImpl::~EngineImpl() {
-  if (rank_ != nullptr) rank_->Stop();
+  for (const auto& rank : ranks_) rank->BeginStop();
+  for (const auto& rank : ranks_) rank->Stop();
   {
     std::lock_guard lock(output_mutex_);
     is_output_done_ = true;
@@ -144,22 +191,55 @@ absl::StatusOr<RequestId> EngineImpl::Submit(Request request, DeltaSink sink) {
   sequence->num_prompt_tokens = static_cast<int>(request.prompt.size());
   sequence->tokens = std::move(request.prompt);
   std::lock_guard lock(submit_mutex_);
-  if (const absl::Status health = rank_->health(); !health.ok()) return absl::UnavailableError(health.message());
-  if (rank_->stats().waiting >= options_.max_waiting) {
+  if (const absl::Status bad = health(); !bad.ok()) return absl::UnavailableError(bad.message());
+  if (stats().waiting >= options_.max_waiting) {
     return absl::ResourceExhaustedError(absl::StrFormat("%d requests are waiting already", options_.max_waiting));
   }
   const RequestId id = next_id_++;
   sequence->id = id;
+  auto open = std::make_unique<OpenRequest>();
+  open->sink = std::move(sink);
+  const Router::Route route = open->route = router_.Choose(sequence->cache_salt, sequence->tokens);
   {
-    std::lock_guard sinks_lock(sinks_mutex_);
-    sinks_[id] = std::make_unique<DeltaSink>(std::move(sink));
+    std::lock_guard open_lock(open_mutex_);
+    open_[id] = std::move(open);
   }
-  if (absl::Status refused = rank_->Submit(std::move(sequence)); !refused.ok()) {
-    std::lock_guard sinks_lock(sinks_mutex_);
-    sinks_.erase(id);
+  if (absl::Status refused = ranks_[route.rank]->Submit(std::move(sequence)); !refused.ok()) {
+    router_.HasEnded(route, /*has_begun=*/false);
+    std::lock_guard open_lock(open_mutex_);
+    open_.erase(id);
     return refused;
   }
   return id;
+}
+
+void EngineImpl::Cancel(RequestId id) {
+  int rank = 0;
+  {
+    std::lock_guard lock(open_mutex_);
+    const auto it = open_.find(id);
+    if (it == open_.end()) return;
+    rank = it->second->route.rank;
+  }
+  ranks_[rank]->Cancel(id);
+}
+
+void EngineImpl::ResetPrefixCache() {
+  router_.Forget();
+  for (const auto& rank : ranks_) rank->ResetPrefixCache();
+}
+
+std::vector<EngineStats> EngineImpl::rank_stats() const {
+  std::vector<EngineStats> each;
+  for (const auto& rank : ranks_) each.push_back(rank->stats());
+  return each;
+}
+
+absl::Status EngineImpl::health() const {
+  for (const auto& rank : ranks_) {
+    if (absl::Status health = rank->health(); !health.ok()) return health;
+  }
+  return absl::OkStatus();
 }
 
 void EngineImpl::Emit(Scheduler::Deltas* deltas) {
@@ -180,25 +260,53 @@ void EngineImpl::RunOutput() {
     }
     for (auto& [id, delta] : batch) {
       const bool is_last = delta.finish_reason != FinishReason::kNone;
-      DeltaSink* sink = nullptr;
-      std::unique_ptr<DeltaSink> ending;
+      OpenRequest* open = nullptr;
+      std::unique_ptr<OpenRequest> ending;
       {
-        std::lock_guard lock(sinks_mutex_);
-        auto it = sinks_.find(id);
-        CHECK(it != sinks_.end(), "request {} has no sink", id);
-        sink = it->second.get();
+        std::lock_guard lock(open_mutex_);
+        auto it = open_.find(id);
+        CHECK(it != open_.end(), "request {} is not open", id);
+        open = it->second.get();
         if (is_last) {
           ending = std::move(it->second);
-          sinks_.erase(it);
+          open_.erase(it);
         }
       }
-      (*sink)(std::move(delta));
+      if (is_last) {
+        router_.HasEnded(open->route, open->has_begun);
+      } else if (!open->has_begun && !delta.tokens.empty()) {
+        open->has_begun = true;
+        router_.HasBegun(open->route);
+      }
+      open->sink(std::move(delta));
     }
     batch.clear();
   }
 }
 
 }  // namespace
+
+void EngineStats::Add(const EngineStats& other) {
+  for (const auto member :
+       {&EngineStats::running, &EngineStats::waiting, &EngineStats::blocks_total, &EngineStats::blocks_used,
+        &EngineStats::blocks_idle, &EngineStats::waiting_for_slots, &EngineStats::waiting_for_blocks}) {
+    this->*member += other.*member;
+  }
+  for (const auto member : {&EngineStats::steps, &EngineStats::prompt_tokens, &EngineStats::cached_prompt_tokens,
+                            &EngineStats::prefix_cache_queries, &EngineStats::prefix_cache_evictions,
+                            &EngineStats::recomputed_tokens, &EngineStats::generated_tokens, &EngineStats::preemptions,
+                            &EngineStats::draft_tokens, &EngineStats::accepted_draft_tokens}) {
+    this->*member += other.*member;
+  }
+  host_seconds += other.host_seconds;
+  step_rows.Add(other.step_rows);
+}
+
+EngineStats Engine::stats() const {
+  EngineStats all;
+  for (const EngineStats& rank : rank_stats()) all.Add(rank);
+  return all;
+}
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options, const TokenizerInfo& tokenizer) {
   auto engine = std::make_unique<EngineImpl>(options);

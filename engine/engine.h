@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -49,9 +50,10 @@ class Engine {
   // Forgets all cached prefixes: requests that are submitted from now on are computed from their start.
   virtual void ResetPrefixCache() = 0;
 
-  virtual EngineStats stats() const = 0;
+  virtual std::vector<EngineStats> rank_stats() const = 0;  // of each rank
+  EngineStats stats() const;                                // of all
   virtual const ModelInfo& model() const = 0;
-  // Ok while steps complete; the fault once the rank is dead.
+  // Ok while steps complete; the fault once a rank is dead, and so all are.
   virtual absl::Status health() const = 0;
 };
 

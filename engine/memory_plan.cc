@@ -7,7 +7,6 @@
 #include "absl/strings/str_format.h"
 #include "engine/model/activations.h"
 #include "engine/model/runner.h"
-#include "engine/model/weights.h"
 #include "engine/step_shapes.h"
 
 namespace cachalot {
@@ -71,11 +70,11 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
                                       const EngineOptions& options, const MemoryDemand& demand, Backend& backend) {
   const int64_t free = static_cast<int64_t>(backend.device().FreeMemory());
   const bool is_gpu = backend.is_gpu();
-  if (!is_gpu) return PlanCache(config, options, demand.kv, free, kCpuShare);
+  // NOTE: ranks on the CPU share one memory.
+  if (!is_gpu) return PlanCache(config, options, demand.kv, free / options.num_ranks, kCpuShare);
 
-  const ExpertShare share = {0, demand.limits.num_local_experts};
   const absl::StatusOr<int64_t> weights =
-      ModelWeights::DeviceBytes(config, checkpoint, share, demand.kv.has_mtp, backend.ops());
+      ModelWeights::DeviceBytes(config, checkpoint, demand.experts, demand.kv.has_mtp, backend.ops());
   if (!weights.ok()) return weights.status();
   const int64_t activations = ActivationBuffers::Bytes(config, backend.value_dtype(), demand.limits, demand.format);
   const int64_t state = Runner::StateBytes(demand.limits, backend);

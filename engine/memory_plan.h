@@ -10,6 +10,7 @@
 #include "engine/model/config.h"
 #include "engine/model/kv_store.h"
 #include "engine/model/safetensors.h"
+#include "engine/model/weights.h"
 #include "engine/options.h"
 #include "kernels/backend.h"
 
@@ -31,6 +32,7 @@ struct MemoryDemand {
   OpLimits limits;
   KvOptions kv;
   ActivationFormat format = ActivationFormat::kF32;
+  ExpertList experts;
 };
 
 // The cache, given what is left for it. `left` < 0: the rest alone does not fit. InvalidArgument or ResourceExhausted,

@@ -10,17 +10,21 @@ namespace cachalot {
 // What the options may be at most: far beyond what is of use, below what overflows.
 inline constexpr int kMaxModelLen = 1 << 24, kMaxSequences = 1 << 16, kMaxBatchTokens = 1 << 20;
 inline constexpr int kMaxWaiting = 1 << 24, kMaxThreads = 1 << 12, kMaxSpeculativeTokens = 8;
+inline constexpr int kMaxRanks = 64;  // of one process
 // The most of them where how many adapts, unless somebody says otherwise.
 inline constexpr int kMostAdaptiveTokens = 2;
 
 struct EngineOptions {
   std::string model_dir;
   std::string device = "auto";  // auto | cpu | cuda
-  int num_threads = 0;          // CPU workers; 0: one per core
-  int max_model_len = 0;        // tokens of one sequence; 0: the model's, as far as the cache allows
-  int max_sequences = 64;       // running at once
-  int max_batch_tokens = 0;     // rows of one step: bounds a prefill chunk; 0: 512 on the CPU, 4096 on the GPU
-  int max_waiting = 4096;       // queued requests; one more is refused
+  int num_threads = 0;          // CPU workers of all ranks; 0: one per core
+  // Devices that each hold the model and a share of its routed experts. What follows of sequences, rows, the cache is
+  // of each.
+  int num_ranks = 1;
+  int max_model_len = 0;     // tokens of one sequence; 0: the model's, as far as the cache allows
+  int max_sequences = 64;    // running at once
+  int max_batch_tokens = 0;  // rows of one step: bounds a prefill chunk; 0: 512 on the CPU, 4096 on the GPU
+  int max_waiting = 4096;    // queued requests; one more is refused
   // Tokens that the checkpoint's MTP layer proposes after each step, to be verified in the next; 0: none. They change
   // no token, only how many a step brings.
   int speculative_tokens = 0;

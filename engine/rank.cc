@@ -4,6 +4,8 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <random>
 #include <utility>
 
@@ -18,6 +20,8 @@ namespace {
 // What a step may take in any case. NOTE: a CPU does not hang, but it may have to read the weights from disk again.
 constexpr absl::Duration kLeastStepLimit = absl::Seconds(5), kLeastStepLimitOnCpu = absl::Minutes(10);
 constexpr int kWarmUpTokens = 512;
+constexpr uint64_t kPaddingStep = 0;  // StepPlan::step of those that nobody here has work for
+constexpr uint64_t kAborted = ~uint64_t{0};
 constexpr absl::Duration kDraftStepsBudget = absl::Seconds(1);
 // While a step takes longer than this, arrivals, cancels and deadlines are seen to in between.
 constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
@@ -40,7 +44,7 @@ absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
 // prompts twice as fast 4096 at a time as 512 at a time, and hardly faster 8192 at a time.
 constexpr int kBatchTokens = 512, kGpuBatchTokens = 4096;
 
-OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
+OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options, int num_ranks) {
   OpLimits limits = config.op_limits();
   limits.max_tokens = options.max_batch_tokens;
   limits.max_sequences = options.max_sequences;
@@ -48,7 +52,31 @@ OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options) {
   limits.max_rows = options.max_sequences * (1 + limits.max_drafts) + kScoredAtOnce;
   limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
   limits.max_context += DraftSlack(limits.max_drafts);
+  if (num_ranks > 1) {
+    limits.num_local_experts = limits.num_experts / num_ranks;
+    // All may go to one rank: of each token, no expert twice.
+    limits.max_expert_rows =
+        num_ranks * limits.max_tokens * std::min(limits.num_experts_per_tok, limits.num_local_experts);
+  }
   return limits;
+}
+
+// The least that ranks can do is what each of them can.
+absl::Status AgreeOnMemory(Mesh* mesh, MemoryPlan* plan) {
+  const std::array<int32_t, 2> mine = {plan->num_blocks, plan->max_model_len};
+  const char* bytes = reinterpret_cast<const char*>(mine.data());
+  for (int r = 0; r < mesh->num_ranks(); ++r) mesh->outbox(r).assign(bytes, bytes + sizeof(mine));
+  const auto all = mesh->Exchange();
+  if (!all.ok()) return all.status();
+  for (const Mesh::Bytes& theirs : *all) {
+    std::array<int32_t, 2> other;
+    if (theirs.size() != sizeof(other)) return absl::InternalError("a rank speaks otherwise");
+    std::memcpy(other.data(), theirs.data(), sizeof(other));
+    plan->num_blocks = std::min(plan->num_blocks, other[0]);
+    plan->max_model_len = std::min(plan->max_model_len, other[1]);
+  }
+  plan->cache = plan->num_blocks * plan->block_bytes;
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -63,9 +91,16 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
   options.is_exact = options_.is_exact;
   options.scale_rule = model_.config.scale_rule;
   options.num_threads = options_.num_threads;
+  if (links_.num_ranks() > 1) {
+    options.ordinal = links_.rank();
+    options.mesh = links_.experts;
+    const int num_threads =
+        options_.num_threads > 0 ? options_.num_threads : static_cast<int>(std::thread::hardware_concurrency());
+    options.num_threads = std::max(num_threads / links_.num_ranks(), 1);
+  }
   const bool has_batch_tokens = options_.max_batch_tokens > 0;
   if (!has_batch_tokens) options_.max_batch_tokens = options_.device == "cpu" ? kBatchTokens : kGpuBatchTokens;
-  options.limits = MakeLimits(model_.config, options_);
+  options.limits = MakeLimits(model_.config, options_, links_.num_ranks());
   if (options_.device == "cpu") {  // whatever is wrong is known before anything is made
     if (auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, true); !kv_dtype.ok()) return kv_dtype.status();
   }
@@ -73,7 +108,7 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
   if (!has_batch_tokens && options_.device == "auto" && backend.ok() && !(*backend)->is_gpu()) {
     options.device = "cpu";
     options_.max_batch_tokens = kBatchTokens;
-    options.limits = MakeLimits(model_.config, options_);
+    options.limits = MakeLimits(model_.config, options_, links_.num_ranks());
     backend = MakeBackend(options);
   }
   if (absl::IsResourceExhausted(backend.status())) {
@@ -92,7 +127,9 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
   const bool is_quantised = options_.wants_fp8() || (options_.activation == "auto" && !on_cpu && model_.config.is_fp8);
   const ActivationFormat plain = on_cpu ? ActivationFormat::kF32 : ActivationFormat::kBF16;
   const KvOptions kv = {*kv_dtype, /*has_mtp=*/options_.speculative_tokens > 0, backend_->value_dtype()};
-  return MemoryDemand{options.limits, kv, is_quantised ? ActivationFormat::kFP8 : plain};
+  return MemoryDemand{
+      options.limits, kv, is_quantised ? ActivationFormat::kFP8 : plain,
+      ConsecutiveExperts(links_.rank() * options.limits.num_local_experts, options.limits.num_local_experts)};
 }
 
 absl::Status Rank::Load() {
@@ -100,6 +137,9 @@ absl::Status Rank::Load() {
   if (!demand.ok()) return demand.status();
   auto plan = PlanMemory(model_.config, *model_.checkpoint, options_, *demand, *backend_);
   if (!plan.ok()) return plan.status();
+  if (links_.num_ranks() > 1) {
+    if (absl::Status status = AgreeOnMemory(links_.experts, &*plan); !status.ok()) return status;
+  }
   plan_ = *plan;
   if (plan->weights > 0) spdlog::info("{}", plan->ToString());
 
@@ -108,6 +148,7 @@ absl::Status Rank::Load() {
   runner_options.limits.max_context = plan->max_model_len + DraftSlack(runner_options.limits.max_drafts);
   runner_options.kv = demand->kv;
   runner_options.format = demand->format;
+  runner_options.experts = demand->experts;
   runner_options.num_blocks = plan->num_blocks;
   runner_options.num_valid_tokens = model_.num_valid_tokens;
   const absl::Time begin = absl::Now();
@@ -152,27 +193,50 @@ absl::Status Rank::WarmUp() {
   scheduler.Add(std::move(sequence));
   while (true) {
     const StepPlan plan = scheduler.Plan(absl::Now());
-    if (plan.empty()) break;
-    Launch(plan);
+    const auto agreed = Agree(plan, /*is_leaving=*/false);
+    if (!agreed.ok()) return agreed.status();
+    if (!agreed->has_work) break;
+    Launch(plan, *agreed);
     Scheduler::Deltas deltas;
     auto result = runner_->Wait(watch_->Limit());
     if (!result.ok()) return result.status();
     watch_->Completed(absl::Now());
-    scheduler.Commit(*result, absl::Now(), &deltas);
+    if (result->step != kPaddingStep) scheduler.Commit(*result, absl::Now(), &deltas);
   }
   absl::Status status;
-  if (options_.adapts_drafts) {
+  // NOTE: how many steps that takes is a matter of time, and ranks would not agree on it: they learn as they serve.
+  if (options_.adapts_drafts && links_.num_ranks() == 1) {
     status = MeasureDraftSteps(*shapes_, kDraftStepsBudget, runner_.get(), pool_.get(), scheduler_.get());
   }
   pool_->ResetPrefixCache();
   return status;
 }
 
-absl::StatusOr<std::unique_ptr<Rank>> Rank::Create(const EngineOptions& options, const ServedModel& model) {
-  std::unique_ptr<Rank> rank(new Rank(options, model));
+Rank::Rank(const EngineOptions& options, const ServedModel& model, RankLinks links)
+    : options_(options), model_(model), links_(links) {
+  if (links_.num_ranks() == 1) return;
+  agreement_.emplace(links_.steps);
+  links_.steps->OnAwaited([this](uint64_t num_begun) {
+    std::lock_guard lock(inbox_mutex_);
+    num_votes_begun_ = std::max(num_votes_begun_, num_begun > 0 ? num_begun : kAborted);
+    inbox_filled_.notify_one();
+  });
+}
+
+Rank::~Rank() {
+  Stop();
+  if (links_.steps != nullptr) links_.steps->OnAwaited(nullptr);
+}
+
+absl::StatusOr<std::unique_ptr<Rank>> Rank::Create(const EngineOptions& options, const ServedModel& model,
+                                                   RankLinks links) {
+  std::unique_ptr<Rank> rank(new Rank(options, model, links));
   absl::Status status = rank->Load();
   if (status.ok()) status = rank->WarmUp();
-  if (!status.ok()) return status;
+  if (!status.ok()) {
+    rank->AbortOthers(status);
+    return status;
+  }
   rank->stats_ = rank->scheduler_->stats();
   return rank;
 }
@@ -182,12 +246,16 @@ void Rank::Start(Output output) {
   step_thread_ = std::thread([this] { RunSteps(); });
 }
 
-void Rank::Stop() {
+void Rank::BeginStop() {
   {
     std::lock_guard lock(inbox_mutex_);
     is_stopping_ = true;
   }
   inbox_filled_.notify_all();
+}
+
+void Rank::Stop() {
+  BeginStop();
   if (step_thread_.joinable()) step_thread_.join();
 }
 
@@ -231,8 +299,9 @@ bool Rank::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
   {
     std::unique_lock lock(inbox_mutex_);
     if (may_sleep) {
-      inbox_filled_.wait(
-          lock, [this] { return is_stopping_ || wants_reset_ || !new_sequences_.empty() || !cancelled_.empty(); });
+      inbox_filled_.wait(lock, [this] {
+        return is_stopping_ || wants_reset_ || !new_sequences_.empty() || !cancelled_.empty() || IsAwaited();
+      });
     }
     if (is_stopping_) return false;
     if (std::exchange(wants_reset_, false)) pool_->ResetPrefixCache();
@@ -247,9 +316,36 @@ bool Rank::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
   return true;
 }
 
-void Rank::Launch(const StepPlan& plan) {
-  runner_->Launch(plan, shapes_->Of(plan));
-  watch_->Launched(StepWatch::WorkOf(plan.num_rows, plan.num_keys), absl::Now());
+// Whether there is a step to run, here or elsewhere.
+absl::StatusOr<StepVote> Rank::Agree(const StepPlan& plan, bool is_leaving) {
+  const StepVote mine = {.has_work = plan.empty() ? 0 : 1,
+                         .is_leaving = is_leaving ? 1 : 0,
+                         .num_proposed = plan.num_proposed,
+                         .work = StepWatch::WorkOf(plan.num_rows, plan.num_keys)};
+  if (!agreement_.has_value()) return mine;
+  // NOTE: ranks have the same number of steps under way, and vote while there are any; then who has work votes, which
+  // calls the others.
+  bool is_awaited = false;
+  {
+    std::lock_guard lock(inbox_mutex_);
+    is_awaited = IsAwaited();
+  }
+  if (plan.empty() && !is_leaving && !is_awaited && runner_->num_in_flight() == 0) return mine;
+  return agreement_->Vote(mine);
+}
+
+void Rank::Launch(const StepPlan& plan, const StepVote& agreed) {
+  StepShape shape = plan.empty() ? shapes_->Padding(agreed.num_proposed) : shapes_->Of(plan);
+  shape.num_proposed = agreed.num_proposed;
+  runner_->Launch(plan, shape);
+  watch_->Launched(agreed.work, absl::Now());
+}
+
+void Rank::AbortOthers(const absl::Status& status) {
+  if (links_.num_ranks() == 1) return;
+  const absl::Status reason = absl::AbortedError(absl::StrCat("rank ", links_.rank(), ": ", status.message()));
+  links_.steps->Abort(reason);
+  links_.experts->Abort(reason);
 }
 
 // The result of the oldest step in flight.
@@ -271,29 +367,40 @@ void Rank::RunSteps() {
   bool is_idle = false;
   absl::Status status;
   Scheduler::Deltas deltas;
-  while (TakeInbox(is_idle, &deltas)) {
+  while (true) {
+    const bool is_leaving = !TakeInbox(is_idle, &deltas);
+    if (is_leaving && !agreement_.has_value()) break;
     absl::Time begin = absl::Now();
-    const StepPlan plan = scheduler_->Plan(begin);
-    if (!plan.empty()) Launch(plan);
+    const StepPlan plan = is_leaving ? StepPlan() : scheduler_->Plan(begin);
+    host_time_ += absl::Now() - begin;
+    const auto agreed = Agree(plan, is_leaving);
+    status = agreed.status();
+    if (!status.ok() || agreed->is_leaving) break;
+    begin = absl::Now();
+    if (agreed->has_work) Launch(plan, *agreed);
     host_time_ += absl::Now() - begin;
     // NOTE: a commit frees blocks and slots, so only a turn that neither planned nor committed has nothing to do: then
     // nothing waits either, and no deadline need wake us.
-    is_idle = plan.empty() && scheduler_->num_in_flight() == 0;
-    if (scheduler_->num_in_flight() == kMaxStepsInFlight || (plan.empty() && !is_idle)) {
+    const int num_in_flight = runner_->num_in_flight();
+    is_idle = !agreed->has_work && num_in_flight == 0;
+    if (num_in_flight == kMaxStepsInFlight || (!agreed->has_work && !is_idle)) {
       auto result = WaitForStep(&deltas);
       if (!result.ok()) {
         status = result.status();
         break;
       }
       begin = absl::Now();
-      scheduler_->Commit(*result, begin, &deltas);
+      if (result->step != kPaddingStep) scheduler_->Commit(*result, begin, &deltas);
       host_time_ += absl::Now() - begin;
     }
     Publish(&deltas);
   }
 
   // The end: nothing may be left without its last delta.
-  if (!status.ok()) spdlog::critical("the rank is dead: {}", status.ToString());
+  if (!status.ok()) {
+    spdlog::critical("rank {} is dead: {}", links_.rank(), status.ToString());
+    AbortOthers(status);
+  }
   {
     std::lock_guard lock(inbox_mutex_);
     is_stopping_ = true;
@@ -301,11 +408,11 @@ void Rank::RunSteps() {
     for (auto& sequence : new_sequences_) scheduler_->Add(std::move(sequence));
     new_sequences_.clear();
   }
-  while (status.ok() && scheduler_->num_in_flight() > 0) {
+  while (status.ok() && runner_->num_in_flight() > 0) {
     auto result = runner_->Wait(watch_->Limit());
     if (!result.ok()) break;
     watch_->Completed(absl::Now());
-    scheduler_->Commit(*result, absl::Now(), &deltas);
+    if (result->step != kPaddingStep) scheduler_->Commit(*result, absl::Now(), &deltas);
   }
   scheduler_->Fail(absl::UnavailableError(status.ok() ? "the server is stopping" : status.message()), absl::Now(),
                    &deltas);

@@ -1,4 +1,4 @@
-// EngineStats: counters and gauges of one rank, read by any thread.
+// EngineStats: counters and gauges of one rank, or of all of an engine, read by any thread.
 #ifndef CACHALOT_ENGINE_STATS_H_
 #define CACHALOT_ENGINE_STATS_H_
 
@@ -22,6 +22,11 @@ struct StepRowsHistogram {
     for (size_t i = 0; i < kBounds.size(); ++i) at_most[i] += num_rows <= kBounds[i] ? 1 : 0;
     sum += static_cast<uint64_t>(num_rows);
     ++count;
+  }
+  void Add(const StepRowsHistogram& other) {
+    for (size_t i = 0; i < kBounds.size(); ++i) at_most[i] += other.at_most[i];
+    sum += other.sum;
+    count += other.count;
   }
 };
 
@@ -50,6 +55,8 @@ struct EngineStats {
   // What the step thread worked while steps were under way, waiting for the device not counted.
   double host_seconds = 0;
   StepRowsHistogram step_rows;
+
+  void Add(const EngineStats& other);  // of another rank: all are sums
 };
 
 // What a front end must know of the loaded model.

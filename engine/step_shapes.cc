@@ -29,6 +29,11 @@ StepShape StepShapes::Of(const StepPlan& plan) const {
           plan.num_proposed};
 }
 
+StepShape StepShapes::Padding(int num_proposed) const {
+  const int rows = 1 + num_proposed;
+  return StepShape::Decode(Padded(1, MaxSequences(rows)), rows, num_proposed);
+}
+
 std::vector<StepShape> StepShapes::Decode() const {
   std::vector<StepShape> shapes;
   for (int num_drafts = adapts_drafts_ ? 0 : limits_.max_drafts; num_drafts <= limits_.max_drafts; ++num_drafts) {

@@ -22,6 +22,9 @@ class StepShapes {
   // The smallest that has room for the plan.
   StepShape Of(const StepPlan& plan) const;
 
+  // Of a step that nobody here has work for: a row of padding.
+  StepShape Padding(int num_proposed) const;
+
   // Every shape of steps that only decode and propose as many drafts as they verify, by rising size: max_drafts of a
   // sequence; where drafts adapt, also fewer.
   std::vector<StepShape> Decode() const;

@@ -73,6 +73,7 @@ absl::Status ValidateOptions(const EngineOptions& options) {
     const std::string what = absl::StrFormat("found a share of %g, expected 0 to 1", options.kv_cache_share);
     status.Update(BadOption("kv-cache-memory", what));
   }
+  status.Update(within("ranks", options.num_ranks, 1, kMaxRanks));
   status.Update(within("threads", options.num_threads, 0, kMaxThreads));
   const std::array activations = {"auto", "f32", "fp8", "fp8-f32"};
   if (std::find(activations.begin(), activations.end(), options.activation) == activations.end()) {

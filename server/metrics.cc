@@ -7,7 +7,9 @@
 #include <type_traits>
 #include <utility>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 
 namespace cachalot {
@@ -34,14 +36,19 @@ requires std::is_integral_v<Integer> std::string Digits(Integer value) { return 
 
 class Page {
  public:
-  explicit Page(std::string labels) : labels_(std::move(labels)) {}
+  explicit Page(const std::string& model_name) : model_name_(model_name) { SetEngine(0); }
 
+  // Of what follows.
+  void SetEngine(size_t number) { labels_ = absl::StrCat("model_name=\"", model_name_, "\",engine=\"", number, "\""); }
+  // What follows are samples of this metric; all of its samples stand together, whenever they come.
   void Header(const char* name, const char* type, const char* help) {
-    absl::StrAppend(&text_, "# HELP ", name, " ", help, "\n# TYPE ", name, " ", type, "\n");
+    const auto [it, is_new] = place_.try_emplace(name, families_.size());
+    if (is_new) families_.push_back(absl::StrCat("# HELP ", name, " ", help, "\n# TYPE ", name, " ", type, "\n"));
+    family_ = it->second;
   }
   template <typename Number>
   void Sample(const char* name, Number value, const std::string& more_labels = "") {
-    absl::StrAppend(&text_, name, "{", labels_, more_labels, "} ", Digits(value), "\n");
+    absl::StrAppend(&families_[family_], name, "{", labels_, more_labels, "} ", Digits(value), "\n");
   }
   template <typename Number>
   void Gauge(const char* name, Number value, const char* help) {
@@ -54,13 +61,16 @@ class Page {
   }
   void Add(const char* name, const Histogram& histogram, const char* help) {
     Header(name, "histogram", help);
-    histogram.Render(name, labels_, &text_);
+    histogram.Render(name, labels_, &families_[family_]);
   }
-  std::string* text() { return &text_; }
+  std::string text() const { return absl::StrJoin(families_, ""); }
 
  private:
-  const std::string labels_;
-  std::string text_;
+  const std::string model_name_;
+  std::string labels_;
+  std::vector<std::string> families_;
+  absl::flat_hash_map<std::string, size_t> place_;
+  size_t family_ = 0;
 };
 
 std::string LabelValue(const std::string& text) {
@@ -78,7 +88,7 @@ void RenderStepRows(const StepRowsHistogram& rows, Page* page) {
   page->Sample("vllm:iteration_tokens_total_count", rows.count);
 }
 
-void RenderEngine(const EngineStats& stats, const ModelInfo& model, Page* page) {
+void RenderRank(const EngineStats& stats, const ModelInfo& model, int block_size, Page* page) {
   page->Gauge("vllm:num_requests_running", stats.running, "Sequences that steps compute.");
   page->Gauge("vllm:num_requests_waiting", stats.waiting, "Requests that wait for their first step.");
   page->Header("vllm:num_requests_waiting_by_reason", "gauge", "What those that wait, wait for.");
@@ -89,9 +99,8 @@ void RenderEngine(const EngineStats& stats, const ModelInfo& model, Page* page) 
               "Share of the KV cache in use, 0 to 1.");
   page->Header("vllm:cache_config_info", "gauge", "The KV cache.");
   page->Sample("vllm:cache_config_info", 1,
-               absl::StrCat(",block_size=\"", model.kv_cache_tokens / std::max(stats.blocks_total, 1),
-                            "\",num_gpu_blocks=\"", stats.blocks_total, "\",num_cpu_blocks=\"0\",kv_bytes_per_token=\"",
-                            model.kv_bytes_per_token, "\""));
+               absl::StrCat(",block_size=\"", block_size, "\",num_gpu_blocks=\"", stats.blocks_total,
+                            "\",num_cpu_blocks=\"0\",kv_bytes_per_token=\"", model.kv_bytes_per_token, "\""));
   page->Counter("vllm:num_preemptions_total", stats.preemptions, "Sequences put back to make room.");
   page->Counter("vllm:prompt_tokens_total", stats.prompt_tokens,
                 "Prompt tokens, cached or computed, each prompt once.");
@@ -181,10 +190,16 @@ void Metrics::OnEnd(FinishReason reason, const GenerationSize& size, const Reque
   }
 }
 
-std::string Metrics::Render(const std::string& model_name, const EngineStats& stats, const ModelInfo& model,
-                            uint64_t dropped_log_messages) const {
-  Page page(absl::StrCat("model_name=\"", LabelValue(model_name), "\",engine=\"0\""));
-  RenderEngine(stats, model, &page);
+std::string Metrics::Render(const std::string& model_name, const std::vector<EngineStats>& ranks,
+                            const ModelInfo& model, uint64_t dropped_log_messages) const {
+  Page page(LabelValue(model_name));
+  int num_blocks = 0;
+  for (const EngineStats& rank : ranks) num_blocks += rank.blocks_total;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    page.SetEngine(i);
+    RenderRank(ranks[i], model, model.kv_cache_tokens / std::max(num_blocks, 1), &page);
+  }
+  page.SetEngine(0);
   page.Header("vllm:request_success_total", "counter", "Answers that ended, by how.");
   constexpr std::pair<FinishReason, const char*> kReasons[] = {{FinishReason::kStop, "stop"},
                                                                {FinishReason::kLength, "length"},
@@ -207,7 +222,7 @@ std::string Metrics::Render(const std::string& model_name, const EngineStats& st
   page.Add("vllm:request_params_max_tokens", params_max_tokens_, "Tokens asked for at most.");
   page.Add("vllm:request_num_preemptions", num_preemptions_, "How often an answer was preempted.");
   page.Counter("cachalot:log_messages_dropped_total", dropped_log_messages, "Log messages that nobody read in time.");
-  return std::move(*page.text());
+  return page.text();
 }
 
 }  // namespace cachalot

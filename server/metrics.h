@@ -53,8 +53,8 @@ class Metrics {
   void OnEnd(FinishReason reason, const GenerationSize& size, const RequestTimes& engine_times, absl::Time now,
              const GenerationTimes& times);
 
-  // The page, text format 0.0.4.
-  std::string Render(const std::string& model_name, const EngineStats& stats, const ModelInfo& model,
+  // The page, text format 0.0.4. What ranks count is told of each, the label `engine` being its number.
+  std::string Render(const std::string& model_name, const std::vector<EngineStats>& ranks, const ModelInfo& model,
                      uint64_t dropped_log_messages) const;
 
  private:

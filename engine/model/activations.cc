@@ -4,6 +4,14 @@
 #include <algorithm>
 
 namespace cachalot {
+namespace {
+
+// NOTE: what other ranks send has nothing to do with this one's tokens: a rank without any computes for the others.
+int64_t NumExpertRows(const OpLimits& limits, int64_t num_tokens) {
+  return limits.max_expert_rows > 0 ? limits.max_expert_rows : num_tokens * limits.num_experts_per_tok;
+}
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<ActivationBuffers>> ActivationBuffers::Create(const ModelConfig& config,
                                                                              Backend& backend, const OpLimits& limits,
@@ -25,7 +33,7 @@ void ActivationBuffers::MakeAll(const ModelConfig& config, DType value, Activati
   const OpLimits& limits = limits_;
   Activations& a = full_;
   const ActivationFormat plain = value == DType::kF32 ? ActivationFormat::kF32 : ActivationFormat::kBF16;
-  const int64_t T = limits.max_tokens, L = limits.max_rows, D = limits.hidden_size, M = T * limits.num_experts_per_tok;
+  const int64_t T = limits.max_tokens, L = limits.max_rows, D = limits.hidden_size, M = NumExpertRows(limits, T);
   const int64_t q_width = static_cast<int64_t>(limits.num_heads) * (limits.qk_nope_head_dim + limits.qk_rope_head_dim);
   const int64_t q_a_width = limits.q_lora_rank > 0 ? limits.q_lora_rank : q_width;
 
@@ -84,7 +92,7 @@ Activation ActivationBuffers::NewActivation(ActivationFormat format, int64_t row
 Activations ActivationBuffers::View(int num_tokens, int num_rows) const {
   const auto head = [](const Tensor& t, int64_t rows) { return t.empty() ? t : t.Rows(0, rows); };
   const auto head_of = [](const Activation& a, int64_t rows) { return a.values.empty() ? a : a.Rows(0, rows); };
-  const int64_t T = num_tokens, M = T * limits_.num_experts_per_tok;
+  const int64_t T = num_tokens, M = NumExpertRows(limits_, T);
   Activations a = full_;
   for (Tensor* t : {&a.h, &a.plain, &a.q_kv_a, &a.q, &a.delta, &a.gate_up, &a.shared, &a.topk_slots, &a.topk_weights,
                     &a.previous}) {

@@ -85,8 +85,7 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
   std::unique_ptr<Runner> runner(new Runner(options, backend));
   const OpLimits& limits = options.limits;
   CHECK(options.kv.has_mtp == (limits.max_drafts > 0), "drafts and the MTP layer come together");
-  auto weights =
-      ModelWeights::Load(config, checkpoint, {0, limits.num_local_experts}, options.kv.has_mtp, backend.ops());
+  auto weights = ModelWeights::Load(config, checkpoint, options.experts, options.kv.has_mtp, backend.ops());
   if (!weights.ok()) return weights.status();
   absl::Status status = runner->MakeState();
   if (status.ok()) status = runner->MakeStaging();

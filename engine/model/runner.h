@@ -20,6 +20,7 @@ struct RunnerOptions {
   OpLimits limits;
   KvOptions kv;
   ActivationFormat format = ActivationFormat::kF32;  // of the layers' activations
+  ExpertList experts;
   int num_blocks = 0;
   int num_valid_tokens = 0;  // ids from here on are never sampled
 };
@@ -45,9 +46,11 @@ class Runner {
   // for a log; empty where it does not.
   absl::StatusOr<std::string> Prepare(const std::vector<StepShape>& shapes);
 
-  // Queues the step at a shape that has room for it, and returns. At most kMaxStepsInFlight are launched and not yet
-  // waited for.
+  // Queues the step at a shape that has room for it, an empty one too, and returns. At most kMaxStepsInFlight are
+  // launched and not yet waited for.
   void Launch(const StepPlan& plan, const StepShape& shape);
+
+  int num_in_flight() const { return static_cast<int>(pending_.size()); }
 
   // The oldest launched step's result; DeadlineExceeded, or the device's fault: the rank is dead then.
   absl::StatusOr<StepResult> Wait(absl::Duration timeout);

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <initializer_list>
+#include <numeric>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -44,8 +45,8 @@ std::vector<float> ToFloats(const CheckpointTensor& tensor) {
 // Makes weights by name. The checkpoint has no problems: what is not there is our bug.
 class Loader {
  public:
-  Loader(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share, Ops& ops)
-      : config_(config), checkpoint_(checkpoint), share_(share), ops_(ops) {}
+  Loader(const ModelConfig& config, const Checkpoint& checkpoint, const ExpertList& experts, Ops& ops)
+      : config_(config), checkpoint_(checkpoint), experts_(experts), ops_(ops) {}
 
   ModelWeights Load(bool with_mtp) {
     ModelWeights weights;
@@ -138,7 +139,7 @@ class Loader {
     }
     if (config_.n_shared_experts > 0) LoadMlp("mlp.shared_experts.", layer);
     std::vector<std::vector<WeightPart>> gate_up, down;
-    for (int expert = share_.first_expert; expert < share_.first_expert + share_.num_experts; ++expert) {
+    for (int expert : experts_) {
       const std::string mlp = absl::StrCat("mlp.experts.", expert, ".");
       gate_up.push_back({Part(mlp + "gate_proj"), Part(mlp + "up_proj")});
       down.push_back({Part(mlp + "down_proj")});
@@ -149,16 +150,15 @@ class Loader {
 
   const ModelConfig& config_;
   const Checkpoint& checkpoint_;
-  const ExpertShare share_;
+  const ExpertList& experts_;
   Ops& ops_;
   std::string prefix_;
 };
 
-absl::Status CheckLoadable(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share) {
-  if (config.is_moe_layer(config.num_hidden_layers - 1)) {
-    CHECK(share.first_expert >= 0 && share.num_experts > 0 &&
-              share.first_expert + share.num_experts <= config.n_routed_experts,
-          "experts {}+{} of {}", share.first_expert, share.num_experts, config.n_routed_experts);
+absl::Status CheckLoadable(const ModelConfig& config, const Checkpoint& checkpoint, const ExpertList& experts) {
+  CHECK(!config.is_moe_layer(config.num_hidden_layers - 1) || !experts.empty());
+  for (int expert : experts) {
+    CHECK(expert >= 0 && expert < config.n_routed_experts, "expert {} of {}", expert, config.n_routed_experts);
   }
   std::vector<std::string> problems;
   if (checkpoint.has_data()) problems = ModelWeights::Problems(config, checkpoint, /*deep=*/false);
@@ -172,23 +172,29 @@ absl::Status CheckLoadable(const ModelConfig& config, const Checkpoint& checkpoi
 
 }  // namespace
 
+ExpertList ConsecutiveExperts(int first, int count) {
+  ExpertList experts(count);
+  std::iota(experts.begin(), experts.end(), first);
+  return experts;
+}
+
 bool ModelWeights::HasMtp(const ModelConfig& config, const Checkpoint& checkpoint) {
   return config.num_nextn_predict_layers > 0 &&
          checkpoint.Find(LayerPrefix(config.num_hidden_layers) + "eh_proj.weight") != nullptr;
 }
 
 absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                ExpertShare share, bool with_mtp, Ops& ops) {
-  if (absl::Status status = CheckLoadable(config, checkpoint, share); !status.ok()) return status;
-  ModelWeights weights = Loader(config, checkpoint, share, ops).Load(with_mtp);
+                                                const ExpertList& experts, bool with_mtp, Ops& ops) {
+  if (absl::Status status = CheckLoadable(config, checkpoint, experts); !status.ok()) return status;
+  ModelWeights weights = Loader(config, checkpoint, experts, ops).Load(with_mtp);
   if (absl::Status status = ops.FinishWeights(); !status.ok()) return status;
   return weights;
 }
 
 absl::StatusOr<int64_t> ModelWeights::DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                  ExpertShare share, bool with_mtp, Ops& ops) {
-  if (absl::Status status = CheckLoadable(config, checkpoint, share); !status.ok()) return status;
-  return ops.MeasureWeights([&] { Loader(config, checkpoint, share, ops).Load(with_mtp); });
+                                                  const ExpertList& experts, bool with_mtp, Ops& ops) {
+  if (absl::Status status = CheckLoadable(config, checkpoint, experts); !status.ok()) return status;
+  return ops.MeasureWeights([&] { Loader(config, checkpoint, experts, ops).Load(with_mtp); });
 }
 
 }  // namespace cachalot

@@ -45,11 +45,9 @@ struct MtpWeights {
   WeightPtr shared_head_norm;  // [D]
 };
 
-// Which routed experts this rank holds: physical slots first_expert .. first_expert + num_experts.
-struct ExpertShare {
-  int first_expert = 0;
-  int num_experts = 0;
-};
+// The routed experts that a rank holds: slot g of every MoE layer has expert list[g]. One may be there twice.
+using ExpertList = std::vector<int>;
+ExpertList ConsecutiveExperts(int first, int count);
 
 struct ModelWeights {
   WeightPtr embed_tokens;  // [W, D]
@@ -72,11 +70,11 @@ struct ModelWeights {
 
   // InvalidArgument with the first problem. The checkpoint must outlive the weights: stored bytes are not copied where
   // the backend can read them in place. `with_mtp`: HasMtp must be true.
-  static absl::StatusOr<ModelWeights> Load(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share,
-                                           bool with_mtp, Ops& ops);
+  static absl::StatusOr<ModelWeights> Load(const ModelConfig& config, const Checkpoint& checkpoint,
+                                           const ExpertList& experts, bool with_mtp, Ops& ops);
   // What Load would take of the device's memory, by a dry run of it; fails as it would.
-  static absl::StatusOr<int64_t> DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint, ExpertShare share,
-                                             bool with_mtp, Ops& ops);
+  static absl::StatusOr<int64_t> DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint,
+                                             const ExpertList& experts, bool with_mtp, Ops& ops);
 };
 
 }  // namespace cachalot

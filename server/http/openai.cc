@@ -150,7 +150,7 @@ void OpenAiApi::Health(HttpRequest, Responder responder) const {
 void OpenAiApi::MetricsPage(HttpRequest, Responder responder) const {
   responder->Respond(
       {.content_type = "text/plain; version=0.0.4; charset=utf-8",
-       .body = metrics_->Render(model_name_, generator_->stats(), generator_->model(), NumDroppedLogMessages()),
+       .body = metrics_->Render(model_name_, generator_->rank_stats(), generator_->model(), NumDroppedLogMessages()),
        .headers = {}});
 }
 

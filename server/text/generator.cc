@@ -63,9 +63,9 @@ class Generator::Gate {
     std::shared_lock lock(mutex_);
     return engine_ == nullptr ? Stopping() : engine_->health();
   }
-  EngineStats Stats() {
+  std::vector<EngineStats> RankStats() {
     std::shared_lock lock(mutex_);
-    return engine_ == nullptr ? EngineStats() : engine_->stats();
+    return engine_ == nullptr ? std::vector<EngineStats>(1) : engine_->rank_stats();
   }
   void BeginDrain() { is_draining_ = true; }
   bool is_draining() const { return is_draining_; }
@@ -157,7 +157,7 @@ absl::Status Generator::engine_health() const { return gate_->Health(); }
 
 absl::Status Generator::ResetPrefixCache() { return gate_->ResetPrefixCache(); }
 
-EngineStats Generator::stats() const { return gate_->Stats(); }
+std::vector<EngineStats> Generator::rank_stats() const { return gate_->RankStats(); }
 
 int Generator::num_running() const { return gate_->num_running(); }
 

@@ -72,7 +72,7 @@ class Generator {
   // Ok while generations are started: the engine's health; Unavailable after BeginDrain() or Stop().
   absl::Status health() const;
   absl::Status engine_health() const;
-  EngineStats stats() const;
+  std::vector<EngineStats> rank_stats() const;
   // Engine::ResetPrefixCache; Unavailable after Stop().
   absl::Status ResetPrefixCache();
   // Generations whose last event has not been given out.

@@ -49,7 +49,7 @@ class InstantEngine : public Engine {
   }
   void Cancel(RequestId) override {}
   void ResetPrefixCache() override {}
-  EngineStats stats() const override { return {}; }
+  std::vector<EngineStats> rank_stats() const override { return {EngineStats()}; }
   const ModelInfo& model() const override { return model_; }
   absl::Status health() const override { return absl::OkStatus(); }
 
@@ -125,7 +125,7 @@ class MixedEngine : public Engine {
   }
   void Cancel(RequestId) override {}
   void ResetPrefixCache() override {}
-  EngineStats stats() const override { return {}; }
+  std::vector<EngineStats> rank_stats() const override { return {EngineStats()}; }
   const ModelInfo& model() const override { return model_; }
   absl::Status health() const override { return absl::OkStatus(); }
   void Seen(int64_t count) { num_seen_.store(count, std::memory_order_release); }

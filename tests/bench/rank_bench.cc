@@ -101,8 +101,8 @@ class RankBench {
 
   void Load() {
     checkpoint_ = MakeRandomCheckpoint(config_);
-    auto weights =
-        Must(ModelWeights::Load(config_, *checkpoint_, {0, options_.local_experts}, has_mtp(), inner_.ops()));
+    auto weights = Must(ModelWeights::Load(config_, *checkpoint_, ConsecutiveExperts(0, options_.local_experts),
+                                           has_mtp(), inner_.ops()));
     MakeState();
     backend_ = std::make_unique<BalancedBackend>(inner_, balanced_);
     const RopeTable rope{MakeRope()};

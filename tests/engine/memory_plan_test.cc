@@ -91,14 +91,15 @@ TEST(MemoryPlanTest, WeightsTakeWhatADryRunOfTheirMakesSays) {
   }
   ASSERT_GT(mtp, 0);
   MeasuringOps ops(**checkpoint);
-  const auto bytes = [&](ExpertShare share, bool with_mtp) {
-    return *ModelWeights::DeviceBytes(*config, **checkpoint, share, with_mtp, ops);
+  const auto bytes = [&](const ExpertList& experts, bool with_mtp) {
+    return *ModelWeights::DeviceBytes(*config, **checkpoint, experts, with_mtp, ops);
   };
   const int all = config->n_routed_experts;
-  EXPECT_EQ(bytes({0, all}, false), stored);
-  EXPECT_EQ(bytes({0, all / 2}, false), stored - experts / 2);
-  EXPECT_EQ(bytes({all / 2, all / 2}, false), stored - experts / 2);
-  EXPECT_EQ(bytes({0, all}, true), stored + mtp);
+  EXPECT_EQ(bytes(ConsecutiveExperts(0, all), false), stored);
+  EXPECT_EQ(bytes(ConsecutiveExperts(0, all / 2), false), stored - experts / 2);
+  EXPECT_EQ(bytes(ConsecutiveExperts(all / 2, all / 2), false), stored - experts / 2);
+  EXPECT_EQ(bytes({0, all - 1, 0}, false), stored - experts + 3 * experts / all) << "one of them twice";
+  EXPECT_EQ(bytes(ConsecutiveExperts(0, all), true), stored + mtp);
 }
 
 TEST(MemoryPlanTest, SlotsAndStepsTakeWhatADryRunSays) {

@@ -32,7 +32,8 @@ class MtpWorld {
     const std::vector<float> angles = MakeRopeTable(config_, kMaxTokens);
     const Tensor rope = New(DType::kF32, {kMaxTokens + 1, config_.qk_rope_head_dim});
     std::copy(angles.begin(), angles.end(), rope.row<float>(1));
-    auto weights = ModelWeights::Load(config_, *checkpoint_, {0, config_.n_routed_experts}, true, backend_->ops());
+    auto weights = ModelWeights::Load(config_, *checkpoint_, ConsecutiveExperts(0, config_.n_routed_experts), true,
+                                      backend_->ops());
     CHECK(weights.ok(), "{}", weights.status().ToString());
     model_ = *DeepSeek::Create(config_, *std::move(weights), *store_, {rope}, *backend_, options.limits,
                                ActivationFormat::kF32);

@@ -31,6 +31,7 @@ StepLoop::StepLoop(const std::string& model_dir, SchedulerLimits limits, int num
   backend_ = Must(MakeBackend(backend));
   RunnerOptions options;
   options.limits = backend.limits;
+  options.experts = ConsecutiveExperts(0, config_.n_routed_experts);
   options.kv = {KvDType::kF32, /*has_mtp=*/limits.max_drafts > 0, backend_->value_dtype()};
   options.num_blocks = num_blocks;
   options.num_valid_tokens = config_.vocab_size;

@@ -278,7 +278,8 @@ TEST_F(WeightsTest, LoadsEveryTensorOnce) {
   const auto checkpoint = Checkpoint::Open(dir_.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
-  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/false, ops);
+  const auto weights =
+      ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/false, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
   std::set<std::string> expected;
   for (const auto& [name, tensor] : tensors_) {
@@ -330,7 +331,8 @@ TEST_F(WeightsTest, LoadsTheMtpLayerButNoCopies) {
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     EXPECT_TRUE(ModelWeights::HasMtp(ParseConfig(json_), **checkpoint));
     FakeOps ops(**checkpoint);
-    const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/true, ops);
+    const auto weights =
+        ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/true, ops);
     ASSERT_TRUE(weights.ok()) << weights.status();
     std::set<std::string> expected;
     for (const auto& [name, tensor] : tensors_) expected.insert(name);
@@ -354,15 +356,15 @@ TEST_F(WeightsTest, LoadsItsShareOfTheExperts) {
   const auto checkpoint = Checkpoint::Open(dir_.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
-  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {1, 2}, /*with_mtp=*/false, ops);
+  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {3, 1}, /*with_mtp=*/false, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
-  const std::string one = std::string(kMoe) + "experts.1.", two = std::string(kMoe) + "experts.2.";
-  EXPECT_EQ(Made(weights->layers[1].experts_gate_up_proj), "experts " + one + "gate_proj.weight*|" + one +
-                                                               "up_proj.weight* " + two + "gate_proj.weight*|" + two +
-                                                               "up_proj.weight*");
+  const std::string first = std::string(kMoe) + "experts.3.", second = std::string(kMoe) + "experts.1.";
+  EXPECT_EQ(Made(weights->layers[1].experts_gate_up_proj), "experts " + first + "gate_proj.weight*|" + first +
+                                                               "up_proj.weight* " + second + "gate_proj.weight*|" +
+                                                               second + "up_proj.weight*");
   EXPECT_EQ(weights->layers[1].experts_gate_up_proj->rows(), 64);
   EXPECT_EQ(Made(weights->layers[1].experts_down_proj),
-            "experts " + one + "down_proj.weight* " + two + "down_proj.weight*");
+            "experts " + first + "down_proj.weight* " + second + "down_proj.weight*");
   EXPECT_FALSE(ops.used.contains(std::string(kMoe) + "experts.0.down_proj.weight"));
 }
 
@@ -379,7 +381,8 @@ TEST_F(WeightsTest, LoadsV2Lite) {
   const auto checkpoint = Checkpoint::Open(dir_.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
-  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/false, ops);
+  const auto weights =
+      ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/false, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
   EXPECT_EQ(ops.used.size(), tensors_.size());
   const LayerWeights& layer = weights->layers[1];
@@ -405,7 +408,8 @@ TEST_F(WeightsTest, KeepsTheBiasInF32) {
     const auto checkpoint = Checkpoint::Open(dir_.path());
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     FakeOps ops(**checkpoint);
-    const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/false, ops);
+    const auto weights =
+        ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/false, ops);
     ASSERT_TRUE(weights.ok()) << weights.status();
     EXPECT_EQ(weights->converted.size(), dtype == std::string("F32") ? 0u : 1u);
     int num_biases = 0;
@@ -427,7 +431,8 @@ TEST_F(WeightsTest, LoadRefusesWhatProblemsFinds) {
   const auto checkpoint = Checkpoint::Open(dir_.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
-  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {0, 4}, /*with_mtp=*/false, ops);
+  const auto weights =
+      ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/false, ops);
   EXPECT_EQ(weights.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(weights.status().message(),
             dir_.path() + ": model.norm.weight: found nothing, expected [64] (and 1 more problems)");
@@ -449,7 +454,8 @@ TEST(GoldenCheckpointsTest, HaveNoProblems) {
     FakeOps ops(**checkpoint);
     const bool has_mtp = ModelWeights::HasMtp(*config, **checkpoint);
     EXPECT_EQ(has_mtp, config->num_nextn_predict_layers > 0);
-    EXPECT_TRUE(ModelWeights::Load(*config, **checkpoint, {0, config->n_routed_experts}, has_mtp, ops).ok())
+    EXPECT_TRUE(
+        ModelWeights::Load(*config, **checkpoint, ConsecutiveExperts(0, config->n_routed_experts), has_mtp, ops).ok())
         << entry.path();
     EXPECT_TRUE((*checkpoint)->unindexed().empty()) << entry.path();
     ++num_models;

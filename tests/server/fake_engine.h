@@ -80,7 +80,7 @@ class FakeEngine : public Engine {
     std::lock_guard lock(mutex_);
     return num_resets_;
   }
-  EngineStats stats() const override { return {}; }
+  std::vector<EngineStats> rank_stats() const override { return {EngineStats()}; }
   const ModelInfo& model() const override { return model_; }
   absl::Status health() const override {
     std::lock_guard lock(mutex_);

@@ -76,9 +76,26 @@ TEST(MetricsTest, GaugesAndCountersKeepTheirDigits) {
   stats.prompt_tokens = 1016106;
   stats.blocks_total = 1'000'003;
   stats.blocks_used = 333'335;
-  const std::string page = Metrics().Render("m", stats, {}, 0);
+  const std::string page = Metrics().Render("m", {stats}, {}, 0);
   EXPECT_NE(page.find("vllm:prompt_tokens_total{model_name=\"m\",engine=\"0\"} 1016106\n"), std::string::npos);
   EXPECT_NE(page.find("vllm:kv_cache_usage_perc{model_name=\"m\",engine=\"0\"} 0.333333999998"), std::string::npos);
+}
+
+TEST(MetricsTest, RanksHaveTheirNumberAndAMetricItsSamplesTogether) {
+  std::vector<EngineStats> ranks(2);
+  ranks[0].running = 3;
+  ranks[1].running = 4;
+  ranks[0].blocks_total = ranks[1].blocks_total = 8;
+  ModelInfo model;
+  model.kv_cache_tokens = 1024;
+  const std::string page = Metrics().Render("m", ranks, model, 0);
+  EXPECT_NE(page.find("# TYPE vllm:num_requests_running gauge\n"
+                      "vllm:num_requests_running{model_name=\"m\",engine=\"0\"} 3\n"
+                      "vllm:num_requests_running{model_name=\"m\",engine=\"1\"} 4\n# HELP "),
+            std::string::npos);
+  EXPECT_NE(page.find("engine=\"1\",block_size=\"64\",num_gpu_blocks=\"8\""), std::string::npos);
+  EXPECT_EQ(page.find("# TYPE vllm:num_requests_running", page.find("# TYPE vllm:num_requests_running") + 1),
+            std::string::npos);
 }
 
 TEST(MetricsTest, OneGeneration) {
@@ -104,7 +121,7 @@ TEST(MetricsTest, OneGeneration) {
   stats.blocks_idle = 3;
   ModelInfo model;
   model.kv_cache_tokens = 512;
-  auto samples = Samples(metrics.Render("a \"b\"", stats, model, 3));
+  auto samples = Samples(metrics.Render("a \"b\"", {stats}, model, 3));
   const std::string labels = "{model_name=\"a \\\"b\\\"\",engine=\"0\"";
   const auto sample = [&](const std::string& name, const std::string& more = "") {
     const auto found = samples.find(name + labels + more + "}");
