@@ -392,7 +392,7 @@ void Runner::Launch(const StepPlan& plan, const StepShape& shape) {
   device_.Submit(forward.key, std::move(forward.body));
   CountTokens(plan.counted_tokens, set);
   device_.Submit(sample.key, std::move(sample.body));
-  pending_.push_back({plan.step, shape, num_rows, num_sequences, set, device_.Record()});
+  pending_.push_back({plan.step, shape, num_rows, num_sequences, plan.wants_top, set, device_.Record()});
 }
 
 absl::StatusOr<StepResult> Runner::Wait(absl::Duration timeout) {
@@ -407,8 +407,10 @@ absl::StatusOr<StepResult> Runner::Wait(absl::Duration timeout) {
   result.step = pending.step;
   result.tokens = Copy<int32_t>(output.tokens, pending.num_rows);
   result.logprobs = Copy<float>(output.logprobs, pending.num_rows);
-  result.top_tokens = Copy<int32_t>(output.top_tokens, pending.num_rows);
-  result.top_logprobs = Copy<float>(output.top_logprobs, pending.num_rows);
+  if (pending.wants_top) {
+    result.top_tokens = Copy<int32_t>(output.top_tokens, pending.num_rows);
+    result.top_logprobs = Copy<float>(output.top_logprobs, pending.num_rows);
+  }
   result.num_accepted = Copy<int32_t>(output.num_accepted, pending.num_sequences);
   result.drafts = Copy<int32_t>(brought.drafts, pending.num_sequences);
   return result;

@@ -65,6 +65,7 @@ class Runner {
     uint64_t step;
     StepShape shape;
     int num_rows, num_sequences;  // before padding
+    bool wants_top;
     int set;
     Device::Event event;
   };

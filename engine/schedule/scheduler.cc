@@ -34,6 +34,7 @@ SlotParams MakeSlotParams(const Sequence& sequence) {
 // The result of one logits row as the request asked for it: `num_top` alternatives.
 TokenLogprob MakeLogprob(const StepResult& result, size_t row, int num_top) {
   TokenLogprob logprob{result.tokens[row], result.logprobs[row], {}};
+  CHECK(num_top <= 0 || !result.top_tokens.empty(), "alternatives that the step's plan did not want");
   for (int i = 0; i < num_top; ++i) {
     const size_t at = row * kMaxTopLogprobs + i;
     if (result.top_tokens[at] >= 0) logprob.top.emplace_back(result.top_tokens[at], result.top_logprobs[at]);
@@ -302,6 +303,7 @@ void Scheduler::AddRows(Sequence* sequence, SequenceStep step, NewStep* next) {
     for (int p = step.start; p < step.start + step.num_rows && p + 1 < sequence->num_prompt_tokens; ++p) {
       if (p < sequence->num_prompt_scored) continue;
       next->scored.push_back({plan->num_rows + p - step.start, index, sequence->tokens[p + 1]});
+      plan->wants_top |= sequence->sampling.prompt_logprobs > 0;
       sequence->num_prompt_scored = p + 1;
     }
   }
@@ -315,6 +317,7 @@ void Scheduler::AddRows(Sequence* sequence, SequenceStep step, NewStep* next) {
     for (int i = is_decode ? 0 : step.num_rows - 1; i < step.num_rows; ++i) {
       plan->logits_rows.push_back({plan->num_rows + i, index, -1});
     }
+    plan->wants_top |= sequence->sampling.logprobs > 0;
     sequence->is_decoding = true;
     sequence->num_drafts = plan->num_proposed;
     ++sequence->num_sampling;

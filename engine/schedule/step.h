@@ -88,9 +88,10 @@ struct StepPlan {
   std::vector<BlockUpdate> block_updates;
   std::vector<CountedToken> counted_tokens;  // at most max_context
   std::vector<LogitsRow> logits_rows;
-  int num_rows = 0;      // T: sum of the sequences' rows, in their order
-  int64_t num_keys = 0;  // that the rows attend to
-  int num_proposed = 0;  // drafts to propose to each sequence that samples, for its next step
+  int num_rows = 0;        // T: sum of the sequences' rows, in their order
+  int64_t num_keys = 0;    // that the rows attend to
+  int num_proposed = 0;    // drafts to propose to each sequence that samples, for its next step
+  bool wants_top = false;  // somebody asks for alternatives to a token, sampled or scored
 
   bool empty() const { return sequences.empty(); }
   // What all sequences have, where all decode; 0 where not.
@@ -128,8 +129,8 @@ struct StepResult {
   uint64_t step = 0;
   std::vector<int32_t> tokens;        // [L] sampled token, or the target scored
   std::vector<float> logprobs;        // [L]
-  std::vector<int32_t> top_tokens;    // [L, kMaxTopLogprobs]
-  std::vector<float> top_logprobs;    // [L, kMaxTopLogprobs]
+  std::vector<int32_t> top_tokens;    // [L, kMaxTopLogprobs] where the plan wants them; empty where not
+  std::vector<float> top_logprobs;    // likewise
   std::vector<int32_t> num_accepted;  // [S] sampled tokens that count, from the sequence's first sampling row on
   std::vector<int32_t> drafts;        // [S, X] as many as were to be proposed; of sequences that have sampled
 };

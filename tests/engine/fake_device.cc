@@ -42,8 +42,10 @@ StepResult FakeDevice::Run(const StepPlan& plan) {
     Sample(next[s], plan.sequences[s].start < 0, &slots_[plan.sequences[s].slot], &result.num_accepted[s]);
   }
   for (int slot : named) CheckCounts(slots_[slot]);
-  result.top_tokens.assign(result.tokens.size() * kMaxTopLogprobs, 0);
-  result.top_logprobs.assign(result.tokens.size() * kMaxTopLogprobs, 0);
+  if (plan.wants_top) {
+    result.top_tokens.assign(result.tokens.size() * kMaxTopLogprobs, 0);
+    result.top_logprobs.assign(result.tokens.size() * kMaxTopLogprobs, 0);
+  }
   return result;
 }
 

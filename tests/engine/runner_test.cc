@@ -74,6 +74,7 @@ TEST(RunnerTest, TakesABlockUpdateForEveryEntryOfTheTable) {
   for (int32_t slot : {0, kSlots - 1}) {
     step.slot = slot;
     plan.sequences = {step};
+    plan.wants_top = slot > 0;
     ++plan.step;
     runner.Launch(plan, {StepShape::Path::kMixed, 1, 100, 1});
     auto result = runner.Wait(absl::InfiniteDuration());
@@ -83,6 +84,10 @@ TEST(RunnerTest, TakesABlockUpdateForEveryEntryOfTheTable) {
   }
   EXPECT_EQ(results[0].tokens, results[1].tokens);
   EXPECT_EQ(results[0].logprobs, results[1].logprobs);
+  EXPECT_TRUE(results[0].top_tokens.empty() && results[0].top_logprobs.empty()) << "nobody asked";
+  ASSERT_EQ(results[1].top_tokens.size(), kMaxTopLogprobs);
+  EXPECT_EQ(results[1].top_tokens[0], golden.prompts[2].top1[99]);
+  EXPECT_EQ(results[1].top_logprobs.size(), kMaxTopLogprobs);
   ASSERT_GT(golden.prompts[2].top1_margin[99], 0.01f);
   EXPECT_EQ(results[0].tokens[0], golden.prompts[2].top1[99]);
 }

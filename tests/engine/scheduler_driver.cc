@@ -35,7 +35,8 @@ RequestId SchedulerDriver::Add(int prompt_length, Options options) {
   sequence->client = options.client;
   sequence->sampling.max_tokens = options.max_tokens;
   sequence->cache_salt = options.salt;
-  if (options.scores) sequence->sampling.prompt_logprobs = 0;
+  sequence->sampling.logprobs = options.num_top;
+  if (options.scores) sequence->sampling.prompt_logprobs = std::max(options.num_top, 0);
   if (options.has_penalties) sequence->sampling.repetition_penalty = 1.5f;
   if (options.deadline_turns > 0) sequence->deadline = now_ + absl::Seconds(options.deadline_turns);
   const RequestId id = Add(std::move(sequence));
@@ -76,7 +77,12 @@ void SchedulerDriver::Take(const Scheduler::Deltas& deltas) {
   for (const auto& [id, delta] : deltas) {
     Record& r = records_.at(id);
     ASSERT_NE(r.live, nullptr) << "news of request " << id << " after its end";
-    for (const TokenLogprob& l : delta.prompt_logprobs) EXPECT_EQ(l.token, r.prompt[++r.num_scored]);
+    for (const TokenLogprob& l : delta.prompt_logprobs) {
+      EXPECT_EQ(l.token, r.prompt[++r.num_scored]);
+      EXPECT_EQ(static_cast<int>(l.top.size()), std::max(r.options.num_top, 0));
+    }
+    EXPECT_EQ(delta.logprobs.size(), r.options.num_top < 0 ? 0 : delta.tokens.size());
+    for (const TokenLogprob& l : delta.logprobs) EXPECT_EQ(static_cast<int>(l.top.size()), r.options.num_top);
     for (int32_t token : delta.tokens) {
       EXPECT_EQ(token, r.context.Next()) << "request " << id;
       r.tokens.push_back(token);

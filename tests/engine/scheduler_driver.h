@@ -20,6 +20,7 @@ class SchedulerDriver {
     int max_tokens = 16, priority = 0;
     std::string client = {};
     bool scores = false;
+    int num_top = -1;        // alternatives of what it generates; of its prompt too, where it scores
     int deadline_turns = 0;  // from now; 0: none
     // The first tokens of its prompt are those of all of its family; it is of a salt, and has penalties or none.
     int family = 0, num_of_family = 0;

@@ -66,6 +66,7 @@ void RunRandomLoad(uint32_t seed, Totals* totals) {
       SchedulerDriver::Options options;
       const int length = 1 + below(below(5) > 0 ? usual_length : max_model_len - 1);
       options.scores = below(4) == 0;
+      options.num_top = below(4) > 0 ? -1 : below(3);
       options.max_tokens = below(below(5) > 0 ? usual_tokens : 300) + (options.scores ? 0 : 1);
       options.priority = below(num_priorities) - (below(8) == 0 ? 1000 : 0);
       options.client = std::string(1, static_cast<char>('a' + below(num_clients)));
