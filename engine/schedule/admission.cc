@@ -35,6 +35,7 @@ void Admission::Add(std::unique_ptr<Sequence> sequence) {
 void Admission::Queue(Sequences::node_type node) {
   Sequence* sequence = node.mapped().get();
   ClientShare* client = sequence->share = &clients_[sequence->client];
+  sequence->num_missing = 0;
   waiting_.insert(std::move(node));
   LeaveTurns(client);
   client->waiting.emplace(ClassOf(*sequence), sequence->standing, sequence->id);
@@ -96,11 +97,18 @@ std::vector<int32_t> Admission::FindPrefix(Sequence* sequence) const {
   return pool_->Find(sequence->keys, sequence->tokens, 0, sequence->max_cached_blocks());
 }
 
-int Admission::BlocksMissing(Sequence* next) const {
+// NOTE: asked at every step while `next` waits, and a long prompt's lookup takes longer than all other scheduling: it
+// is looked up again only where enough of its blocks may have come into use since.
+bool Admission::LacksBlocks(Sequence* next) const {
+  const int num_left = pool_->num_free() - static_cast<int>(running_.size());
+  if (num_left >= BlocksToAdmit(*next)) return false;
+  if (num_left + static_cast<int64_t>(pool_->num_gains() - next->num_gains) < next->num_missing) return true;
   const std::vector<int32_t> prefix = FindPrefix(next);
-  return BlocksToAdmit(*next) - static_cast<int>(std::count_if(prefix.begin(), prefix.end(), [this](int32_t block) {
-           return pool_->num_users(block) > 0;
-         }));
+  next->num_missing = BlocksToAdmit(*next) -
+                      static_cast<int>(std::count_if(prefix.begin(), prefix.end(),
+                                                     [this](int32_t block) { return pool_->num_users(block) > 0; }));
+  next->num_gains = pool_->num_gains();
+  return num_left < next->num_missing;
 }
 
 // NOTE: shared ones first, lest they be evicted for the others.
@@ -118,9 +126,7 @@ Admission::Lack Admission::LackOf(Sequence* next) const {
     if (it->second->is_preempted) return Lack::kTurn;
   }
   if (free_slots_.empty()) return Lack::kSlot;
-  const int num_left = pool_->num_free() - static_cast<int>(running_.size());
-  // NOTE: looked up only where it matters; while somebody waits this is asked at every step.
-  return num_left < BlocksToAdmit(*next) && num_left < BlocksMissing(next) ? Lack::kBlocks : Lack::kNothing;
+  return LacksBlocks(next) ? Lack::kBlocks : Lack::kNothing;
 }
 
 bool Admission::MakeRoomForShare(absl::Time now) {

@@ -97,7 +97,7 @@ class Admission {
   }
   // Blocks in the prefix cache that hold its first tokens; of BlocksToAdmit, those that are in use cost nothing.
   std::vector<int32_t> FindPrefix(Sequence* sequence) const;
-  int BlocksMissing(Sequence* next) const;
+  bool LacksBlocks(Sequence* next) const;
   void TakeBlocks(Sequence* sequence);
   bool MakeRoomForShare(absl::Time now);
   bool MakeRoom(Sequence* next, bool by_share);

@@ -152,7 +152,9 @@ std::vector<int32_t> BlockPool::Find(absl::Span<const PrefixKey> keys, absl::Spa
 
 void BlockPool::Share(absl::Span<const int32_t> blocks) {
   for (int32_t block : blocks) {
-    if (blocks_[block].num_users++ == 0) RemoveIdle(block);
+    if (blocks_[block].num_users++ > 0) continue;
+    RemoveIdle(block);
+    ++num_gains_;
   }
 }
 
@@ -186,6 +188,7 @@ BlockPool::Serial BlockPool::Publish(absl::Span<const PrefixKey> keys, absl::Spa
   b.key = keys[index];
   std::copy_n(own, kBlockTokens, b.tokens.begin());
   published_[b.key] = block;
+  ++num_gains_;
   if (parent >= 0) ++blocks_[parent].num_children;
   return b.serial;
 }

@@ -69,6 +69,10 @@ class BlockPool {
   void Share(absl::Span<const int32_t> blocks);  // one user more of each
   Serial serial(int32_t block) const { return blocks_[block].serial; }
 
+  // Counts the published blocks that came into use, by being published or shared. By no more than it grew has any
+  // prefix more blocks in use than when it was looked up.
+  uint64_t num_gains() const { return num_gains_; }
+
   // `block`, in use, holds the tokens of block `index`, after what `before` names, and will not be written to any more.
   // Whoever published the same before keeps the honour. Names what is published now; kNothing where nothing can be:
   // what is before it has been evicted, or another prompt has the same hash.
@@ -106,7 +110,7 @@ class BlockPool {
   int32_t oldest_ = -1, newest_ = -1;  // idle
   int num_idle_ = 0;
   Serial next_serial_ = kRoot + 1;
-  uint64_t num_evictions_ = 0;
+  uint64_t num_evictions_ = 0, num_gains_ = 0;
 };
 
 }  // namespace cachalot

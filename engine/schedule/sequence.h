@@ -33,6 +33,10 @@ struct Sequence {
   int num_banned = 0;
   std::vector<PrefixKey> keys;  // of the full blocks of `tokens`, as far as they were needed
 
+  // While it waits: blocks that it lacked when it was looked up in the prefix cache, and BlockPool::num_gains then.
+  int num_missing = 0;  // 0: not looked up yet
+  uint64_t num_gains = 0;
+
   // Owned while running.
   int slot = -1;
   std::vector<int32_t> blocks;  // the first of them perhaps shared with others

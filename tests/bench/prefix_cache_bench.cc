@@ -117,24 +117,49 @@ void MeasureLookup(int num_blocks) {
               num_blocks, kPoolBlocks, hash / n, find / n, share / n);
 }
 
-// Plan and Commit of steps in which `num_sequences` decode, two in flight, with a result that is made up.
-void MeasureSteps(int num_sequences, BlockPool::PrefixCache prefix_cache) {
+// As between two steps of a device: others have used the caches meanwhile.
+void ForgetCaches() {
+  static std::vector<uint8_t> memory(size_t{64} << 20);
+  for (size_t i = 0; i < memory.size(); i += 64) ++memory[i];
+}
+
+std::unique_ptr<Sequence> NewSequence(RequestId id, std::vector<int32_t> prompt, int max_tokens) {
+  auto sequence = std::make_unique<Sequence>();
+  sequence->id = id;
+  sequence->tokens = std::move(prompt);
+  sequence->num_prompt_tokens = static_cast<int>(sequence->tokens.size());
+  sequence->sampling.max_tokens = max_tokens;
+  sequence->submitted = absl::Now();
+  return sequence;
+}
+
+struct Steps {
+  int num_sequences = 256;
+  BlockPool::PrefixCache prefix_cache = BlockPool::PrefixCache::kOn;
+  bool are_cold = false;
+  int num_waiting_blocks = 0;  // of a prompt at the head of the queue, half of them another's that runs: no room
+};
+
+// Plan and Commit of steps in which sequences decode, two in flight, with a result that is made up.
+void MeasureSteps(const Steps& steps) {
   constexpr int kTokens = 1024;
-  BlockPool pool(num_sequences * 64, prefix_cache);
-  Scheduler scheduler({4096, num_sequences, 4096, {1}}, &pool);
+  const int num_sequences = steps.num_sequences;
+  const bool has_waiting = steps.num_waiting_blocks > 0;
+  const int longest = std::max(64, steps.num_waiting_blocks) + 1;
+  BlockPool pool(has_waiting ? steps.num_waiting_blocks + 20 : num_sequences * 64, steps.prefix_cache);
+  Scheduler scheduler({4096, num_sequences + 2, longest * kBlockTokens, {1}}, &pool);
   for (int i = 0; i < num_sequences; ++i) {
-    auto sequence = std::make_unique<Sequence>();
-    sequence->id = static_cast<RequestId>(i) + 1;
-    sequence->tokens = RandomTokens(256, 1);
-    sequence->tokens.push_back(3 + i);
-    sequence->num_prompt_tokens = static_cast<int>(sequence->tokens.size());
-    sequence->sampling.max_tokens = kTokens;
-    sequence->submitted = absl::Now();
-    scheduler.Add(std::move(sequence));
+    std::vector<int32_t> prompt = RandomTokens(256, 1);
+    prompt.push_back(3 + i);
+    if (has_waiting && i == 0) prompt = RandomTokens(steps.num_waiting_blocks / 2 * kBlockTokens, 2);
+    scheduler.Add(NewSequence(i + 1, std::move(prompt), kTokens));
   }
+  std::vector<int32_t> prompt = RandomTokens(steps.num_waiting_blocks / 2 * kBlockTokens, 2);
+  prompt.resize(steps.num_waiting_blocks * kBlockTokens, 7);
   std::vector<StepResult> in_flight;
   std::vector<double> times;
   while (true) {
+    if (steps.are_cold) ForgetCaches();
     const auto begin = Clock::now();
     const StepPlan plan = scheduler.Plan(absl::Now());
     const double planned = Micros(begin, Clock::now());
@@ -151,18 +176,25 @@ void MeasureSteps(int num_sequences, BlockPool::PrefixCache prefix_cache) {
     if (in_flight.empty()) break;
     if (in_flight.size() < kMaxStepsInFlight && !plan.empty()) continue;
     Scheduler::Deltas deltas;
+    if (steps.are_cold) ForgetCaches();
     const auto middle = Clock::now();
     scheduler.Commit(in_flight.front(), absl::Now(), &deltas);
     const double committed = Micros(middle, Clock::now());
     in_flight.erase(in_flight.begin());
-    if (static_cast<int>(plan.logits_rows.size()) == num_sequences) times.push_back(planned + committed);
+    if (static_cast<int>(plan.logits_rows.size()) < num_sequences) continue;
+    if (times.empty() && has_waiting) scheduler.Add(NewSequence(num_sequences + 1, prompt, 1));
+    times.push_back(planned + committed);
+    if (has_waiting && scheduler.stats().waiting == 0 && times.size() > 1) std::abort();
   }
   std::sort(times.begin(), times.end());
   double sum = 0;
   for (double time : times) sum += time;
-  std::printf("plan and commit, %d sequences, prefix cache %s: mean %.1f us, median %.1f, 99 %% %.1f of %zu steps\n",
-              num_sequences, prefix_cache == BlockPool::PrefixCache::kOn ? "on" : "off", sum / times.size(),
-              Median(times), times[times.size() * 99 / 100], times.size());
+  std::printf("plan and commit, %d sequences, prefix cache %s%s", num_sequences,
+              steps.prefix_cache == BlockPool::PrefixCache::kOn ? "on" : "off",
+              steps.are_cold ? ", the CPU's cold" : "");
+  if (has_waiting) std::printf(", a prompt of %d blocks waiting", steps.num_waiting_blocks);
+  std::printf(": mean %.1f us, median %.1f, 99 %% %.1f of %zu steps\n", sum / times.size(), Median(times),
+              times[times.size() * 99 / 100], times.size());
 }
 
 int Main(int argc, char** argv) {
@@ -180,9 +212,12 @@ int Main(int argc, char** argv) {
   for (int num_blocks : {16, 128, 2000}) MeasureLookup(num_blocks);
   for (int num_sequences : {64, 256}) {
     for (const auto cache : {BlockPool::PrefixCache::kOff, BlockPool::PrefixCache::kOn}) {
-      MeasureSteps(num_sequences, cache);
+      MeasureSteps({num_sequences, cache});
     }
   }
+  MeasureSteps({.num_sequences = 32});
+  MeasureSteps({.num_sequences = 32, .num_waiting_blocks = 2000});
+  for (int num_sequences : {64, 256}) MeasureSteps({.num_sequences = num_sequences, .are_cold = true});
   const auto engine = Engine::Create(options);
   if (!engine.ok()) {
     std::fprintf(stderr, "%s\n", engine.status().ToString().c_str());

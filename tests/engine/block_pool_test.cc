@@ -105,6 +105,24 @@ TEST(PrefixCache, EvictsTheOldestFromTheEnd) {
   EXPECT_FALSE(pool.Allocate(1, &taken));
 }
 
+// Whoever was told how many blocks of a prefix are in use need not ask again before so many have come into use.
+TEST(PrefixCache, CountsWhatComesIntoUse) {
+  BlockPool pool(8);
+  const Cached a = Fill(pool, TokensOf(3, 3, 0));
+  EXPECT_EQ(pool.num_gains(), 3u);
+  const Cached b = Fill(pool, TokensOf(4, 3, 1));
+  EXPECT_EQ(pool.num_gains(), 4u) << "three were in use already";
+  pool.Release(a.blocks);
+  EXPECT_EQ(pool.num_gains(), 4u);
+  pool.Release(b.blocks);
+  std::vector<int32_t> unpublished;
+  ASSERT_TRUE(pool.Allocate(4, &unpublished));
+  pool.Release(unpublished);
+  EXPECT_EQ(pool.num_gains(), 4u);
+  pool.Share({b.blocks.data(), 2});
+  EXPECT_EQ(pool.num_gains(), 6u);
+}
+
 // Two compute the same at the same time: the second's blocks are its own, what follows is found all the same, and its
 // beginning outlives it although nobody uses that.
 TEST(PrefixCache, ABeginningThatIsFollowedIsEvictedLast) {

@@ -35,6 +35,39 @@ TEST(Scheduler, PromptsThatBeginTheSameAreComputedOnce) {
   EXPECT_EQ(driver.record(warm).num_cached_tokens, 384);
 }
 
+// Who waits for blocks is admitted as soon as those that it would share leave room for the others, and not later:
+// blocks that somebody computes, or takes from among the idle ones.
+TEST(Scheduler, WhoWaitsForBlocksIsAdmittedAsSoonAsItSharesEnough) {
+  Driver computed({64, 4, 512, {1}}, 10);
+  computed.Add(384, {.max_tokens = 3, .family = 1, .num_of_family = 384});  // six blocks, one a step
+  const RequestId waiting = computed.Add(384, {.max_tokens = 3, .family = 1, .num_of_family = 384});
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_LT(computed.record(waiting).live->slot, 0) << i << " of three that it must share";
+    computed.Turn();
+  }
+  EXPECT_GE(computed.record(waiting).live->slot, 0);
+  computed.Drain(100);
+
+  Driver taken({384, 4, 512, {1}}, 10);
+  taken.Add(320, {.max_tokens = 1, .family = 1, .num_of_family = 320});
+  taken.Drain(100);
+  const RequestId other = taken.Add(65, {.max_tokens = 20});
+  taken.Turn();
+  // Eight blocks and one to spare are more than there are. Whoever raises itself shares the idle five.
+  const RequestId large = taken.Add(511, {.max_tokens = 1, .family = 1, .num_of_family = 320});
+  taken.Turn();
+  const RequestId raised = taken.Add(321, {.max_tokens = 60, .priority = -1, .family = 1, .num_of_family = 320});
+  while (taken.record(other).reason == FinishReason::kNone) {
+    EXPECT_LT(taken.record(large).live->slot, 0);
+    ASSERT_TRUE(taken.Turn());
+  }
+  taken.Turn();
+  EXPECT_GE(taken.record(large).live->slot, 0);
+  EXPECT_TRUE(taken.record(raised).live->is_decoding);
+  taken.Drain(100);
+  EXPECT_EQ(taken.record(large).num_cached_tokens, 320);
+}
+
 // Not the rows that its prompt log-probabilities need; but what it fills is for others.
 TEST(Scheduler, ScoringAPromptTakesNothingFromTheCache) {
   Driver driver(Limits(), 64);
