@@ -2,6 +2,7 @@
 #include "engine/schedule/admission.h"
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "kernels/check.h"
 
 namespace cachalot {
@@ -14,6 +15,41 @@ bool GivesWayBefore(const Sequence* a, const Sequence* b) {
   };
   return rank(a) > rank(b);
 }
+
+// What there is for one that waits, once others have left.
+class Room {
+ public:
+  Room(const BlockPool& pool, int num_slots, int num_needed)
+      : pool_(pool), num_slots_(num_slots), num_needed_(num_needed), num_blocks_(pool.num_free()) {}
+
+  void Leave(const Sequence& sequence) {
+    ++num_slots_;
+    for (int32_t block : sequence.blocks) {
+      if (--num_users_.try_emplace(block, pool_.num_users(block)).first->second > 0) continue;
+      ++num_blocks_;
+      shared_.erase(block);
+    }
+  }
+  // Of the blocks needed it has these in common with others: they cost nothing while others use them.
+  void Share(const std::vector<int32_t>& blocks) {
+    for (int32_t block : blocks) {
+      const auto left = num_users_.find(block);
+      if (left == num_users_.end() || left->second > 0) shared_.insert(block);
+    }
+  }
+  // A spare block for each that stays.
+  bool IsEnough(int num_staying) const {
+    return num_slots_ > 0 && num_blocks_ + static_cast<int>(shared_.size()) >= num_needed_ + num_staying;
+  }
+
+ private:
+  const BlockPool& pool_;
+  int num_slots_;
+  const int num_needed_;
+  int num_blocks_;
+  absl::flat_hash_map<int32_t, int> num_users_;  // left, of blocks of those that have left
+  absl::flat_hash_set<int32_t> shared_;
+};
 
 }  // namespace
 
@@ -97,18 +133,22 @@ std::vector<int32_t> Admission::FindPrefix(Sequence* sequence) const {
   return pool_->Find(sequence->keys, sequence->tokens, 0, sequence->max_cached_blocks());
 }
 
+std::vector<int32_t> Admission::FindShared(Sequence* next) const {
+  std::vector<int32_t> shared = FindPrefix(next);
+  const auto is_idle = [this](int32_t block) { return pool_->num_users(block) == 0; };
+  shared.erase(std::remove_if(shared.begin(), shared.end(), is_idle), shared.end());
+  next->num_missing = BlocksToAdmit(*next) - static_cast<int>(shared.size());
+  next->num_gains = pool_->num_gains();
+  return shared;
+}
+
 // NOTE: asked at every step while `next` waits, and a long prompt's lookup takes longer than all other scheduling: it
 // is looked up again only where enough of its blocks may have come into use since.
 bool Admission::LacksBlocks(Sequence* next) const {
   const int num_left = pool_->num_free() - static_cast<int>(running_.size());
   if (num_left >= BlocksToAdmit(*next)) return false;
-  if (num_left + static_cast<int64_t>(pool_->num_gains() - next->num_gains) < next->num_missing) return true;
-  const std::vector<int32_t> prefix = FindPrefix(next);
-  next->num_missing = BlocksToAdmit(*next) -
-                      static_cast<int>(std::count_if(prefix.begin(), prefix.end(),
-                                                     [this](int32_t block) { return pool_->num_users(block) > 0; }));
-  next->num_gains = pool_->num_gains();
-  return num_left < next->num_missing;
+  if (num_left >= MissingAtLeast(*next)) FindShared(next);
+  return num_left < MissingAtLeast(*next);
 }
 
 // NOTE: shared ones first, lest they be evicted for the others.
@@ -134,35 +174,34 @@ bool Admission::MakeRoomForShare(absl::Time now) {
   return next->share->num_running == 0 && now - next->submitted >= kPatience && MakeRoom(next, true);
 }
 
-// Preempts if that lets `next` in; what ended sequences are about to give back counts, but for blocks that others use.
+// Preempts if that lets `next` in, which is given what ended sequences are about to give back too.
 bool Admission::MakeRoom(Sequence* next, bool by_share) {
-  size_t num_slots = free_slots_.size();
-  int num_blocks = pool_->num_free(), num_staying = 0;
-  const auto gives_back = [&](const Sequence& sequence) {
-    ++num_slots;
-    num_blocks += static_cast<int>(std::count_if(sequence.blocks.begin(), sequence.blocks.end(),
-                                                 [this](int32_t block) { return pool_->num_users(block) == 1; }));
-  };
-  std::vector<Sequence*> candidates;
+  std::vector<Sequence*> ended, candidates;
+  int64_t most = pool_->num_free();  // blocks that there can be
   for (const auto& [order, sequence] : running_) {
-    if (sequence->is_ended) gives_back(*sequence);
-    num_staying += sequence->is_ended ? 0 : 1;
-    // NOTE: this is asked at every step while somebody waits: mostly nobody gives way, and nothing is sorted.
-    if (!sequence->is_ended && GivesWay(*sequence, *next, 0, by_share)) candidates.push_back(sequence.get());
+    // NOTE: this is asked at every step while somebody waits: mostly nobody gives way, and nothing is looked up.
+    if (!sequence->is_ended && !GivesWay(*sequence, *next, 0, by_share)) continue;
+    (sequence->is_ended ? ended : candidates).push_back(sequence.get());
+    most += static_cast<int64_t>(sequence->blocks.size());
   }
+  int num_staying = static_cast<int>(running_.size() - ended.size());
+  const int num_others = num_staying - static_cast<int>(candidates.size());
+  if ((ended.empty() && candidates.empty()) || most < MissingAtLeast(*next) + num_others) return false;
+
+  Room room(*pool_, static_cast<int>(free_slots_.size()), BlocksToAdmit(*next));
+  for (const Sequence* sequence : ended) room.Leave(*sequence);
+  if (!room.IsEnough(num_staying)) room.Share(FindShared(next));
   std::sort(candidates.begin(), candidates.end(), GivesWayBefore);
-  const int needed = BlocksToAdmit(*next);
-  const auto has_room = [&] { return num_slots > 0 && num_blocks >= needed + num_staying; };
   absl::flat_hash_map<const ClientShare*, int> num_leaving;
   std::vector<Sequence*> victims;
-  for (auto it = candidates.begin(); it != candidates.end() && !has_room(); ++it) {
+  for (auto it = candidates.begin(); it != candidates.end() && !room.IsEnough(num_staying); ++it) {
     if (!GivesWay(**it, *next, num_leaving[(*it)->share], by_share)) continue;
     victims.push_back(*it);
     ++num_leaving[(*it)->share];
-    gives_back(**it);
+    room.Leave(**it);
     --num_staying;
   }
-  if (!has_room() || (by_share && victims.empty())) return false;
+  if (!room.IsEnough(num_staying) || (by_share && victims.empty())) return false;
   for (Sequence* victim : victims) Preempt(victim);
   return true;
 }

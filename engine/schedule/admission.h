@@ -95,8 +95,13 @@ class Admission {
   int BlocksToAdmit(const Sequence& next) const {
     return BlocksFor(static_cast<int>(next.tokens.size()) + max_drafts_);
   }
-  // Blocks in the prefix cache that hold its first tokens; of BlocksToAdmit, those that are in use cost nothing.
+  // Blocks in the prefix cache that hold its first tokens. Of BlocksToAdmit, those that are in use cost nothing: what
+  // MissingAtLeast says of the rest is exact after FindShared, which finds these.
   std::vector<int32_t> FindPrefix(Sequence* sequence) const;
+  std::vector<int32_t> FindShared(Sequence* next) const;
+  int64_t MissingAtLeast(const Sequence& next) const {
+    return next.num_missing - static_cast<int64_t>(pool_->num_gains() - next.num_gains);
+  }
   bool LacksBlocks(Sequence* next) const;
   void TakeBlocks(Sequence* sequence);
   bool MakeRoomForShare(absl::Time now);

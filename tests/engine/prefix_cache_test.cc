@@ -68,6 +68,53 @@ TEST(Scheduler, WhoWaitsForBlocksIsAdmittedAsSoonAsItSharesEnough) {
   EXPECT_EQ(taken.record(large).num_cached_tokens, 320);
 }
 
+// ---- Giving way: what is shared need not be given
+
+// The first runs and holds what another's prompt begins with. For the rest one of lower priority gives way, and not
+// two; of eight blocks one alone makes room.
+TEST(Scheduler, NobodyGivesWayForWhatIsShared) {
+  for (const int num_blocks : {12, 8}) {
+    Driver driver({512, 8, 512, {1}}, num_blocks);
+    driver.Add(300, {.max_tokens = 20, .family = 1, .num_of_family = 300});                       // five blocks
+    for (int n = num_blocks / 4; n > 1; --n) driver.Add(100, {.max_tokens = 20, .priority = 1});  // two each
+    for (int i = 0; i < 3; ++i) driver.Turn();
+    const RequestId shares = driver.Add(319, {.max_tokens = 1, .family = 1, .num_of_family = 300});
+    for (int i = 0; i < 5; ++i) driver.Turn();
+    EXPECT_EQ(driver.stats().preemptions, 1u) << num_blocks;
+    EXPECT_EQ(driver.record(shares).reason, FinishReason::kLength);
+    EXPECT_EQ(driver.record(shares).num_cached_tokens, 256);
+    driver.Drain(1000);
+  }
+}
+
+// What only those hold that give way is no gain: it is shared already.
+TEST(Scheduler, NobodyGivesWayInVainForWhatTheySharedAlone) {
+  Driver driver({512, 8, 512, {1}}, 12);
+  driver.Add(300, {.max_tokens = 60});                                                    // five blocks of twelve
+  driver.Add(255, {.max_tokens = 60, .priority = 1, .family = 1, .num_of_family = 255});  // four
+  for (int i = 0; i < 3; ++i) driver.Turn();
+  driver.Add(500, {.max_tokens = 1, .family = 1, .num_of_family = 255});  // eight, of which three are shared
+  for (int i = 0; i < 20; ++i) driver.Turn();
+  EXPECT_EQ(driver.stats().preemptions, 0u);
+  EXPECT_EQ(driver.stats().waiting_for_blocks, 1);
+  driver.Drain(1000);
+}
+
+// What two share is free once both give way.
+TEST(Scheduler, ThoseThatShareGiveWayTogether) {
+  Driver driver({512, 8, 512, {1}}, 10);
+  const RequestId first = driver.Add(200, {.max_tokens = 50, .priority = 1, .family = 1, .num_of_family = 200});
+  const RequestId second = driver.Add(200, {.max_tokens = 50, .priority = 1, .family = 1, .num_of_family = 200});
+  for (int i = 0; i < 5; ++i) driver.Turn();
+  EXPECT_EQ(driver.pool().num_used(), 5) << "three of them shared";
+  const RequestId large = driver.Add(500, {.max_tokens = 1});  // eight, and one for each that runs
+  for (int i = 0; i < 4; ++i) driver.Turn();
+  EXPECT_EQ(driver.record(large).reason, FinishReason::kLength);
+  EXPECT_EQ(driver.record(first).live->num_preemptions, 1);
+  EXPECT_EQ(driver.record(second).live->num_preemptions, 1);
+  driver.Drain(1000);
+}
+
 // Not the rows that its prompt log-probabilities need; but what it fills is for others.
 TEST(Scheduler, ScoringAPromptTakesNothingFromTheCache) {
   Driver driver(Limits(), 64);
