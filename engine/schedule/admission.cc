@@ -96,11 +96,40 @@ void Admission::TakeTurn(ClientShare* client) {
   turns_.insert(client->turn);
 }
 
-Sequence* Admission::Next() const { return is_fair_turn_ ? NextInShare() : waiting_.begin()->second.get(); }
-
-Sequence* Admission::NextInShare() const {
+Sequence* Admission::FirstInShare() const {
   const auto& [priority, num_running, standing, id] = *turns_.begin();
   return waiting_.at({standing, id}).get();
+}
+
+// NOTE: without a slot there is nothing to choose yet, and the cache is not asked at every step.
+Sequence* Admission::Next() {
+  if (!is_fair_turn_) return waiting_.begin()->second.get();
+  Sequence* first = FirstInShare();
+  const auto turn = [](const Sequence& s) { return std::pair(ClassOf(s), s.share->num_running); };
+  if (chosen_ != nullptr && turn(*chosen_) <= turn(*first)) return chosen_;
+  chosen_ = free_slots_.empty() ? nullptr : ChooseInShare();
+  return chosen_ != nullptr ? chosen_ : first;
+}
+
+// The first of those of which the prefix cache has the most.
+Sequence* Admission::ChooseInShare() const {
+  const auto& [priority, num_running, first_standing, first_id] = *turns_.begin();
+  Sequence* chosen = nullptr;
+  size_t most = 0, num_choices = 0, num_blocks = 0;
+  for (const auto& [client_priority, client_running, client_standing, client_id] : turns_) {
+    if (client_priority != priority || client_running != num_running) break;
+    for (const auto& [own_priority, standing, id] : waiting_.at({client_standing, client_id})->share->waiting) {
+      if (own_priority != priority) break;
+      if (num_choices++ == kChoices || num_blocks > kChoiceBlocks) return chosen;
+      Sequence* sequence = waiting_.at({standing, id}).get();
+      const size_t num_hashed = sequence->keys.size(), num_cached = FindPrefix(sequence).size();
+      num_blocks += sequence->keys.size() - num_hashed + num_cached;
+      if (chosen != nullptr && num_cached <= most) continue;
+      chosen = sequence;
+      most = num_cached;
+    }
+  }
+  return chosen;
 }
 
 // ---- Admission ----
@@ -111,7 +140,7 @@ void Admission::Admit(absl::Time now) {
     lack_ = LackOf(next);
     if (lack_ == Lack::kTurn) return;
     if (lack_ != Lack::kNothing) {
-      if (!MakeRoom(next, false)) is_fair_turn_ |= MakeRoomForShare(now);
+      if (!MakeRoom(next, false)) MakeRoomForShare(now);
       // A preempted sequence that no step in flight names gives way at once.
       if (!ReleaseEnded()) return;
       continue;
@@ -125,6 +154,7 @@ void Admission::Admit(absl::Time now) {
     TakeTurn(next->share);
     running_.insert(std::move(node));
     is_fair_turn_ = !is_fair_turn_;
+    chosen_ = nullptr;
   }
 }
 
@@ -169,9 +199,9 @@ Admission::Lack Admission::LackOf(Sequence* next) const {
   return LacksBlocks(next) ? Lack::kBlocks : Lack::kNothing;
 }
 
-bool Admission::MakeRoomForShare(absl::Time now) {
-  Sequence* next = NextInShare();
-  return next->share->num_running == 0 && now - next->submitted >= kPatience && MakeRoom(next, true);
+void Admission::MakeRoomForShare(absl::Time now) {
+  Sequence* next = FirstInShare();
+  if (next->share->num_running == 0 && now - next->submitted >= kPatience) MakeRoom(next, true);
 }
 
 // Preempts if that lets `next` in, which is given what ended sequences are about to give back too.
@@ -203,6 +233,9 @@ bool Admission::MakeRoom(Sequence* next, bool by_share) {
   }
   if (!room.IsEnough(num_staying) || (by_share && victims.empty())) return false;
   for (Sequence* victim : victims) Preempt(victim);
+  // Others were preempted for it, whatever the cache has of somebody else.
+  is_fair_turn_ |= by_share;
+  if (is_fair_turn_ && !victims.empty()) chosen_ = next;
   return true;
 }
 
@@ -253,6 +286,7 @@ void Admission::StopRunning(Sequence* sequence) {
 void Admission::End(Sequence* sequence) {
   if (sequence->slot < 0) {
     ClientShare* client = sequence->share;
+    if (sequence == chosen_) chosen_ = nullptr;
     const auto node = Unqueue(sequence);
     if (client->num_running == 0 && client->waiting.empty()) clients_.erase(sequence->client);
     return;
@@ -286,6 +320,7 @@ bool Admission::ReleaseEnded() {
 }
 
 void Admission::Clear() {
+  chosen_ = nullptr;
   turns_.clear();
   clients_.clear();
   waiting_.clear();

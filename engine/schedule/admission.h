@@ -33,9 +33,14 @@ struct ClientShare {
 // later at most; a priority below 0 puts it kRaise forward, and does nothing else. So everybody is overtaken for a
 // bounded time only, whatever others ask for.
 //
-// Admission is by turns: now the first of all that wait, in order; now the one whose client has the fewest running,
-// among those of the best priority. Nobody else is admitted before whose turn it is has a slot, the blocks of its
-// tokens and a spare one for each that runs. What the prefix cache has of them is shared and need not be fed.
+// Admission is by turns: now the first of all that wait, in order; now one of the best priority whose client has the
+// fewest running. Nobody else is admitted before whose turn it is has a slot, the blocks of its tokens and a spare one
+// for each that runs. What the prefix cache has of them is shared and need not be fed.
+//
+// Of several that could take the second turn it is the one of which the prefix cache has the most, before it is evicted
+// and beside others that share it; of kChoices, and no more once kChoiceBlocks of their blocks have been hashed or
+// found. The choice stands until it has been admitted, unless somebody comes of a better priority or of a client that
+// has fewer running.
 //
 // Giving way. For want of a slot or blocks, whose turn it is preempts sequences of lower priority that stand behind it;
 // failing that, a client that has nothing running and has waited for kPatience preempts sequences of a client that has
@@ -45,13 +50,14 @@ struct ClientShare {
 //
 // No starvation: let F be the first of all, in order. When it runs it is preempted kMaxGivingWay times at most, every
 // step has a row for it, and others are preempted for its blocks: it ends. When it waits, one is admitted before its
-// turn, and one for each that runs and gives way to another client, at most; then nobody is until it has room, and
-// those that run end one after the other, the first of them as F would. Time makes everybody the first.
+// turn, whatever the cache has of that one, and one for each that runs and gives way to another client, at most; then
+// nobody is until it has room, and those that run end one after the other, the first of them as F would. Time makes
+// everybody the first: of those that stand in front of a sequence one leaves with every second admission.
 class Admission {
  public:
   static constexpr absl::Duration kPriorityStep = absl::Seconds(10), kLongestDelay = absl::Hours(1);
   static constexpr absl::Duration kRaise = absl::Seconds(2), kPatience = absl::Seconds(1);
-  static constexpr int kMaxGivingWay = 2;
+  static constexpr int kMaxGivingWay = 2, kChoices = 64, kChoiceBlocks = 1024;
 
   using Order = std::pair<absl::Time, RequestId>;
   using Sequences = std::map<Order, std::unique_ptr<Sequence>>;
@@ -89,8 +95,9 @@ class Admission {
   static int ClassOf(const Sequence& s) { return std::max(s.priority, 0); }
 
  private:
-  Sequence* Next() const;
-  Sequence* NextInShare() const;
+  Sequence* Next();
+  Sequence* FirstInShare() const;
+  Sequence* ChooseInShare() const;
   Lack LackOf(Sequence* next) const;
   int BlocksToAdmit(const Sequence& next) const {
     return BlocksFor(static_cast<int>(next.tokens.size()) + max_drafts_);
@@ -104,7 +111,7 @@ class Admission {
   }
   bool LacksBlocks(Sequence* next) const;
   void TakeBlocks(Sequence* sequence);
-  bool MakeRoomForShare(absl::Time now);
+  void MakeRoomForShare(absl::Time now);
   bool MakeRoom(Sequence* next, bool by_share);
   static bool GivesWay(const Sequence& sequence, const Sequence& next, int num_leaving, bool by_share);
   void Preempt(Sequence* sequence);
@@ -124,6 +131,7 @@ class Admission {
   std::set<std::tuple<int, int, absl::Time, RequestId>> turns_;
   std::vector<int> free_slots_;
   bool is_fair_turn_ = false;
+  Sequence* chosen_ = nullptr;  // whose fair turn it is; none: to be chosen
   Lack lack_ = Lack::kNothing;
   uint64_t num_preemptions_ = 0;
 };

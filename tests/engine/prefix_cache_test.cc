@@ -1,4 +1,5 @@
 // The prefix cache changes no bit of any answer; what it spares, and for whom.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -66,6 +67,94 @@ TEST(Scheduler, WhoWaitsForBlocksIsAdmittedAsSoonAsItSharesEnough) {
   EXPECT_TRUE(taken.record(raised).live->is_decoding);
   taken.Drain(100);
   EXPECT_EQ(taken.record(large).num_cached_tokens, 320);
+}
+
+// ---- The longest cached prefix first
+
+absl::Time StartOf(Driver& driver, RequestId id) {
+  return driver.record(id).submitted + driver.record(id).times.queued;
+}
+
+std::vector<RequestId> ByStart(Driver& driver, std::vector<RequestId> ids) {
+  std::sort(ids.begin(), ids.end(),
+            [&driver](RequestId a, RequestId b) { return StartOf(driver, a) < StartOf(driver, b); });
+  return ids;
+}
+
+// A prompt of which the first blocks are family 1's, and are cached.
+Driver::Options Cached(int num_blocks, std::string client = "") {
+  return {.max_tokens = 2, .client = std::move(client), .family = 1, .num_of_family = num_blocks * kBlockTokens};
+}
+
+// Every other turn is that of the first, so that nobody starves.
+TEST(Scheduler, EveryOtherTurnIsThatOfTheLongestCachedPrefix) {
+  Driver driver({512, 1, 512, {1}}, 32);
+  driver.Add(400, Cached(6));
+  driver.Drain(100);
+  driver.Add(10, {.max_tokens = 10});
+  driver.Turn();
+  const RequestId first = driver.Add(400, {.max_tokens = 2}), second = driver.Add(400, {.max_tokens = 2});
+  const RequestId two = driver.Add(400, Cached(2)), six = driver.Add(400, Cached(6)), five = driver.Add(400, Cached(5));
+  const RequestId last = driver.Add(400, Cached(6));
+  driver.Drain(1000);
+  EXPECT_THAT(ByStart(driver, {first, second, two, five, six, last}),
+              testing::ElementsAre(first, six, second, last, two, five));
+  EXPECT_EQ(driver.record(five).num_cached_tokens, 5 * kBlockTokens);
+}
+
+// Whoever asks for what is cached, again and again, holds nobody up for longer than those in front of it take.
+TEST(Scheduler, WhatIsNotCachedDoesNotStarve) {
+  Driver driver({512, 1, 512, {1}}, 32);
+  driver.Add(400, Cached(6));
+  driver.Drain(100);
+  RequestId plain = 0;
+  for (int i = 0; i < 8; ++i) plain = driver.Add(400, {.max_tokens = 2});
+  std::vector<RequestId> cached;
+  while (driver.record(plain).reason == FinishReason::kNone) {
+    cached.push_back(driver.Add(400, Cached(6)));
+    driver.Turn();
+    ASSERT_LT(cached.size(), 200u);
+  }
+  driver.Drain(10000);
+  const auto has_passed = [&](RequestId id) { return StartOf(driver, id) < StartOf(driver, plain); };
+  EXPECT_EQ(std::count_if(cached.begin(), cached.end(), has_passed), 8) << "one for each of the others, and its own";
+}
+
+// What is cached is no reason to pass a client that has nothing running, or a better priority.
+TEST(Scheduler, WhatIsCachedPassesNeitherAnotherClientsTurnNorPriority) {
+  Driver driver({512, 2, 512, {1}}, 64);
+  driver.Add(400, Cached(6));
+  driver.Drain(100);
+  driver.Add(10, {.max_tokens = 300, .client = "many"});
+  driver.Add(10, {.max_tokens = 10, .client = "many"});
+  driver.Turn();
+  std::vector<RequestId> many;
+  for (int i = 0; i < 4; ++i) many.push_back(driver.Add(400, Cached(6, "many")));
+  Driver::Options low = Cached(6, "low");
+  low.priority = 1;
+  const RequestId lower = driver.Add(400, low), other = driver.Add(400, {.max_tokens = 2, .client = "other"});
+  driver.Drain(1000);
+  EXPECT_THAT(ByStart(driver, {many[0], many[1], lower, other}), testing::ElementsAre(other, many[0], many[1], lower));
+}
+
+// Who has been chosen, and waits for blocks, may be cancelled.
+TEST(Scheduler, AnotherIsChosenWhereOneIsCancelled) {
+  Driver driver({512, 4, 512, {1}}, 16);
+  driver.Add(400, Cached(6));
+  driver.Drain(100);
+  driver.Add(400, {.max_tokens = 60});
+  driver.Add(10, {.max_tokens = 60});
+  driver.Turn();
+  const RequestId first = driver.Add(500, {.max_tokens = 2}), cached = driver.Add(500, Cached(3));
+  const RequestId more = driver.Add(500, Cached(6));
+  driver.Turn();
+  for (RequestId id : {more, cached}) {
+    EXPECT_LT(driver.record(id).live->slot, 0);
+    driver.Cancel(id);
+    driver.Turn();
+  }
+  driver.Drain(1000);
+  EXPECT_EQ(driver.record(first).reason, FinishReason::kLength);
 }
 
 // ---- Giving way: what is shared need not be given

@@ -144,7 +144,7 @@ bool SchedulerDriver::Turn(bool waits_early) {
   const Waiting first_waiting = FirstWaiting();
   const uint64_t preemptions = stats().preemptions;
   const StepPlan plan = last_plan_ = scheduler_.Plan(now_);
-  CheckAdmissions(before, first_waiting);
+  CheckAdmissions(before, first_waiting, stats().preemptions - preemptions);
   if (!plan.empty()) {
     CheckShape(plan);
     CheckOwnership(plan);
@@ -291,14 +291,19 @@ SchedulerDriver::Waiting SchedulerDriver::FirstWaiting() const {
 
 // The first that waits is overtaken once, and once for each that gives way to another client; no more run than a step
 // has rows; the first of all is safe in time.
-void SchedulerDriver::CheckAdmissions(const Before& before, Waiting first) {
+void SchedulerDriver::CheckAdmissions(const Before& before, Waiting first, uint64_t num_preempted) {
   int num_admitted = 0, num_running = 0;  // admitted: that stand behind the first that waited
   bool is_behind = false;
+  std::set<std::pair<std::string, int>> waiting;  // by client and priority
   for (const auto& [standing, id] : live_) {
     const Sequence& s = *records_[id].live;
+    const bool is_admitted = s.slot >= 0 && !before.at(id).has_slot;
     num_running += s.slot >= 0 && !s.is_ended ? 1 : 0;
-    num_admitted += is_behind && s.slot >= 0 && !before.at(id).has_slot ? 1 : 0;
+    num_admitted += is_behind && is_admitted ? 1 : 0;
     is_behind |= id == first.id;
+    const std::pair<std::string, int> alike = {s.client, Admission::ClassOf(s)};
+    if (s.slot < 0 && !before.at(id).has_slot) waiting.insert(alike);
+    counts_.preferred += is_admitted && waiting.count(alike) > 0 ? 1 : 0;
     const bool is_new_victim = s.is_preempted && !before.at(id).was_preempted;
     const bool is_first = id == live_.begin()->second;
     EXPECT_FALSE(is_first && is_new_victim && s.num_preemptions > Admission::kMaxGivingWay);
@@ -307,7 +312,8 @@ void SchedulerDriver::CheckAdmissions(const Before& before, Waiting first) {
   // NOTE: not one that was admitted and preempted in between.
   const bool still_waits = first.id != 0 && first == FirstWaiting();
   num_overtakers_ = still_waits ? num_overtakers_ + num_admitted : 0;
-  EXPECT_LE(num_overtakers_, 1 + limits_.max_sequences) << "request " << first.id << " is overtaken again and again";
+  num_giving_way_ = still_waits ? num_giving_way_ + num_preempted : 0;
+  EXPECT_LE(num_overtakers_, 1 + num_giving_way_) << "request " << first.id << " is overtaken again and again";
   counts_.overtakes += still_waits ? num_admitted : 0;
 }
 

@@ -46,6 +46,7 @@ class SchedulerDriver {
   };
   struct Counts {
     uint64_t cancelled = 0, expired = 0, overtakes = 0, prompt_tokens_ended = 0, prompt_tokens = 0;
+    uint64_t preferred = 0;  // admitted while one of the same client and priority that stands in front waits on
     uint64_t shared = 0, followed = 0, counted = 0;  // blocks in use twice; prompts that waited for one; tokens
     int longest_decode_wait = 0, longest_prompt_wait = 0, longest_first_wait = 0;  // steps
   };
@@ -87,7 +88,7 @@ class SchedulerDriver {
   Waiting FirstWaiting() const;
   void CheckShape(const StepPlan& plan) const;
   void CheckOwnership(const StepPlan& plan);
-  void CheckAdmissions(const Before& before, Waiting first);
+  void CheckAdmissions(const Before& before, Waiting first, uint64_t num_preempted);
   void CheckSharing();
   void CheckRows(const StepPlan& plan, bool had_blocks);
   bool Follows(const Sequence& s);
@@ -110,7 +111,8 @@ class SchedulerDriver {
   std::set<Admission::Order> live_;
   StepPlan last_plan_;
   Counts counts_;
-  int num_overtakers_ = 0;  // of the first that waits
+  uint64_t num_overtakers_ = 0;  // of the first that waits
+  uint64_t num_giving_way_ = 0;  // since it has
   absl::Time now_ = absl::UnixEpoch();
   RequestId next_id_ = 1;
 };

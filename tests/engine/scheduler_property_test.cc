@@ -35,6 +35,7 @@ struct Totals {
     counts.cancelled += c.cancelled;
     counts.expired += c.expired;
     counts.overtakes += c.overtakes;
+    counts.preferred += c.preferred;
     counts.longest_first_wait = std::max(counts.longest_first_wait, c.longest_first_wait);
     counts.longest_decode_wait = std::max(counts.longest_decode_wait, c.longest_decode_wait);
     counts.longest_prompt_wait = std::max(counts.longest_prompt_wait, c.longest_prompt_wait);
@@ -101,12 +102,11 @@ TEST(SchedulerProperty, RandomLoad) {
   const SchedulerDriver::Counts& counts = totals.counts;
   std::printf(
       "[ measured ] %llu steps of %llu loads: %llu preemptions (%llu tokens recomputed), %llu cancellations, %llu "
-      "expiries, %llu "
-      "overtakes\n",
+      "expiries, %llu overtakes, %llu of them for what is cached\n",
       static_cast<unsigned long long>(totals.steps), static_cast<unsigned long long>(totals.loads),
       static_cast<unsigned long long>(totals.preemptions), static_cast<unsigned long long>(totals.recomputed),
       static_cast<unsigned long long>(counts.cancelled), static_cast<unsigned long long>(counts.expired),
-      static_cast<unsigned long long>(counts.overtakes));
+      static_cast<unsigned long long>(counts.overtakes), static_cast<unsigned long long>(counts.preferred));
   std::printf("[ measured ] longest wait for a row: the first of all %d steps, decoding %d, prompts %d\n",
               counts.longest_first_wait, counts.longest_decode_wait, counts.longest_prompt_wait);
   std::printf("[ measured ] %llu of %llu drafts accepted\n", static_cast<unsigned long long>(totals.accepted),
@@ -129,6 +129,7 @@ TEST(SchedulerProperty, RandomLoad) {
   EXPECT_GT(counts.cancelled, 0u);
   EXPECT_GT(counts.expired, 0u);
   EXPECT_GT(counts.overtakes, 0u);
+  EXPECT_GT(counts.preferred, 0u);
 }
 
 }  // namespace
