@@ -62,27 +62,24 @@ Admission::Admission(int num_slots, int max_drafts, BlockPool* pool) : max_draft
 void Admission::Add(std::unique_ptr<Sequence> sequence) {
   const int priority = std::clamp(sequence->priority, -1, static_cast<int>(kLongestDelay / kPriorityStep));
   sequence->standing = sequence->submitted + (priority < 0 ? -kRaise : priority * kPriorityStep);
-  const Order order = OrderOf(*sequence);
-  Sequences added;
-  added.emplace(order, std::move(sequence));
-  Queue(added.extract(order));
+  Queue(std::move(sequence));
 }
 
-void Admission::Queue(Sequences::node_type node) {
-  Sequence* sequence = node.mapped().get();
+void Admission::Queue(std::unique_ptr<Sequence> sequence) {
   ClientShare* client = sequence->share = &clients_[sequence->client];
   sequence->num_missing = 0;
-  waiting_.insert(std::move(node));
   LeaveTurns(client);
   client->waiting.emplace(ClassOf(*sequence), sequence->standing, sequence->id);
   TakeTurn(client);
+  const Order order = OrderOf(*sequence);
+  waiting_.emplace(order, std::move(sequence));
 }
 
-Admission::Sequences::node_type Admission::Unqueue(Sequence* sequence) {
+std::unique_ptr<Sequence> Admission::Unqueue(Sequence* sequence) {
   LeaveTurns(sequence->share);
   sequence->share->waiting.erase({ClassOf(*sequence), sequence->standing, sequence->id});
   TakeTurn(sequence->share);
-  return waiting_.extract(OrderOf(*sequence));
+  return std::move(waiting_.extract(OrderOf(*sequence)).mapped());
 }
 
 void Admission::LeaveTurns(ClientShare* client) {
@@ -145,14 +142,16 @@ void Admission::Admit(absl::Time now) {
       if (!ReleaseEnded()) return;
       continue;
     }
-    auto node = Unqueue(next);
+    std::unique_ptr<Sequence> admitted = Unqueue(next);
     next->slot = free_slots_.back();
     free_slots_.pop_back();
     TakeBlocks(next);
     LeaveTurns(next->share);
     ++next->share->num_running;
     TakeTurn(next->share);
-    running_.insert(std::move(node));
+    const auto stands_before = [](const Order& order, const auto& s) { return order < OrderOf(*s); };
+    running_.insert(std::upper_bound(running_.begin(), running_.end(), OrderOf(*next), stands_before),
+                    std::move(admitted));
     is_fair_turn_ = !is_fair_turn_;
     chosen_ = nullptr;
   }
@@ -192,8 +191,8 @@ void Admission::TakeBlocks(Sequence* sequence) {
 }
 
 Admission::Lack Admission::LackOf(Sequence* next) const {
-  for (auto it = running_.begin(); !is_fair_turn_ && it != running_.end() && it->first < OrderOf(*next); ++it) {
-    if (it->second->is_preempted) return Lack::kTurn;
+  for (auto it = running_.begin(); !is_fair_turn_ && it != running_.end() && OrderOf(**it) < OrderOf(*next); ++it) {
+    if ((*it)->is_preempted) return Lack::kTurn;
   }
   if (free_slots_.empty()) return Lack::kSlot;
   return LacksBlocks(next) ? Lack::kBlocks : Lack::kNothing;
@@ -208,7 +207,7 @@ void Admission::MakeRoomForShare(absl::Time now) {
 bool Admission::MakeRoom(Sequence* next, bool by_share) {
   std::vector<Sequence*> ended, candidates;
   int64_t most = pool_->num_free();  // blocks that there can be
-  for (const auto& [order, sequence] : running_) {
+  for (const auto& sequence : running_) {
     // NOTE: this is asked at every step while somebody waits: mostly nobody gives way, and nothing is looked up.
     if (!sequence->is_ended && !GivesWay(*sequence, *next, 0, by_share)) continue;
     (sequence->is_ended ? ended : candidates).push_back(sequence.get());
@@ -258,7 +257,7 @@ bool Admission::ReserveBlocks(Sequence* sequence, int num_tokens) {
 void Admission::PreemptForBlock() {
   Sequence* victim = nullptr;
   bool is_first = true;
-  for (const auto& [order, sequence] : running_) {
+  for (const auto& sequence : running_) {
     if (sequence->is_ended) return;  // its blocks are on their way back: wait for those first
     if (!is_first && (victim == nullptr || GivesWayBefore(sequence.get(), victim))) victim = sequence.get();
     is_first = false;
@@ -287,7 +286,7 @@ void Admission::End(Sequence* sequence) {
   if (sequence->slot < 0) {
     ClientShare* client = sequence->share;
     if (sequence == chosen_) chosen_ = nullptr;
-    const auto node = Unqueue(sequence);
+    const std::unique_ptr<Sequence> ended = Unqueue(sequence);
     if (client->num_running == 0 && client->waiting.empty()) clients_.erase(sequence->client);
     return;
   }
@@ -297,26 +296,25 @@ void Admission::End(Sequence* sequence) {
 }
 
 bool Admission::ReleaseEnded() {
-  bool released = false;
-  for (auto it = running_.begin(); it != running_.end();) {
-    Sequence* sequence = it->second.get();
+  size_t num_left = 0;
+  for (std::unique_ptr<Sequence>& sequence : running_) {
     if (!sequence->is_ended || sequence->num_in_flight > 0) {
-      ++it;
+      running_[num_left++] = std::move(sequence);
       continue;
     }
-    released = true;
     pool_->Release(sequence->blocks);
     free_slots_.push_back(sequence->slot);
-    auto node = running_.extract(it++);
     if (!sequence->is_preempted) continue;
     if (sequence->is_decoding) sequence->num_ever_fed = std::max(sequence->num_ever_fed, sequence->num_fed);
     sequence->blocks.clear();
     sequence->slot = -1;
     sequence->num_fed = sequence->num_blocks_told = sequence->num_counted = sequence->num_published = 0;
     sequence->is_ended = sequence->is_preempted = sequence->is_decoding = sequence->is_in_slot = false;
-    Queue(std::move(node));
+    Queue(std::move(sequence));
   }
-  return released;
+  const bool has_released = num_left < running_.size();
+  running_.resize(num_left);
+  return has_released;
 }
 
 void Admission::Clear() {

@@ -60,7 +60,6 @@ class Admission {
   static constexpr int kMaxGivingWay = 2, kChoices = 64, kChoiceBlocks = 1024;
 
   using Order = std::pair<absl::Time, RequestId>;
-  using Sequences = std::map<Order, std::unique_ptr<Sequence>>;
 
   // Why whose turn it is is not admitted; kTurn: one in front of it is preempted and about to queue again.
   enum class Lack { kNothing, kTurn, kSlot, kBlocks };
@@ -85,7 +84,7 @@ class Admission {
 
   void Clear();
 
-  const Sequences& running() const { return running_; }
+  const std::vector<std::unique_ptr<Sequence>>& running() const { return running_; }  // in order
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
   uint64_t num_preemptions() const { return num_preemptions_; }
   Lack lack() const { return lack_; }
@@ -117,16 +116,17 @@ class Admission {
   void Preempt(Sequence* sequence);
   void PreemptForBlock();
 
-  void Queue(Sequences::node_type node);
-  Sequences::node_type Unqueue(Sequence* sequence);
+  void Queue(std::unique_ptr<Sequence> sequence);
+  std::unique_ptr<Sequence> Unqueue(Sequence* sequence);
   void StopRunning(Sequence* sequence);
   void LeaveTurns(ClientShare* client);
   void TakeTurn(ClientShare* client);
 
   const int max_drafts_;
   BlockPool* const pool_;
-  Sequences waiting_, running_;
-  std::map<std::string, ClientShare> clients_;  // that have anything waiting or running
+  std::map<Order, std::unique_ptr<Sequence>> waiting_;
+  std::vector<std::unique_ptr<Sequence>> running_;  // NOTE: a step goes over it several times
+  std::map<std::string, ClientShare> clients_;      // that have anything waiting or running
   // Of each client that has anything waiting: the class of its best, how many it has running, the order of its best.
   std::set<std::tuple<int, int, absl::Time, RequestId>> turns_;
   std::vector<int> free_slots_;

@@ -146,14 +146,13 @@ StepPlan Scheduler::Plan(absl::Time now) {
 }
 
 void Scheduler::PlanRows(NewStep* next) {
-  const auto num_wanting =
-      static_cast<int>(std::count_if(admission_.running().begin(), admission_.running().end(),
-                                     [this](const auto& running) { return WantsRows(*running.second); }));
+  const auto num_wanting = static_cast<int>(std::count_if(admission_.running().begin(), admission_.running().end(),
+                                                          [this](const auto& running) { return WantsRows(*running); }));
   if (num_wanting == 0) return;
   next->num_drafts = std::min(limits_.max_drafts, limits_.max_batch_tokens / num_wanting - 1);
   ChooseDrafts(next);
   std::vector<Sequence*> prompts;
-  for (const auto& [order, sequence] : admission_.running()) {
+  for (const auto& sequence : admission_.running()) {
     if (!WantsRows(*sequence)) continue;
     if (sequence->is_decoding) {
       PlanDecode(sequence.get(), next);
@@ -167,7 +166,7 @@ void Scheduler::PlanRows(NewStep* next) {
 void Scheduler::ChooseDrafts(NewStep* next) {
   next->plan.num_proposed = limits_.max_drafts;
   if (!limits_.adapts_drafts) return;
-  for (const auto& [order, sequence] : admission_.running()) {
+  for (const auto& sequence : admission_.running()) {
     if (!sequence->is_decoding || !WantsRows(*sequence)) continue;
     ++next->record.num_decoding;
     next->record.num_decoding_keys += sequence->num_fed;
