@@ -23,14 +23,15 @@ class Communicator {
 
   // rows <- every row t of x once for each k with topk_slots[t,k] >= 0. A padding row has slots of -1 and goes nowhere.
   virtual void Dispatch(const ExpertRows& rows, const Activation& x,
-                        const Tensor& topk_slots) = 0;  // [T, K] i32 physical slots
+                        const Tensor& topk_slots,         // [T, K] i32 physical slots
+                        const Tensor& topk_weights) = 0;  // [T, K] f32, as they are until Combine
 
   // out[t] = shared[t] + sum over k = 0..K-1, in that order and in fp32, of topk_weights[t,k] * y[row of (t,k)], at the
-  // token's origin. `y` are the results for the rows of the last Dispatch, whose routing the communicator remembers.
-  virtual void Combine(const Tensor& out,           // [T, D] f32 | bf16
-                       const Tensor& y,             // [M, D] f32 | bf16
-                       const Tensor& topk_weights,  // [T, K] f32
-                       const Tensor& shared) = 0;   // [T, D] f32 | bf16, or empty
+  // token's origin. `y` are the results for the rows of the last Dispatch, whose routing the communicator remembers. On
+  // GPUs each rank sums what it has, rounds that to bf16, and the origin sums over ranks.
+  virtual void Combine(const Tensor& out,          // [T, D] f32 | bf16
+                       const Tensor& y,            // [M, D] f32 | bf16
+                       const Tensor& shared) = 0;  // [T, D] f32 | bf16, or empty
 };
 
 }  // namespace cachalot

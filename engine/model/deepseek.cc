@@ -79,12 +79,12 @@ void DeepSeek::Moe(const Activations& a, const LayerWeights& w, const StepArrays
   if (has_shared) ops_.Beside([&] { Mlp(a.shared, a, w); });
   ops_.Router(a.topk_slots, a.topk_weights, a.plain.empty() ? a.x.values : a.plain, *w.gate,
               w.e_score_correction_bias.get(), expert_slots_, step.rows, config_.router_options());
-  communicator_.Dispatch(a.expert_rows, a.x, a.topk_slots);
+  communicator_.Dispatch(a.expert_rows, a.x, a.topk_slots, a.topk_weights);
   ops_.GroupedLinear(a.expert_gate_up, a.expert_rows.x, *w.experts_gate_up_proj, a.expert_rows.offsets);
   ops_.GroupedSiluMul(a.expert_intermediate, a.expert_gate_up, a.expert_rows.offsets);
   ops_.GroupedLinear(a.expert_out, a.expert_intermediate, *w.experts_down_proj, a.expert_rows.offsets);
   if (has_shared) ops_.JoinBeside();
-  communicator_.Combine(a.delta, a.expert_out, a.topk_weights, has_shared ? a.shared : Tensor());
+  communicator_.Combine(a.delta, a.expert_out, has_shared ? a.shared : Tensor());
 }
 
 Activations DeepSeek::View(const StepArrays& step, int64_t num_logits) const {

@@ -16,10 +16,13 @@ constexpr int64_t kTokensPerTask = 8;
 LocalCommunicator::LocalCommunicator(const OpLimits& limits, ThreadPool* pool)
     : pool_(*pool), row_of_(static_cast<size_t>(limits.max_tokens) * limits.num_experts_per_tok) {}
 
-void LocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots) {
+void LocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                                 const Tensor& topk_weights) {
   num_tokens_ = x.rows();
   num_choices_ = topk_slots.dim(1);
   CHECK_SHAPE(topk_slots, num_tokens_, num_choices_);
+  CHECK_SHAPE(topk_weights, num_tokens_, num_choices_);
+  topk_weights_ = topk_weights;
   CHECK_SHAPE(rows.offsets, -1);
   CHECK_SHAPE(rows.x.values, -1, x.cols());
   CHECK(rows.x.values.dtype == x.values.dtype, "rows change type");
@@ -64,12 +67,11 @@ void LocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, co
   });
 }
 
-void LocalCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor& topk_weights, const Tensor& shared) {
+void LocalCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor& shared) {
   CHECK_SHAPE(out, num_tokens_, -1);
   CHECK_SHAPE(y, -1, out.dim(1));
-  CHECK_SHAPE(topk_weights, num_tokens_, num_choices_);
   if (!shared.empty()) CHECK_SHAPE(shared, num_tokens_, out.dim(1));
-  CombineRows(out, y, topk_weights, row_of_.data(), shared, &pool_);
+  CombineRows(out, y, topk_weights_, row_of_.data(), shared, &pool_);
 }
 
 }  // namespace cachalot

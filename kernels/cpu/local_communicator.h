@@ -17,13 +17,15 @@ class LocalCommunicator : public Communicator {
   int num_ranks() const override { return 1; }
 
   // Rows of a slot are in order of t, then k.
-  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots) override;
-  void Combine(const Tensor& out, const Tensor& y, const Tensor& topk_weights, const Tensor& shared) override;
+  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                const Tensor& topk_weights) override;
+  void Combine(const Tensor& out, const Tensor& y, const Tensor& shared) override;
 
  private:
   ThreadPool& pool_;
   std::vector<int32_t> row_of_;  // of the last Dispatch: [T, K] its row, or -1
   int64_t num_tokens_ = 0, num_choices_ = 0;
+  Tensor topk_weights_;
 };
 
 }  // namespace cachalot

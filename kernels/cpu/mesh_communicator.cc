@@ -95,10 +95,13 @@ absl::Status MeshCommunicator::Place(const ExpertRows& rows, const std::vector<M
   return absl::OkStatus();
 }
 
-void MeshCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots) {
+void MeshCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                                const Tensor& topk_weights) {
   num_tokens_ = x.rows();
   num_choices_ = topk_slots.dim(1);
   CHECK_SHAPE(topk_slots, num_tokens_, num_choices_);
+  CHECK_SHAPE(topk_weights, num_tokens_, num_choices_);
+  topk_weights_ = topk_weights;
   CHECK_SHAPE(rows.offsets, -1);
   CHECK_SHAPE(rows.x.values, -1, x.cols());
   CHECK(rows.x.values.dtype == x.values.dtype, "rows change type");
@@ -111,10 +114,9 @@ void MeshCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, con
   origin_.assign(num_ranks(), {});
 }
 
-void MeshCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor& topk_weights, const Tensor& shared) {
+void MeshCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor& shared) {
   CHECK_SHAPE(out, num_tokens_, -1);
   CHECK_SHAPE(y, -1, out.dim(1));
-  CHECK_SHAPE(topk_weights, num_tokens_, num_choices_);
   if (!shared.empty()) CHECK_SHAPE(shared, num_tokens_, out.dim(1));
   const int64_t bytes = RowBytes(y);
   for (int r = 0; r < num_ranks(); ++r) {
@@ -135,7 +137,7 @@ void MeshCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor&
     returned_.insert(returned_.end(), (*came)[r].begin(), (*came)[r].end());
   }
   const Tensor results(returned_.data(), y.dtype, {static_cast<int64_t>(returned_.size()) / bytes, out.dim(1)});
-  CombineRows(out, results, topk_weights, row_of_.data(), shared, &pool_);
+  CombineRows(out, results, topk_weights_, row_of_.data(), shared, &pool_);
 }
 
 }  // namespace cachalot

@@ -20,8 +20,9 @@ class MeshCommunicator : public Communicator {
 
   // Rows of a slot are in order of their rank, then of t, then of k. A slot that no rank has and more rows than there
   // is room for are faults of the device, as a mesh that was aborted is.
-  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots) override;
-  void Combine(const Tensor& out, const Tensor& y, const Tensor& topk_weights, const Tensor& shared) override;
+  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                const Tensor& topk_weights) override;
+  void Combine(const Tensor& out, const Tensor& y, const Tensor& shared) override;
 
  private:
   void Pack(const Activation& x, const Tensor& topk_slots, int64_t num_slots);
@@ -32,6 +33,7 @@ class MeshCommunicator : public Communicator {
   ThreadPool& pool_;
   // Of the last Dispatch.
   int64_t num_tokens_ = 0, num_choices_ = 0;
+  Tensor topk_weights_;
   std::vector<int32_t> row_of_;               // [T, K] among the rows that left, by rank, then slot, t, k; or -1
   std::vector<int32_t> num_sent_;             // [ranks]
   std::vector<std::vector<int32_t>> origin_;  // [ranks] of rows that came from it, in the order in which they came

@@ -17,10 +17,13 @@ absl::StatusOr<std::unique_ptr<CudaLocalCommunicator>> CudaLocalCommunicator::Ma
   return std::unique_ptr<CudaLocalCommunicator>(new CudaLocalCommunicator(stream, *std::move(row_of)));
 }
 
-void CudaLocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots) {
+void CudaLocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                                     const Tensor& topk_weights) {
   num_tokens_ = x.rows();
   num_choices_ = topk_slots.dim(1);
   CHECK_SHAPE(topk_slots, num_tokens_, num_choices_);
+  CHECK_SHAPE(topk_weights, num_tokens_, num_choices_);
+  topk_weights_ = topk_weights;
   CHECK_SHAPE(rows.offsets, -1);
   CHECK_SHAPE(rows.x.values, -1, x.cols());
   CHECK(rows.x.values.dtype == x.values.dtype, "rows change type");
@@ -47,12 +50,10 @@ void CudaLocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x
   stream_.Launched("Dispatch");
 }
 
-void CudaLocalCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor& topk_weights,
-                                    const Tensor& shared) {
+void CudaLocalCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor& shared) {
   const int64_t cols = out.dim(1);
   CHECK_SHAPE(out, num_tokens_, cols);
   CHECK_SHAPE(y, -1, cols);
-  CHECK_SHAPE(topk_weights, num_tokens_, num_choices_);
   if (!shared.empty()) CHECK_SHAPE(shared, num_tokens_, cols);
   CHECK(out.dtype == DType::kF32 || out.dtype == DType::kBF16, "sums are {}", DTypeName(out.dtype));
   if (num_tokens_ == 0) return;
@@ -60,8 +61,8 @@ void CudaLocalCommunicator::Combine(const Tensor& out, const Tensor& y, const Te
                 {.out = RefOf(out),
                  .y = RefOf(y),
                  .shared = RefOf(shared),
-                 .weights = topk_weights.as<float>(),
-                 .weights_stride = topk_weights.row_stride,
+                 .weights = topk_weights_.as<float>(),
+                 .weights_stride = topk_weights_.row_stride,
                  .row_of = static_cast<const int32_t*>(row_of_.data()),
                  .num_choices = static_cast<int32_t>(num_choices_),
                  .cols = static_cast<int32_t>(cols)},

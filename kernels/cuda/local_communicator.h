@@ -22,8 +22,9 @@ class CudaLocalCommunicator : public Communicator {
   int num_ranks() const override { return 1; }
 
   // Rows of a slot are in order of t, then k.
-  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots) override;
-  void Combine(const Tensor& out, const Tensor& y, const Tensor& topk_weights, const Tensor& shared) override;
+  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                const Tensor& topk_weights) override;
+  void Combine(const Tensor& out, const Tensor& y, const Tensor& shared) override;
 
  private:
   CudaLocalCommunicator(CudaStream* stream, Buffer row_of) : stream_(*stream), row_of_(std::move(row_of)) {}
@@ -31,6 +32,7 @@ class CudaLocalCommunicator : public Communicator {
   CudaStream& stream_;
   Buffer row_of_;  // of the last Dispatch: [T, K] i32, its row, or -1
   int64_t num_tokens_ = 0, num_choices_ = 0;
+  Tensor topk_weights_;
 };
 
 }  // namespace cachalot

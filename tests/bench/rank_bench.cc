@@ -53,12 +53,11 @@ class BalancedCommunicator : public Communicator {
   BalancedCommunicator(Communicator& inner, const Tensor& slots) : inner_(inner), slots_(slots) {}
   int rank() const override { return inner_.rank(); }
   int num_ranks() const override { return inner_.num_ranks(); }
-  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots) override {
-    inner_.Dispatch(rows, x, slots_.Rows(0, topk_slots.dim(0)));
+  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                const Tensor& topk_weights) override {
+    inner_.Dispatch(rows, x, slots_.Rows(0, topk_slots.dim(0)), topk_weights);
   }
-  void Combine(const Tensor& out, const Tensor& y, const Tensor& topk_weights, const Tensor& shared) override {
-    inner_.Combine(out, y, topk_weights, shared);
-  }
+  void Combine(const Tensor& out, const Tensor& y, const Tensor& shared) override { inner_.Combine(out, y, shared); }
 
  private:
   Communicator& inner_;

@@ -105,8 +105,8 @@ class NoCommunicator : public Communicator {
  public:
   int rank() const override { return 0; }
   int num_ranks() const override { return 1; }
-  void Dispatch(const ExpertRows&, const Activation&, const Tensor&) override {}
-  void Combine(const Tensor&, const Tensor&, const Tensor&, const Tensor&) override {}
+  void Dispatch(const ExpertRows&, const Activation&, const Tensor&, const Tensor&) override {}
+  void Combine(const Tensor&, const Tensor&, const Tensor&) override {}
 };
 
 class FaultyBackend : public Backend {

@@ -60,7 +60,7 @@ TEST(LocalCommunicator, GroupsRowsAndCombinesThem) {
         x.FillNormal(random);
         weights.FillNormal(random);
         backend->communicator().Dispatch({Activation{grouped, Tensor()}, offsets}, Activation{x, Tensor()},
-                                         topk_slots.Set(slots));
+                                         topk_slots.Set(slots), weights);
         EXPECT_EQ(std::vector<int32_t>(offsets.data<int32_t>(), offsets.data<int32_t>() + kSlots + 1), ends);
         for (size_t row = 0; row < want_rows.size(); ++row) {
           EXPECT_TRUE(SameRow(grouped, row, x, want_rows[row].first));
@@ -73,7 +73,7 @@ TEST(LocalCommunicator, GroupsRowsAndCombinesThem) {
             for (int64_t c = 0; c < cols; ++c) SetElement(y, row, c, random.Normal());
           }
           shared.FillNormal(random);
-          backend->communicator().Combine(out, y, weights, has_shared ? *shared : Tensor());
+          backend->communicator().Combine(out, y, has_shared ? *shared : Tensor());
           std::vector<double> want = has_shared ? Values(shared) : std::vector<double>(rows * cols, 0.0);
           for (size_t row = 0; row < want_rows.size(); ++row) {
             const auto [t, k] = want_rows[row];
@@ -96,8 +96,9 @@ TEST(LocalCommunicator, QuantisedRowsTravelWithTheirScales) {
   const std::vector<int32_t> slots = RandomSlots(rows, random);
   std::vector<int32_t> ends;
   const auto want_rows = RowsBySlot(slots, &ends);
-  Owned topk_slots(DType::kI32, {rows, kChoices}), offsets(DType::kI32, {kSlots + 1});
-  backend->communicator().Dispatch({grouped.view(), offsets}, x.view(), topk_slots.Set(slots));
+  Owned topk_slots(DType::kI32, {rows, kChoices}), weights(DType::kF32, {rows, kChoices}),
+      offsets(DType::kI32, {kSlots + 1});
+  backend->communicator().Dispatch({grouped.view(), offsets}, x.view(), topk_slots.Set(slots), weights);
   for (size_t row = 0; row < want_rows.size(); ++row) {
     EXPECT_TRUE(SameRow(grouped.values, row, x.values, want_rows[row].first));
     EXPECT_TRUE(SameRow(grouped.scales, row, x.scales, want_rows[row].first));
@@ -116,8 +117,8 @@ TEST(LocalCommunicator, AddsInOrderOfChoice) {
   shared.FillNormal(random);
   y.FillNormal(random);
   backend->communicator().Dispatch({Activation{grouped, Tensor()}, offsets}, Activation{x, Tensor()},
-                                   topk_slots.Set({3, 0, 2, 1}));
-  backend->communicator().Combine(out, y, weights, shared);
+                                   topk_slots.Set({3, 0, 2, 1}), weights);
+  backend->communicator().Combine(out, y, shared);
   const int64_t row_of[] = {3, 0, 2, 1};
   for (int64_t c = 0; c < 64; ++c) {
     float sum = shared.data<float>()[c], plain = sum;

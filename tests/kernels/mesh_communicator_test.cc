@@ -58,9 +58,10 @@ void Compute(const Tensor& y, const Tensor& x, const Tensor& offsets, int first_
 void RunLayer(Communicator& communicator, Part& part, int num_local, int first_slot, bool has_shared) {
   Owned rows(part.x->dtype, {kCapacity, kCols}), y(part.x->dtype, {kCapacity, kCols}),
       offsets(DType::kI32, {num_local + 1});
-  communicator.Dispatch({Activation{rows, Tensor()}, offsets}, Activation{part.x, Tensor()}, part.topk_slots);
+  communicator.Dispatch({Activation{rows, Tensor()}, offsets}, Activation{part.x, Tensor()}, part.topk_slots,
+                        part.weights);
   Compute(y, rows, offsets, first_slot);
-  communicator.Combine(part.out, y, part.weights, has_shared ? *part.shared : Tensor());
+  communicator.Combine(part.out, y, has_shared ? *part.shared : Tensor());
 }
 
 TEST(MeshCommunicator, SumsAreThoseOfOneRank) {
@@ -108,11 +109,11 @@ TEST(MeshCommunicator, ScalesTravelWithTheirRows) {
       MeshCommunicator communicator(ranks[r].get(), &device, &pool);
       Owned values(DType::kF8E4M3, {2, kCols}), scales(DType::kF32, {2, kCols / kQuantGroup});
       Owned rows(DType::kF8E4M3, {8, kCols}), row_scales(DType::kF32, {8, kCols / kQuantGroup});
-      Owned slots(DType::kI32, {2, 1}), offsets(DType::kI32, {2});
+      Owned slots(DType::kI32, {2, 1}), weights(DType::kF32, {2, 1}), offsets(DType::kI32, {2});
       std::memset(values->data, 16 + r, values->num_bytes());
       for (int i = 0; i < 4; ++i) scales.data<float>()[i] = static_cast<float>(10 * r + i);
       slots.Set(std::vector<int32_t>{1, 0});  // the first token to rank 1, the second to rank 0
-      communicator.Dispatch({Activation{rows, row_scales}, offsets}, Activation{values, scales}, slots);
+      communicator.Dispatch({Activation{rows, row_scales}, offsets}, Activation{values, scales}, slots, weights);
       EXPECT_EQ(offsets.data<int32_t>()[1], 2);
       const int token = r == 1 ? 0 : 1;
       for (int from = 0; from < 2; ++from) {
@@ -121,8 +122,8 @@ TEST(MeshCommunicator, ScalesTravelWithTheirRows) {
           EXPECT_EQ(row_scales.data<float>()[2 * from + i], static_cast<float>(10 * from + 2 * token + i));
         }
       }
-      Owned y(DType::kF32, {8, kCols}), out(DType::kF32, {2, kCols}), weights(DType::kF32, {2, 1});
-      communicator.Combine(out, y, weights, Tensor());
+      Owned y(DType::kF32, {8, kCols}), out(DType::kF32, {2, kCols});
+      communicator.Combine(out, y, Tensor());
     });
   }
   for (std::thread& thread : threads) thread.join();
@@ -151,9 +152,10 @@ TEST(MeshCommunicator, MoreRowsThanThereIsRoomForAreAFault) {
   ThreadPool pool(1);
   CpuDevice device;
   MeshCommunicator communicator(ranks[0].get(), &device, &pool);
-  Owned x(DType::kF32, {3, 8}), rows(DType::kF32, {2, 8}), slots(DType::kI32, {3, 1}), offsets(DType::kI32, {2});
+  Owned x(DType::kF32, {3, 8}), rows(DType::kF32, {2, 8}), slots(DType::kI32, {3, 1}), weights(DType::kF32, {3, 1}),
+      offsets(DType::kI32, {2});
   slots.Set(std::vector<int32_t>{0, 0, 0});
-  communicator.Dispatch({Activation{rows, Tensor()}, offsets}, Activation{x, Tensor()}, slots);
+  communicator.Dispatch({Activation{rows, Tensor()}, offsets}, Activation{x, Tensor()}, slots, weights);
   EXPECT_EQ(device.Wait(device.Record(), absl::Minutes(1)), absl::InternalError("3 rows for experts, room for 2"));
 }
 

@@ -166,15 +166,18 @@ class OnDeviceCommunicator : public Communicator {
 
   int rank() const override { return communicator_.rank(); }
   int num_ranks() const override { return communicator_.num_ranks(); }
-  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots) override {
+  void Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                const Tensor& topk_weights) override {
     DeviceCall at;
-    at.Out(rows.x).Out(rows.offsets).In(x).In(topk_slots);
-    dispatch_.Run(&at, [&] { communicator_.Dispatch({at(rows.x), at(rows.offsets)}, at(x), at(topk_slots)); });
+    at.Out(rows.x).Out(rows.offsets).In(x).In(topk_slots).In(topk_weights);
+    dispatch_.Run(&at, [&] {
+      communicator_.Dispatch({at(rows.x), at(rows.offsets)}, at(x), at(topk_slots), at(topk_weights));
+    });
   }
-  void Combine(const Tensor& out, const Tensor& y, const Tensor& topk_weights, const Tensor& shared) override {
+  void Combine(const Tensor& out, const Tensor& y, const Tensor& shared) override {
     DeviceCall at;
-    at.Out(out).In(y).In(topk_weights).In(shared);
-    combine_.Run(&at, [&] { communicator_.Combine(at(out), at(y), at(topk_weights), at(shared)); });
+    at.Out(out).In(y).In(shared);
+    combine_.Run(&at, [&] { communicator_.Combine(at(out), at(y), at(shared)); });
   }
 
  private:
