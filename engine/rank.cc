@@ -53,10 +53,8 @@ OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options, int
   limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
   limits.max_context += DraftSlack(limits.max_drafts);
   if (num_ranks > 1) {
+    limits.num_ranks = num_ranks;
     limits.num_local_experts = limits.num_experts / num_ranks;
-    // All may go to one rank: of each token, no expert twice.
-    limits.max_expert_rows =
-        num_ranks * limits.max_tokens * std::min(limits.num_experts_per_tok, limits.num_local_experts);
   }
   return limits;
 }
@@ -124,6 +122,11 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
   }
   auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, on_cpu);
   if (!kv_dtype.ok()) return kv_dtype.status();
+  if (on_cpu && links_.num_ranks() > 1) {  // all may go to one rank: of each token, no expert twice
+    OpLimits& limits = options.limits;
+    limits.max_expert_rows =
+        limits.num_ranks * limits.max_tokens * std::min(limits.num_experts_per_tok, limits.num_local_experts);
+  }
   const bool is_quantised = options_.wants_fp8() || (options_.activation == "auto" && !on_cpu && model_.config.is_fp8);
   const ActivationFormat plain = on_cpu ? ActivationFormat::kF32 : ActivationFormat::kBF16;
   const KvOptions kv = {*kv_dtype, /*has_mtp=*/options_.speculative_tokens > 0, backend_->value_dtype()};
@@ -176,6 +179,9 @@ absl::Status Rank::Load() {
 
 // A real step or two: everything that serving will touch has been touched before anybody is told that we are ready.
 absl::Status Rank::WarmUp() {
+  if (links_.num_ranks() > 1) {  // from here on devices wait for each other
+    if (absl::Status status = links_.experts->Exchange().status(); !status.ok()) return status;
+  }
   watch_.emplace(backend_->is_gpu() ? kLeastStepLimit : kLeastStepLimitOnCpu);
   const auto graphs = runner_->Prepare(shapes_->Decode());
   if (!graphs.ok()) return graphs.status();
@@ -318,11 +324,18 @@ bool Rank::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
 
 // Whether there is a step to run, here or elsewhere.
 absl::StatusOr<StepVote> Rank::Agree(const StepPlan& plan, bool is_leaving) {
-  const StepVote mine = {.has_work = plan.empty() ? 0 : 1,
-                         .is_leaving = is_leaving ? 1 : 0,
-                         .num_proposed = plan.num_proposed,
-                         .work = StepWatch::WorkOf(plan.num_rows, plan.num_keys)};
+  StepVote mine = {.has_work = plan.empty() ? 0 : 1,
+                   .is_leaving = is_leaving ? 1 : 0,
+                   .num_proposed = plan.num_proposed,
+                   .work = StepWatch::WorkOf(plan.num_rows, plan.num_keys)};
   if (!agreement_.has_value()) return mine;
+  if (!plan.empty()) {
+    const StepShape shape = shapes_->Of(plan);
+    mine.is_mixed = shape.path == StepShape::Path::kMixed ? 1 : 0;
+    mine.num_sequences = shape.num_sequences;
+    mine.num_tokens = shape.num_tokens;
+    mine.num_rows = shape.num_rows;
+  }
   // NOTE: ranks have the same number of steps under way, and vote while there are any; then who has work votes, which
   // calls the others.
   bool is_awaited = false;
@@ -336,6 +349,13 @@ absl::StatusOr<StepVote> Rank::Agree(const StepPlan& plan, bool is_leaving) {
 
 void Rank::Launch(const StepPlan& plan, const StepVote& agreed) {
   StepShape shape = plan.empty() ? shapes_->Padding(agreed.num_proposed) : shapes_->Of(plan);
+  if (agreement_.has_value() && backend_->is_gpu()) {
+    // The same T everywhere, and where all decode a shape that there is a graph of.
+    shape.path = agreed.is_mixed != 0 ? StepShape::Path::kMixed : StepShape::Path::kDecode;
+    shape.num_sequences = agreed.num_sequences;
+    shape.num_tokens = agreed.num_tokens;
+    shape.num_rows = agreed.num_rows;
+  }
   shape.num_proposed = agreed.num_proposed;
   runner_->Launch(plan, shape);
   watch_->Launched(agreed.work, absl::Now());

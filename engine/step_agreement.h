@@ -14,6 +14,9 @@ struct StepVote {
   int32_t has_work = 0;      // a plan that is not empty; agreed: whether anybody has. Those who have none run padding
   int32_t is_leaving = 0;    // agreed: whether anybody is; then no step follows
   int32_t num_proposed = 0;  // drafts that the step proposes, each a pass through the MTP layer; agreed: the most
+  int32_t is_mixed = 0;  // of the shape (StepShape); agreed: a path and sizes that hold all shapes. Who has no work has
+                         // no shape
+  int32_t num_sequences = 0, num_tokens = 0, num_rows = 0;
   int32_t unused = 0;
   int64_t work = 0;  // StepWatch::WorkOf; agreed: the most
 };

@@ -19,12 +19,15 @@ inline constexpr int kMaxTokenBiases = 1024;  // token ids that a sequence bans 
 
 // The maxima a backend makes its workspace for, and the model's dimensions.
 struct OpLimits {
-  int max_tokens = 0;       // T
-  int max_sequences = 0;    // S, also U: the number of slots
-  int max_rows = 0;         // L, of one call
-  int max_context = 0;      // tokens of one sequence
-  int max_drafts = 0;       // X
-  int max_expert_rows = 0;  // M, what all ranks may send to this one in a step; 0: there is one rank, M = T * K
+  int max_tokens = 0;     // T
+  int max_sequences = 0;  // S, also U: the number of slots
+  int max_rows = 0;       // L, of one call
+  int max_context = 0;    // tokens of one sequence
+  int max_drafts = 0;     // X
+  int num_ranks = 1;      // that the experts are spread over
+  // M where ranks run a step with a T of their own each: what all may send to this one. 0: T is the same everywhere,
+  // and M is what a step of that T may send.
+  int max_expert_rows = 0;
   int hidden_size = 0, num_heads = 0, q_lora_rank = 0, kv_lora_rank = 0, qk_rope_head_dim = 0, qk_nope_head_dim = 0;
   int v_head_dim = 0, num_experts = 0, num_experts_per_tok = 0, num_local_experts = 0, max_ffn_width = 0;
   int vocab_size = 0;

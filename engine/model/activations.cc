@@ -8,7 +8,9 @@ namespace {
 
 // NOTE: what other ranks send has nothing to do with this one's tokens: a rank without any computes for the others.
 int64_t NumExpertRows(const OpLimits& limits, int64_t num_tokens) {
-  return limits.max_expert_rows > 0 ? limits.max_expert_rows : num_tokens * limits.num_experts_per_tok;
+  if (limits.max_expert_rows > 0) return limits.max_expert_rows;
+  if (limits.num_ranks == 1) return num_tokens * limits.num_experts_per_tok;
+  return limits.num_ranks * num_tokens * std::min(limits.num_experts_per_tok, limits.num_local_experts);
 }
 
 }  // namespace

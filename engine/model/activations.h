@@ -26,7 +26,7 @@ struct Activations {
   Tensor shared;                   // [T,D]
   Tensor topk_slots;               // [T,K] i32
   Tensor topk_weights;             // [T,K] f32
-  ExpertRows expert_rows;          // [M,D]; M = T*K, with more than one rank OpLimits::max_expert_rows
+  ExpertRows expert_rows;          // [M,D]; M = T*K of all ranks, or OpLimits::max_expert_rows
   Tensor expert_gate_up;           // [M,2F]
   Activation expert_intermediate;  // [M,F]
   Tensor expert_out;               // [M,D]

@@ -11,8 +11,8 @@ constexpr int kCombineThreads = 128;
 constexpr int kRowsInFlight = 8;  // of y, that a thread of Combine has asked for at a time
 
 __device__ __forceinline__ int32_t SlotAt(const GroupRowsArgs& a, int32_t i) {
-  if (a.topk_slots_stride == a.num_choices) return __ldg(a.topk_slots + i);
-  return __ldg(a.topk_slots + i / a.num_choices * a.topk_slots_stride + i % a.num_choices);
+  if (a.topk_slots_stride == a.num_choices) return __ldg(a.topk_slots + i) - a.first_slot;
+  return __ldg(a.topk_slots + i / a.num_choices * a.topk_slots_stride + i % a.num_choices) - a.first_slot;
 }
 
 // A block a slot. Every warp has a contiguous part of the (token, choice)s: it counts those of earlier slots and of its

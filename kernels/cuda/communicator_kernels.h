@@ -15,8 +15,9 @@ struct GroupRowsArgs {
   int64_t topk_slots_stride;
   int32_t* row_of;   // [num_tokens, num_choices], contiguous; -1: nowhere
   int32_t* offsets;  // [num_slots + 1]
-  int32_t num_tokens, num_choices, num_slots;
-  int32_t capacity;  // rows that there is room for; what comes after goes nowhere
+  int32_t num_tokens, num_choices;
+  int32_t first_slot = 0, num_slots;  // others go nowhere
+  int32_t capacity;                   // rows that there is room for; what comes after goes nowhere
 };
 void LaunchGroupRows(cudaStream_t stream, const GroupRowsArgs& args);
 

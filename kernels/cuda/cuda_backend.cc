@@ -10,6 +10,7 @@
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/local_communicator.h"
+#include "kernels/cuda/peer_communicator.h"
 #include "kernels/cuda/weight_loader.h"
 #include "kernels/cuda/workspace.h"
 #include "kernels/cuda_plugin.h"
@@ -53,7 +54,6 @@ absl::StatusOr<std::vector<int>> UsableGpus() {
 class CudaBackend : public Backend {
  public:
   absl::Status Start(BackendOptions options) {
-    if (options.mesh != nullptr) return absl::UnimplementedError("the CUDA backend has one rank");
     if (options.activation == ActivationFormat::kF32) options.activation = ActivationFormat::kBF16;
     const absl::StatusOr<std::vector<int>> gpus = UsableGpus();
     if (!gpus.ok()) return gpus.status();
@@ -67,9 +67,7 @@ class CudaBackend : public Backend {
     auto ops = CudaOps::Make(options, device_.get(), device_->stream(), loader_.get());
     if (!ops.ok()) return ops.status();
     ops_ = *std::move(ops);
-    auto communicator = CudaLocalCommunicator::Make(options.limits, device_.get(), device_->stream());
-    if (!communicator.ok()) return communicator.status();
-    communicator_ = *std::move(communicator);
+    if (absl::Status status = MakeCommunicator(options); !status.ok()) return status;
     workspace_bytes_ = CudaWorkspaceBytes(options.limits, device_->num_sms());
     return absl::OkStatus();
   }
@@ -85,11 +83,20 @@ class CudaBackend : public Backend {
   size_t workspace_bytes() const override { return workspace_bytes_; }
 
  private:
+  absl::Status MakeCommunicator(const BackendOptions& options) {
+    const auto take = [this](auto made) {
+      if (made.ok()) communicator_ = *std::move(made);
+      return made.status();
+    };
+    if (options.mesh != nullptr) return take(CudaPeerCommunicator::Make(options, device_.get()));
+    return take(CudaLocalCommunicator::Make(options.limits, device_.get(), device_->stream()));
+  }
+
   // NOTE: destroyed from the last to the first.
   std::unique_ptr<CudaDevice> device_;
   std::unique_ptr<WeightLoader> loader_;
   std::unique_ptr<CudaOps> ops_;
-  std::unique_ptr<CudaLocalCommunicator> communicator_;
+  std::unique_ptr<Communicator> communicator_;
   size_t workspace_bytes_ = 0;
 };
 

@@ -38,6 +38,7 @@ class CudaDevice : public Device {
   size_t FreeMemory() const override;
 
   CudaStream* stream() { return &stream_; }
+  int ordinal() const { return ordinal_; }
   const cudaDeviceProp& properties() const { return properties_; }
   int num_sms() const { return properties_.multiProcessorCount; }
 

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -45,9 +46,14 @@ class CudaStream {
   // To be called after every kernel launch.
   bool Launched(const char* kernel) { return Check(cudaGetLastError(), kernel); }
 
+  // `fault`: what kernels that wait for other ranks say, pinned; see peer_kernels.h. Null: nobody does.
+  void WatchPeers(const volatile int32_t* fault) { peer_fault_ = fault; }
+
   std::string fault() const {  // empty: none
     std::lock_guard lock(mutex_);
-    return fault_;
+    const int32_t peer = peer_fault_ == nullptr ? 0 : *peer_fault_;
+    if (!fault_.empty() || peer == 0) return fault_;
+    return peer < 0 ? "another rank is gone" : "rank " + std::to_string(peer - 1) + " has not answered";
   }
 
  private:
@@ -55,6 +61,7 @@ class CudaStream {
   cudaEvent_t forked_ = nullptr, ended_ = nullptr;
   mutable std::mutex mutex_;
   std::string fault_;
+  const volatile int32_t* peer_fault_ = nullptr;
 };
 
 }  // namespace cachalot

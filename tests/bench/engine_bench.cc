@@ -153,10 +153,11 @@ Timing Run(Engine& engine, const Load& load, int num_requests, int prompt_tokens
   changed.wait(lock, [&] { return num_ended == num_requests; });
   timing.first_token = Seconds(begin, started);
   timing.rest = Seconds(started, ended);
-  timing.num_steps = after.steps - before.steps;
+  // NOTE: every rank counts those that it has work for.
+  timing.num_steps = (after.steps - before.steps) / engine.rank_stats().size();
   timing.num_drafts = after.draft_tokens - before.draft_tokens;
   timing.num_accepted = after.accepted_draft_tokens - before.accepted_draft_tokens;
-  timing.host_us = 1e6 * (after.host_seconds - before.host_seconds) / std::max<double>(timing.num_steps, 1);
+  timing.host_us = 1e6 * (after.host_seconds - before.host_seconds) / std::max<double>(after.steps - before.steps, 1);
   return timing;
 }
 
@@ -268,6 +269,8 @@ int Main(int argc, char** argv) {
       options.device = value();
     } else if (is("--threads")) {
       options.num_threads = std::atoi(value());
+    } else if (is("--ranks")) {
+      options.num_ranks = std::atoi(value());
     } else if (is("--max-batch-tokens")) {
       options.max_batch_tokens = std::atoi(value());
     } else if (is("--speculative-tokens")) {
@@ -285,10 +288,11 @@ int Main(int argc, char** argv) {
     }
   }
   if (options.model_dir.empty()) {
-    std::fprintf(stderr,
-                 "usage: engine_bench --model DIR [--device cpu|cuda] [--random-weights] [--threads N] "
-                 "[--max-batch-tokens N] [--speculative-tokens K|auto,...] [--batches B,...] [--prompts FILE] "
-                 "[--tokens N] [--temperature T] [--acceptance SHARE]\n");
+    std::fprintf(
+        stderr,
+        "usage: engine_bench --model DIR [--device cpu|cuda] [--random-weights] [--threads N] "
+        "[--ranks N] [--max-batch-tokens N] [--speculative-tokens K|auto,...] [--batches B,...] [--prompts FILE] "
+        "[--tokens N] [--temperature T] [--acceptance SHARE]\n");
     return 1;
   }
   const bool on_gpu = options.device == "cuda", is_decode_alone = !load.batches.empty();

@@ -224,6 +224,7 @@ struct Call {
       int32_t* offsets = Allocate<int32_t>(ends.size());
       Must(cudaMemcpy(offsets, ends.data(), ends.size() * 4, cudaMemcpyHostToDevice), "copy");
       arguments.offsets = offsets;
+      arguments.expected_rows = arguments.num_rows;
       memory.push_back(offsets);
     }
     GemmArguments& a = arguments;

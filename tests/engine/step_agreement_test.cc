@@ -33,6 +33,34 @@ TEST(StepAgreement, JoinsTheVotesOfAll) {
   for (std::thread& thread : threads) thread.join();
 }
 
+std::vector<int> Sizes(const StepVote& vote) { return {vote.num_sequences, vote.num_tokens, vote.num_rows}; }
+
+TEST(StepAgreement, ShapesHoldThoseOfAll) {
+  const auto agree = [](std::vector<StepVote> votes) {
+    auto ranks = MakeThreadMesh(static_cast<int>(votes.size()));
+    std::vector<StepVote> agreed(votes.size());
+    std::vector<std::thread> threads;
+    for (size_t r = 0; r < votes.size(); ++r) {
+      threads.emplace_back([&, r] { agreed[r] = *StepAgreement(ranks[r].get()).Vote(votes[r]); });
+    }
+    for (std::thread& thread : threads) thread.join();
+    EXPECT_EQ(agreed[0].num_tokens, agreed.back().num_tokens);
+    return agreed[0];
+  };
+  const StepVote none, eight = {.has_work = 1, .num_sequences = 8, .num_tokens = 8, .num_rows = 8};
+  const StepVote two = {.has_work = 1, .num_sequences = 2, .num_tokens = 2, .num_rows = 2};
+  const StepVote drafts = {.has_work = 1, .num_sequences = 4, .num_tokens = 8, .num_rows = 8};
+  const StepVote chunk = {.has_work = 1, .is_mixed = 1, .num_sequences = 1, .num_tokens = 512, .num_rows = 1};
+  StepVote agreed = agree({none, eight, two});
+  EXPECT_EQ(agreed.is_mixed, 0);
+  EXPECT_EQ(Sizes(agreed), std::vector<int>({8, 8, 8}));
+  agreed = agree({none, eight, drafts});  // one and two rows a sequence
+  EXPECT_EQ(agreed.is_mixed, 1);
+  agreed = agree({two, chunk});
+  EXPECT_EQ(agreed.is_mixed, 1);
+  EXPECT_EQ(Sizes(agreed), std::vector<int>({2, 512, 2}));
+}
+
 TEST(StepAgreement, WhoSpeaksOtherwiseIsNamed) {
   auto ranks = MakeThreadMesh(2);
   std::thread other([&] {

@@ -39,6 +39,8 @@ void CudaOps::Multiply(const Tensor& y, int64_t y_group_stride, const Activation
   if (x.rows() == 0) return;
   GemmArguments product = ProductOf({.values = RefOf(y)}, y_group_stride, x, x_group_stride, w);
   product.offsets = offsets;
+  // NOTE: all ranks may send all they have to one; on average each sends this one its share.
+  product.expected_rows = x.rows() / options_.limits.num_ranks;
   product.are_offsets_old = offsets != nullptr && offsets == old_offsets_;
   old_offsets_ = nullptr;
   Launch(product);

@@ -21,6 +21,7 @@ struct GemmArguments {
   const int32_t* offsets = nullptr;  // [num_groups + 1] on the device
   bool are_offsets_old = false;      // they were there before the kernel before began
   int64_t num_rows = 0;              // of x; with offsets: of all groups together at most
+  int64_t expected_rows = 0;         // with offsets: on average
   int64_t x_group_stride = 0, y_group_stride = 0;
   int num_sms = 0;
 };

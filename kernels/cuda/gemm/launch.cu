@@ -22,7 +22,7 @@ GemmPlan ChooseGemm(const GemmArguments& g) {
   if (x != w || !(is_fp8 || w == NumberType::kBF16) || !IsAligned(g, is_fp8 ? 1 : 2)) return {};
   if (is_fp8 && g.x_group_stride != 0) return {};
   const int64_t step = kInnerBlockBytes / (is_fp8 ? 1 : 2);
-  return PlanGemm({.num_rows = g.num_rows,
+  return PlanGemm({.num_rows = g.offsets != nullptr ? g.expected_rows : g.num_rows,
                    .num_groups = g.w.num_groups,
                    .weight_rows = g.w.rows,
                    .num_steps = (g.w.cols + step - 1) / step,
