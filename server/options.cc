@@ -142,10 +142,11 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
               {"auto", "f32", "fp8", "fp8-f32"});
   app->add_flag("--random-weights", engine->random_weights,
                 "make weights up: a model of config.json alone, to measure with (GPU)");
-  MustBeWithin(app->add_option("--ranks", engine->num_ranks,
-                               "workers that the experts are spread over, each with sequences and a cache of its own; "
-                               "on the CPU threads of this process, which tests what many GPUs do"),
-               1, kMaxRanks);
+  MustBeWithin(
+      app->add_option("--ranks", engine->num_ranks,
+                      "GPUs that the experts are spread over, each with sequences and a cache of its own; on the "
+                      "CPU threads, which test what GPUs do"),
+      1, kMaxRanks);
   MustBeWithin(app->add_option("--threads", engine->num_threads, "CPU threads of the model; 0: one per core"), 0,
                kMaxThreads);
 }

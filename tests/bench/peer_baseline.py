@@ -1,21 +1,24 @@
 #!/usr/bin/env python3
 """What peer_bench is held against: the same bytes between two GPUs by ncclSend and ncclRecv, in CUDA graphs of 32 layers.
 
-torchrun --nproc-per-node 2 tests/bench/peer_baseline.py      (needs PyTorch)
+python3 tests/bench/peer_baseline.py      (needs PyTorch)
 """
 
+import os
 import statistics
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 
 LAYERS, REPLAYS, HIDDEN = 32, 20, 7168
+RANKS = 2
 
 
-def main():
-    dist.init_process_group("nccl")
-    rank, size = dist.get_rank(), dist.get_world_size()
+def run(rank, size):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
     torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=size, device_id=torch.device("cuda", rank))
     if rank == 0:
         print(f"{size} ranks, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}\n  tokens  dispatch us   combine us")
     for tokens in (1, 8, 64, 128, 512, 4096):
@@ -47,4 +50,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    multiprocessing.spawn(run, args=(RANKS,), nprocs=RANKS)
