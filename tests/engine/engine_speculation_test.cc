@@ -76,11 +76,12 @@ class SpeculationTest : public testing::TestWithParam<const char*> {
   void Check(const EngineOptions& options, const char* what) {
     const auto engine = MakeEngine(options);
     const std::vector<Answer> answers = RunAll(*engine, requests_);
-    CheckAnswers(answers, engine->stats(), options.speculative_tokens, what);
+    CheckAnswers(answers, engine->stats(), options.speculative_tokens, what, options.adapts_drafts);
   }
 
   // Drafts change nothing; prints that there were some.
-  void CheckAnswers(const std::vector<Answer>& answers, const EngineStats& stats, int num_drafts, const char* what) {
+  void CheckAnswers(const std::vector<Answer>& answers, const EngineStats& stats, int num_drafts, const char* what,
+                    bool adapts = false) {
     for (size_t i = 0; i < answers.size(); ++i) {
       EXPECT_EQ(Bits(answers[i]), expected_[i]) << what << ", request " << i;
     }
@@ -88,6 +89,7 @@ class SpeculationTest : public testing::TestWithParam<const char*> {
         "[ measured ] k = %d, %s: %llu steps, %llu of %llu drafts accepted, %llu preemptions\n", num_drafts, what,
         static_cast<unsigned long long>(stats.steps), static_cast<unsigned long long>(stats.accepted_draft_tokens),
         static_cast<unsigned long long>(stats.draft_tokens), static_cast<unsigned long long>(stats.preemptions));
+    if (adapts) return;  // to what steps take on this machine, now: there need be none, or none that is right
     EXPECT_GT(stats.accepted_draft_tokens, 0u);
     EXPECT_GT(stats.draft_tokens, stats.accepted_draft_tokens);
   }
