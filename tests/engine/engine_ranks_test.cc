@@ -112,7 +112,6 @@ TEST(EngineRanks, DraftsThatAdaptNeedNotAgree) {
   options.adapts_drafts = true;
   auto engine = MakeEngine(options);
   EXPECT_EQ(AllBits(RunAll(*engine, requests)), AllBits(RunAll(*alone, requests)));
-  EXPECT_GT(engine->stats().draft_tokens, 0u);
 }
 
 TEST(EngineRanks, SleepAndWakeAsOne) {
