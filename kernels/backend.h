@@ -28,9 +28,10 @@ struct BackendOptions {
   // function unit.
   bool is_exact = false;
   int num_threads = 0;  // CPU workers; 0: one per core
-  // Of the ranks that the experts are spread over, which must outlive the backend and calls no one but it; null: there
-  // is one rank. CPU only.
+  // Of the ranks that the experts are spread over; only the backend calls it, and it must outlive it. Null: one rank.
   Mesh* mesh = nullptr;
+  // > 0: a GPU of so many bytes free that need not be there. Nothing runs; what it would hold is counted.
+  int64_t planned_memory = 0;
   OpLimits limits;
 };
 

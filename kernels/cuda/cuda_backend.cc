@@ -11,6 +11,7 @@
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/local_communicator.h"
 #include "kernels/cuda/peer_communicator.h"
+#include "kernels/cuda/planned_backend.h"
 #include "kernels/cuda/weight_loader.h"
 #include "kernels/cuda/workspace.h"
 #include "kernels/cuda_plugin.h"
@@ -100,6 +101,13 @@ class CudaBackend : public Backend {
   size_t workspace_bytes_ = 0;
 };
 
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackendOf(const BackendOptions& options) {
+  if (options.planned_memory > 0) return MakePlannedCudaBackend(options);
+  auto backend = std::make_unique<CudaBackend>();
+  if (absl::Status status = backend->Start(options); !status.ok()) return status;
+  return backend;
+}
+
 }  // namespace
 }  // namespace cachalot
 
@@ -114,10 +122,9 @@ __attribute__((visibility("default"))) int cachalot_cuda_num_devices() {
 
 __attribute__((visibility("default"))) cachalot::Backend* cachalot_make_cuda_backend(
     const cachalot::BackendOptions* options, int* code, char* message, size_t message_size) {
-  auto backend = std::make_unique<cachalot::CudaBackend>();
-  const absl::Status status = backend->Start(*options);
-  *code = static_cast<int>(status.code());
-  std::snprintf(message, message_size, "%s", std::string(status.message()).c_str());
-  return status.ok() ? backend.release() : nullptr;
+  auto backend = cachalot::MakeBackendOf(*options);
+  *code = static_cast<int>(backend.status().code());
+  std::snprintf(message, message_size, "%s", std::string(backend.status().message()).c_str());
+  return backend.ok() ? backend->release() : nullptr;
 }
 }

@@ -234,7 +234,7 @@ absl::Status CudaDevice::Wait(Event event, absl::Duration timeout) {
   return Fault();
 }
 
-int CudaDevice::Bucket(int n) const {
+int CudaDevice::BucketOf(int n) {
   if (n <= 2) return n;
   if (n <= 4) return 4;
   const int step = n <= 256 ? 8 : 64;

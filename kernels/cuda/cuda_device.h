@@ -34,7 +34,8 @@ class CudaDevice : public Device {
   absl::Status Wait(Event event, absl::Duration timeout) override;
   // 1, 2, 4, then multiples of 8 up to 256 and of 64 beyond: less than 8 rows in padding where steps are small, and few
   // enough graphs.
-  int Bucket(int n) const override;
+  int Bucket(int n) const override { return BucketOf(n); }
+  static int BucketOf(int n);
   size_t FreeMemory() const override;
 
   CudaStream* stream() { return &stream_; }

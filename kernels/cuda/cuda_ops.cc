@@ -35,6 +35,10 @@ absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Make(const BackendOptions& opt
                                                  kMaxLatentDim, " and ", kMaxRopeDim));
   }
   std::unique_ptr<CudaOps> ops(new CudaOps(options, device, stream, loader));
+  if (options.planned_memory > 0) {
+    ops->num_sms_ = kHopperSms;
+    return ops;
+  }
   int ordinal = 0;
   cudaError_t error = cudaGetDevice(&ordinal);
   if (error == cudaSuccess) {

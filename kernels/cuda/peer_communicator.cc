@@ -22,7 +22,25 @@ struct Introduction {
   PeerInbox inbox;
 };
 
-constexpr int64_t kAlignment = 256;
+constexpr int64_t Aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// Of the members of a PeerInbox, in their order.
+std::array<int64_t, 6> InboxBytes(const OpLimits& limits) {
+  const int64_t rows = int64_t{limits.max_tokens} * limits.num_ranks, choices = rows * limits.num_experts_per_tok;
+  const int64_t D = limits.hidden_size;
+  return {rows * D * 2,  // NOTE: of bf16, which is more than fp8 takes
+          rows * ((D + kQuantGroup - 1) / kQuantGroup) * 4,
+          choices * 4,
+          choices * 4,
+          rows * D * 2,
+          int64_t{2} * limits.num_ranks * 8};
+}
+
+int64_t Total(const std::array<int64_t, 6>& bytes) {
+  int64_t total = 0;
+  for (int64_t part : bytes) total += Aligned(part);
+  return total;
+}
 
 }  // namespace
 
@@ -36,6 +54,11 @@ absl::StatusOr<std::unique_ptr<CudaPeerCommunicator>> CudaPeerCommunicator::Make
   return made;
 }
 
+int64_t CudaPeerCommunicator::DeviceBytes(const OpLimits& limits) {
+  if (limits.num_ranks == 1) return 0;
+  return Total(InboxBytes(limits)) + int64_t{limits.max_tokens} * limits.num_ranks * limits.num_experts_per_tok * 4;
+}
+
 CudaPeerCommunicator::~CudaPeerCommunicator() {
   mesh_.OnAwaited(nullptr);
   stream_.WatchPeers(nullptr);
@@ -47,20 +70,15 @@ absl::Status CudaPeerCommunicator::Start(const OpLimits& limits) {
         absl::StrFormat("ranks on GPUs: found a hidden size of %d, expected a multiple of 16", limits.hidden_size));
   }
   max_tokens_ = limits.max_tokens;
-  const int64_t rows = max_tokens_ * num_ranks(), choices = rows * limits.num_experts_per_tok, D = limits.hidden_size;
-  // NOTE: of bf16, which is more than fp8 takes.
-  const std::array<int64_t, 6> bytes = {rows * D * 2, rows * ((D + kQuantGroup - 1) / kQuantGroup) * 4,
-                                        choices * 4,  choices * 4,
-                                        rows * D * 2, 2 * num_ranks() * 8};
-  int64_t all = 0;
-  for (int64_t part : bytes) all += (part + kAlignment - 1) / kAlignment * kAlignment;
+  const int64_t choices = max_tokens_ * num_ranks() * limits.num_experts_per_tok;
+  const auto parts_bytes = InboxBytes(limits);
   absl::Status status;
   const auto allocate = [&](Buffer* buffer, int64_t size, Device::Memory memory) {
     auto made = device_.Allocate(size, memory);
     status.Update(made.status());
     if (made.ok()) *buffer = *std::move(made);
   };
-  allocate(&inbox_memory_, all, Device::Memory::kDevice);
+  allocate(&inbox_memory_, Total(parts_bytes), Device::Memory::kDevice);
   allocate(&inboxes_, num_ranks() * sizeof(PeerInbox), Device::Memory::kDevice);
   allocate(&row_of_, choices * 4, Device::Memory::kDevice);
   allocate(&counters_, 16, Device::Memory::kDevice);
@@ -71,7 +89,7 @@ absl::Status CudaPeerCommunicator::Start(const OpLimits& limits) {
   std::array<char*, 6> parts;
   for (size_t i = 0; i < parts.size(); ++i) {
     parts[i] = next;
-    next += (bytes[i] + kAlignment - 1) / kAlignment * kAlignment;
+    next += Aligned(parts_bytes[i]);
   }
   inbox_ = {parts[0],
             parts[1],

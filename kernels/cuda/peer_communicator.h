@@ -21,6 +21,8 @@ class CudaPeerCommunicator : public Communicator {
   // its GPU out of reach. `options.mesh` and `device` must outlive the result.
   static absl::StatusOr<std::unique_ptr<CudaPeerCommunicator>> Make(const BackendOptions& options, CudaDevice* device);
   ~CudaPeerCommunicator() override;
+  // Device memory that Make allocates; 0 for one rank.
+  static int64_t DeviceBytes(const OpLimits& limits);
 
   int rank() const override { return mesh_.rank(); }
   int num_ranks() const override { return mesh_.num_ranks(); }
