@@ -21,6 +21,14 @@ constexpr int64_t kAllocationBytes = 2 * kMiB;
 constexpr int64_t kCodeReserve = 256 * kMiB, kGraphReserve = 8 * kMiB;
 constexpr int kNumOtherAllocations = 64;
 
+// Rows of a prompt whose logits are in memory at the same time, beside those of full decoding.
+constexpr int kScoredAtOnce = 64;
+// Rows of a step where none are asked for. Measured (tests/bench/results/2026-11-26-cuda-products.md): a GPU reads
+// prompts twice as fast 4096 at a time as 512 at a time, and hardly faster 8192 at a time.
+constexpr int kBatchTokens = 512, kGpuBatchTokens = 4096;
+// Of all ranks together: each has room for all that they may send it.
+constexpr int kGroupBatchTokens = 16384, kLeastBatchTokens = 256;
+
 int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
 std::string Gigabytes(int64_t bytes) { return absl::StrFormat("%.2f GB", bytes * 1e-9); }
 
@@ -32,6 +40,37 @@ std::string MemoryPlan::ToString() const {
       "tokens)",
       Gigabytes(free), Gigabytes(weights), Gigabytes(workspace), Gigabytes(activations), Gigabytes(state),
       Gigabytes(reserve), Gigabytes(cache), int64_t{num_blocks} * kBlockTokens);
+}
+
+absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
+  if (name.empty()) return on_cpu ? KvDType::kF32 : KvDType::kBF16;
+  if (name == "f32" && !on_cpu) {
+    return absl::InvalidArgumentError("kv-cache-dtype: found \"f32\", expected bf16 or fp8 on the GPU");
+  }
+  if (name == "f32") return KvDType::kF32;
+  if (name == "bf16") return KvDType::kBF16;
+  if (name == "fp8") return KvDType::kFP8;
+  return absl::InvalidArgumentError(absl::StrFormat("kv-cache-dtype: found \"%s\", expected f32, bf16 or fp8", name));
+}
+
+int DefaultBatchTokens(bool on_gpu, int num_ranks) {
+  if (!on_gpu) return kBatchTokens;
+  return std::clamp(kGroupBatchTokens / num_ranks, kLeastBatchTokens, kGpuBatchTokens);
+}
+
+OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options, int num_ranks) {
+  OpLimits limits = config.op_limits();
+  limits.max_tokens = options.max_batch_tokens;
+  limits.max_sequences = options.max_sequences;
+  limits.max_drafts = options.speculative_tokens;
+  limits.max_rows = options.max_sequences * (1 + limits.max_drafts) + kScoredAtOnce;
+  limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
+  limits.max_context += DraftSlack(limits.max_drafts);
+  if (num_ranks > 1) {
+    limits.num_ranks = num_ranks;
+    limits.num_local_experts = (limits.num_experts + num_ranks - 1) / num_ranks;
+  }
+  return limits;
 }
 
 absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, const KvOptions& kv,

@@ -35,6 +35,13 @@ struct MemoryDemand {
   ExpertList experts;
 };
 
+// f32, bf16 or fp8, empty for the device's own choice; InvalidArgument for others.
+absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu);
+// Rows of a step where EngineOptions asks for none.
+int DefaultBatchTokens(bool on_gpu, int num_ranks);
+// Of one of so many ranks; where they do not divide the experts, some are there twice. `options` with max_batch_tokens.
+OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options, int num_ranks);
+
 // The cache, given what is left for it. `left` < 0: the rest alone does not fit. InvalidArgument or ResourceExhausted,
 // naming the option to change. `limits.max_context` is not used.
 absl::StatusOr<MemoryPlan> PlanCache(const ModelConfig& config, const EngineOptions& options, const KvOptions& kv,

@@ -26,39 +26,6 @@ constexpr absl::Duration kDraftStepsBudget = absl::Seconds(1);
 // While a step takes longer than this, arrivals, cancels and deadlines are seen to in between.
 constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
 
-// Rows of a prompt whose logits are in memory at the same time, beside those of full decoding.
-constexpr int kScoredAtOnce = 64;
-
-absl::StatusOr<KvDType> ParseKvDType(const std::string& name, bool on_cpu) {
-  if (name.empty()) return on_cpu ? KvDType::kF32 : KvDType::kBF16;
-  if (name == "f32" && !on_cpu) {
-    return absl::InvalidArgumentError("kv-cache-dtype: found \"f32\", expected bf16 or fp8 on the GPU");
-  }
-  if (name == "f32") return KvDType::kF32;
-  if (name == "bf16") return KvDType::kBF16;
-  if (name == "fp8") return KvDType::kFP8;
-  return absl::InvalidArgumentError(absl::StrFormat("kv-cache-dtype: found \"%s\", expected f32, bf16 or fp8", name));
-}
-
-// Rows of a step where none are asked for. Measured (tests/bench/results/2026-11-26-cuda-products.md): a GPU reads
-// prompts twice as fast 4096 at a time as 512 at a time, and hardly faster 8192 at a time.
-constexpr int kBatchTokens = 512, kGpuBatchTokens = 4096;
-
-OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options, int num_ranks) {
-  OpLimits limits = config.op_limits();
-  limits.max_tokens = options.max_batch_tokens;
-  limits.max_sequences = options.max_sequences;
-  limits.max_drafts = options.speculative_tokens;
-  limits.max_rows = options.max_sequences * (1 + limits.max_drafts) + kScoredAtOnce;
-  limits.max_context = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
-  limits.max_context += DraftSlack(limits.max_drafts);
-  if (num_ranks > 1) {
-    limits.num_ranks = num_ranks;
-    limits.num_local_experts = limits.num_experts / num_ranks;
-  }
-  return limits;
-}
-
 // The least that ranks can do is what each of them can.
 absl::Status AgreeOnMemory(Mesh* mesh, MemoryPlan* plan) {
   const std::array<int32_t, 2> mine = {plan->num_blocks, plan->max_model_len};
@@ -97,7 +64,7 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
     options.num_threads = std::max(num_threads / links_.num_ranks(), 1);
   }
   const bool has_batch_tokens = options_.max_batch_tokens > 0;
-  if (!has_batch_tokens) options_.max_batch_tokens = options_.device == "cpu" ? kBatchTokens : kGpuBatchTokens;
+  if (!has_batch_tokens) options_.max_batch_tokens = DefaultBatchTokens(options_.device != "cpu", links_.num_ranks());
   options.limits = MakeLimits(model_.config, options_, links_.num_ranks());
   if (options_.device == "cpu") {  // whatever is wrong is known before anything is made
     if (auto kv_dtype = ParseKvDType(options_.kv_cache_dtype, true); !kv_dtype.ok()) return kv_dtype.status();
@@ -105,7 +72,7 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
   auto backend = MakeBackend(options);
   if (!has_batch_tokens && options_.device == "auto" && backend.ok() && !(*backend)->is_gpu()) {
     options.device = "cpu";
-    options_.max_batch_tokens = kBatchTokens;
+    options_.max_batch_tokens = DefaultBatchTokens(/*on_gpu=*/false, links_.num_ranks());
     options.limits = MakeLimits(model_.config, options_, links_.num_ranks());
     backend = MakeBackend(options);
   }

@@ -30,6 +30,7 @@ constexpr char kUsage[] =
     "  serve      load a checkpoint and serve it:  cachalot serve --model DIR\n"
     "  chat       talk to a model, here or on a server:  cachalot chat --model DIR\n"
     "  inspect    report what a checkpoint holds and what is wrong with it:  cachalot inspect --model DIR\n"
+    "  plan       say what a model takes of how many GPUs:  cachalot plan --model DIR --gpus 8 --gpu-memory 80GiB\n"
     "\n"
     "Options:\n"
     "  -h,--help  this text; 'cachalot COMMAND --help' has a command's options\n"
@@ -307,6 +308,51 @@ Command ParseInspect(std::vector<std::string> arguments) {
   return options;
 }
 
+// "131072" or "128K".
+bool ParseTokens(const std::string& text, int* tokens) {
+  const bool is_k = !text.empty() && (text.back() == 'K' || text.back() == 'k');
+  return absl::SimpleAtoi(text.substr(0, text.size() - (is_k ? 1 : 0)), tokens) && *tokens > 0 &&
+         *tokens <= kMaxModelLen && (!is_k || (*tokens *= 1024) <= kMaxModelLen);
+}
+
+Command ParsePlan(std::vector<std::string> arguments) {
+  PlanOptions options;
+  std::string memory, context = "4096";
+  options.engine.max_sequences = 128;
+  CLI::App app(
+      "Says what a model takes of so many GPUs, a rank each, how many tokens fit, and how fast that could be. The "
+      "directory may hold a config.json alone, and no GPU need be there. Exit code 1 if it does not fit.",
+      "cachalot plan");
+  app.option_defaults()->always_capture_default()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  app.add_option("--model", options.engine.model_dir, "directory of the checkpoint, or of its config.json")
+      ->required()
+      ->type_name("DIR");
+  MustBeWithin(app.add_option("--gpus", options.num_gpus, "how many")->required(), 1, kMaxInt);
+  app.add_option("--gpu-memory", memory, "of each, as it is sold: 80GiB, 141GB")->required()->type_name("SIZE");
+  app.add_option("--context", context, "tokens of a sequence, for the expected step: 4096, 128K")->type_name("N");
+  MustBeWithin(app.add_option("--max-sequences", options.engine.max_sequences, "of a rank at once"), 1, kMaxSequences);
+  MustBeWithin(app.add_option("--max-batch-tokens", options.engine.max_batch_tokens,
+                              "of a rank's step; 0: 16384 of all ranks, 256 to 4096 of each"),
+               0, kMaxBatchTokens);
+  MustBeOneOf(app.add_option("--kv-cache-dtype", options.engine.kv_cache_dtype, "type of the KV cache [bf16]"),
+              {"bf16", "fp8"});
+  MustBeWithin(app.add_option("--speculative-tokens", options.engine.speculative_tokens, "with room for the MTP layer"),
+               0, kMaxSpeculativeTokens);
+  app.add_flag("--table", options.has_table, "other numbers of GPUs too");
+  ExitNow exit;
+  if (!Parse(&app, std::move(arguments), &exit)) return exit;
+  const auto size = ParseMemory(memory);
+  if (!size.ok() || size->bytes == 0) {
+    return ExitNow{1, absl::StrCat("cachalot plan: --gpu-memory: '", memory, "' is no size: write 80GiB or 141GB\n")};
+  }
+  options.gpu_memory = size->bytes;
+  if (!ParseTokens(context, &options.context)) {
+    return ExitNow{
+        1, absl::StrCat("cachalot plan: --context: '", context, "' is no number of tokens: write 4096 or 128K\n")};
+  }
+  return options;
+}
+
 }  // namespace
 
 Command ParseCommandLine(std::vector<std::string> arguments) {
@@ -316,6 +362,7 @@ Command ParseCommandLine(std::vector<std::string> arguments) {
   if (command == "serve") return ParseServe(std::move(arguments));
   if (command == "chat") return ParseChat(std::move(arguments));
   if (command == "inspect") return ParseInspect(std::move(arguments));
+  if (command == "plan") return ParsePlan(std::move(arguments));
   if (command == "-h" || command == "--help") return ExitNow{0, kUsage};
   if (command == "--version") return ExitNow{0, std::string("cachalot ").append(Version()).append("\n")};
   return ExitNow{1, absl::StrCat("cachalot: there is no command '", command, "' (--help lists them)\n")};

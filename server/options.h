@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "engine/options.h"
+#include "engine/plan.h"
 #include "server/logging.h"
 
 namespace cachalot {
@@ -55,7 +56,7 @@ struct ExitNow {
   std::string text;
 };
 
-using Command = std::variant<ServeOptions, ChatOptions, InspectOptions, ExitNow>;
+using Command = std::variant<ServeOptions, ChatOptions, InspectOptions, PlanOptions, ExitNow>;
 
 // `arguments` are those after the program's name. Values on the command line go before the config file's.
 Command ParseCommandLine(std::vector<std::string> arguments);

@@ -26,7 +26,7 @@ CHECK, OPS_TYPES = "kernels/check.h", "kernels/ops_types.h"
 SERVER_MAY_INCLUDE = {f"engine/{name}.h" for name in ("engine", "request", "options", "stats", "inspect", "plan")} | {CHECK}
 SERVER_SHARED_HEADER, SERVER_FOLDER = re.compile(r"server/\w+\.h$"), re.compile(r"server/\w+/")
 # The rank's backend is chosen once; the model gets it by reference, the scheduler never hears of it.
-BACKEND_MAKERS = {"engine/rank.cc", "server/main.cc"}
+BACKEND_MAKERS = {"engine/rank.cc", "engine/plan.cc", "server/main.cc"}
 MAKES_BACKEND = re.compile(r"\bMakeBackend\s*\(")
 # model/ and schedule/ meet in rank.cc; the step is plain data, which the runner turns into arrays.
 STEP = "engine/schedule/step.h"
