@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <condition_variable>
-#include <deque>
+#include <iterator>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -59,7 +59,7 @@ class EngineImpl : public Engine {
   // Delta queue: step thread -> output thread.
   std::mutex output_mutex_;
   std::condition_variable output_filled_;
-  std::deque<std::pair<RequestId, Delta>> output_;
+  Scheduler::Deltas output_;
   bool is_output_done_ = false;
 
   // NOTE: a lock of their own: the output thread takes it for every delta, and the step thread must not wait for one
@@ -244,13 +244,14 @@ absl::Status EngineImpl::health() const {
 
 void EngineImpl::Emit(Scheduler::Deltas* deltas) {
   std::lock_guard lock(output_mutex_);
-  for (auto& delta : *deltas) output_.push_back(std::move(delta));
+  if (output_.empty()) output_.swap(*deltas);
+  std::move(deltas->begin(), deltas->end(), std::back_inserter(output_));
   deltas->clear();
   output_filled_.notify_one();
 }
 
 void EngineImpl::RunOutput() {
-  std::deque<std::pair<RequestId, Delta>> batch;
+  Scheduler::Deltas batch;
   while (true) {
     {
       std::unique_lock lock(output_mutex_);

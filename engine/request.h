@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 
@@ -28,10 +29,10 @@ struct SamplingParams {
   int max_tokens = 16;  // 0: score the prompt only
   int min_tokens = 0;   // until so many are generated, no token that would end the answer is drawn, if any other can be
   bool ignore_eos = false;
-  std::vector<int32_t> stop_token_ids;                // besides the model's end-of-sequence ids
+  int logprobs = -1;                    // alternatives to report per generated token, 0..20; -1: no log-probabilities
+  int prompt_logprobs = -1;             // the same per prompt token
+  std::vector<int32_t> stop_token_ids;  // besides the model's end-of-sequence ids
   std::vector<std::pair<int32_t, float>> logit_bias;  // (token id, added to its logit before penalties); ids differ
-  int logprobs = -1;         // alternatives to report per generated token, 0..20; -1: no log-probabilities
-  int prompt_logprobs = -1;  // the same per prompt token
 };
 
 struct Request {
@@ -62,7 +63,14 @@ struct RequestTimes {
 
 // One step's news of one request.
 struct Delta {
-  std::vector<int32_t> tokens;                // generated; the end-of-sequence token included when it ended the answer
+  Delta() = default;
+  Delta(const Delta&) = default;
+  Delta& operator=(const Delta&) = default;
+  // NOTE: not inline: g++ 12 believes that whoever moves an empty InlinedVector reads what was never written.
+  Delta(Delta&& other) noexcept;
+  Delta& operator=(Delta&& other) noexcept;
+
+  absl::InlinedVector<int32_t, 4> tokens;     // generated; the end-of-sequence token included when it ended the answer
   std::vector<TokenLogprob> logprobs;         // one per token, when asked for
   std::vector<TokenLogprob> prompt_logprobs;  // of prompt tokens 1, 2, ... in order, spread over several deltas
   FinishReason finish_reason = FinishReason::kNone;  // set in the last delta, exactly once
