@@ -224,10 +224,11 @@ Tensor Runner::PackedOutput(const StepShape& shape) const {
 
 void Runner::FillInput(const StepPlan& plan, const StepShape& shape, const StepInput& input) const {
   int row = 0;
+  const SequenceStep padding;
   auto* params = reinterpret_cast<SlotParams*>(input.seq_params.as<uint8_t>());
   for (int s = 0; s < shape.num_sequences; ++s) {
     const bool is_real = s < static_cast<int>(plan.sequences.size());
-    const SequenceStep sequence = is_real ? plan.sequences[s] : SequenceStep();
+    const SequenceStep& sequence = is_real ? plan.sequences[s] : padding;
     input.seq_slot.as<int32_t>()[s] = is_real ? sequence.slot : -1;
     input.seq_start.as<int32_t>()[s] = sequence.start;
     input.query_start.as<int32_t>()[s] = row;

@@ -97,7 +97,8 @@ Scheduler::Scheduler(SchedulerLimits limits, BlockPool* pool)
 }
 
 void Scheduler::Add(std::unique_ptr<Sequence> sequence) {
-  sequence->end_tokens = EndTokens(sequence->sampling, limits_.eos_token_ids);
+  const std::vector<int32_t> end_tokens = EndTokens(sequence->sampling, limits_.eos_token_ids);
+  sequence->end_tokens.assign(end_tokens.begin(), end_tokens.end());
   MakeTokenBiases(sequence.get());
   by_id_[sequence->id] = sequence.get();
   if (sequence->deadline < absl::InfiniteFuture()) deadlines_.emplace(sequence->deadline, sequence->id);
@@ -120,6 +121,7 @@ void Scheduler::Expire(absl::Time now, Deltas* deltas) {
 // ---- Planning ----
 
 StepPlan Scheduler::Plan(absl::Time now) {
+  for (const auto& sequence : admission_.running()) sequence->Prefetch();
   NewStep next;
   next.now = now;
   do {
@@ -149,6 +151,9 @@ void Scheduler::PlanRows(NewStep* next) {
   const auto num_wanting = static_cast<int>(std::count_if(admission_.running().begin(), admission_.running().end(),
                                                           [this](const auto& running) { return WantsRows(*running); }));
   if (num_wanting == 0) return;
+  next->plan.sequences.reserve(num_wanting);
+  next->record.sequences.reserve(num_wanting);
+  next->plan.logits_rows.reserve(num_wanting * (1 + limits_.max_drafts));
   next->num_drafts = std::min(limits_.max_drafts, limits_.max_batch_tokens / num_wanting - 1);
   ChooseDrafts(next);
   std::vector<Sequence*> prompts;
@@ -334,6 +339,9 @@ void Scheduler::Commit(const StepResult& result, absl::Time now, Deltas* deltas)
   CHECK(!in_flight_.empty() && in_flight_.front().step == result.step, "step {} out of order", result.step);
   const InFlight record = std::move(in_flight_.front());
   in_flight_.pop_front();
+  for (const Sequence* sequence : record.sequences) sequence->Prefetch();
+  for (const Sequence* sequence : record.sequences)
+    __builtin_prefetch(sequence->tokens.data() + sequence->tokens.size(), 1);
   // NOTE: only amid steps alike: the CPU works while a step is launched, so that between two commits it does the next.
   const bool is_alike = record.num_drafts >= 0 && record.num_drafts == last_num_drafts_ && !in_flight_.empty() &&
                         in_flight_.front().num_drafts == record.num_drafts;

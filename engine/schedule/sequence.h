@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
 #include "engine/request.h"
 #include "engine/schedule/block_pool.h"
 #include "kernels/ops_types.h"
@@ -15,27 +16,11 @@ namespace cachalot {
 
 struct ClientShare;
 
-struct Sequence {
+struct alignas(64) Sequence {
+  // ---- What every step reads or writes comes first: see Prefetch.
   RequestId id = 0;
-  std::string client, cache_salt;
-  SamplingParams sampling;
-  int priority = 0;
-  absl::Time submitted = absl::InfinitePast();
-  absl::Time deadline = absl::InfiniteFuture();
-  int num_prompt_tokens = 0;
   std::vector<int32_t> tokens;  // prompt, then what has been generated and committed
-
-  // Made when it is queued.
-  absl::Time standing = absl::InfinitePast();  // where it stands in the queue: Admission
-  ClientShare* share = nullptr;                // of its client; none while it is on its way out
-  std::vector<int32_t> end_tokens;             // EndTokens
-  std::vector<TokenBias> token_biases;         // banned tokens, then biased ones
-  int num_banned = 0;
-  std::vector<PrefixKey> keys;  // of the full blocks of `tokens`, as far as they were needed
-
-  // While it waits: blocks that it lacked when it was looked up in the prefix cache, and BlockPool::num_gains then.
-  int num_missing = 0;  // 0: not looked up yet
-  uint64_t num_gains = 0;
+  int num_prompt_tokens = 0;
 
   // Owned while running.
   int slot = -1;
@@ -56,12 +41,32 @@ struct Sequence {
   bool is_ended = false;      // finished, cancelled or preempted: holds slot and blocks until num_in_flight is 0
   bool is_preempted = false;  // goes back to the queue then
 
-  // Its life so far, preemptions included.
-  int num_ever_fed = 0;  // or found in the prefix cache
-  int num_cached = 0;    // prompt tokens that were found there before they were ever fed
-  int num_preemptions = 0;
+  int num_cached = 0;  // prompt tokens that were found in the prefix cache before they were ever fed
   absl::Time first_step = absl::InfiniteFuture();   // when a step first named it
   absl::Time first_token = absl::InfiniteFuture();  // when its first token was committed
+  absl::InlinedVector<int32_t, 4> end_tokens;       // EndTokens; made when it is queued
+  SamplingParams sampling;
+
+  // ---- The rest.
+  std::string client, cache_salt;
+  int priority = 0;
+  absl::Time submitted = absl::InfinitePast();
+  absl::Time deadline = absl::InfiniteFuture();
+
+  // Made when it is queued.
+  absl::Time standing = absl::InfinitePast();  // where it stands in the queue: Admission
+  ClientShare* share = nullptr;                // of its client; none while it is on its way out
+  std::vector<TokenBias> token_biases;         // banned tokens, then biased ones
+  int num_banned = 0;
+  std::vector<PrefixKey> keys;  // of the full blocks of `tokens`, as far as they were needed
+
+  // While it waits: blocks that it lacked when it was looked up in the prefix cache, and BlockPool::num_gains then.
+  int num_missing = 0;  // 0: not looked up yet
+  uint64_t num_gains = 0;
+
+  // Its life so far, preemptions included.
+  int num_ever_fed = 0;  // or found in the prefix cache
+  int num_preemptions = 0;
 
   int num_generated() const { return static_cast<int>(tokens.size()) - num_prompt_tokens; }
   int num_unfed() const { return static_cast<int>(tokens.size()) - num_fed; }
@@ -76,6 +81,13 @@ struct Sequence {
     return (scores_prompt() ? std::min(num_prompt_scored, last) : last) / kBlockTokens;
   }
   bool is_over() const { return is_ended && !is_preempted; }  // its last delta has been made
+  // Between two steps others have used the CPU's caches. Who goes over many sequences asks for all of them beforehand,
+  // lest it wait for each in turn.
+  void Prefetch() const {
+    const char* begin = reinterpret_cast<const char*>(this);
+    for (const char* line = begin; line < reinterpret_cast<const char*>(&sampling.stop_token_ids); line += 64)
+      __builtin_prefetch(line, 1);
+  }
 };
 
 // The token ids that end an answer, each once.

@@ -139,7 +139,8 @@ StepResult MakeUp(const StepPlan& plan) {
   result.num_accepted.assign(plan.sequences.size(), 0);
   for (const LogitsRow& row : plan.logits_rows) {
     result.tokens.push_back(3 + static_cast<int32_t>(plan.step * 31 + row.row) % 250);
-    result.num_accepted[row.sequence] = 1;
+    int32_t& num_accepted = result.num_accepted[row.sequence];
+    num_accepted = std::min(num_accepted + 1, 2);  // one draft is right, where there are any
   }
   result.logprobs.resize(result.tokens.size());
   return result;
@@ -149,6 +150,7 @@ struct Steps {
   int num_sequences = 256;
   BlockPool::PrefixCache prefix_cache = BlockPool::PrefixCache::kOn;
   bool are_cold = false;
+  int num_drafts = 0;
   int num_waiting_blocks = 0;  // of a prompt at the head of the queue, half of them another's that runs: no room
 };
 
@@ -159,7 +161,7 @@ void MeasureSteps(const Steps& steps) {
   const bool has_waiting = steps.num_waiting_blocks > 0;
   const int longest = std::max(64, steps.num_waiting_blocks) + 1;
   BlockPool pool(has_waiting ? steps.num_waiting_blocks + 20 : num_sequences * 64, steps.prefix_cache);
-  Scheduler scheduler({4096, num_sequences + 2, longest * kBlockTokens, {1}}, &pool);
+  Scheduler scheduler({4096, num_sequences + 2, longest * kBlockTokens, {1}, steps.num_drafts}, &pool);
   for (int i = 0; i < num_sequences; ++i) {
     std::vector<int32_t> prompt = RandomTokens(256, 1);
     prompt.push_back(3 + i);
@@ -170,6 +172,7 @@ void MeasureSteps(const Steps& steps) {
   prompt.resize(steps.num_waiting_blocks * kBlockTokens, 7);
   std::vector<StepResult> in_flight;
   std::vector<double> times;
+  Scheduler::Deltas deltas;
   while (true) {
     if (steps.are_cold) ForgetCaches();
     const auto begin = Clock::now();
@@ -178,13 +181,13 @@ void MeasureSteps(const Steps& steps) {
     if (!plan.empty()) in_flight.push_back(MakeUp(plan));
     if (in_flight.empty()) break;
     if (in_flight.size() < kMaxStepsInFlight && !plan.empty()) continue;
-    Scheduler::Deltas deltas;
+    deltas.clear();
     if (steps.are_cold) ForgetCaches();
     const auto middle = Clock::now();
     scheduler.Commit(in_flight.front(), absl::Now(), &deltas);
     const double committed = Micros(middle, Clock::now());
     in_flight.erase(in_flight.begin());
-    if (static_cast<int>(plan.logits_rows.size()) < num_sequences) continue;
+    if (static_cast<int>(plan.logits_rows.size()) < num_sequences * (1 + steps.num_drafts)) continue;
     if (times.empty() && has_waiting) scheduler.Add(NewSequence(num_sequences + 1, prompt, 1));
     times.push_back(planned + committed);
     if (has_waiting && scheduler.stats().waiting == 0 && times.size() > 1) std::abort();
@@ -192,7 +195,7 @@ void MeasureSteps(const Steps& steps) {
   std::sort(times.begin(), times.end());
   double sum = 0;
   for (double time : times) sum += time;
-  std::printf("plan and commit, %d sequences, prefix cache %s%s", num_sequences,
+  std::printf("plan and commit, %d sequences, %d drafts, prefix cache %s%s", num_sequences, steps.num_drafts,
               steps.prefix_cache == BlockPool::PrefixCache::kOn ? "on" : "off",
               steps.are_cold ? ", the CPU's cold" : "");
   if (has_waiting) std::printf(", a prompt of %d blocks waiting", steps.num_waiting_blocks);
@@ -254,6 +257,7 @@ int Main(int argc, char** argv) {
   MeasureSteps({.num_sequences = 32});
   MeasureSteps({.num_sequences = 32, .num_waiting_blocks = 2000});
   for (int num_sequences : {64, 256}) MeasureSteps({.num_sequences = num_sequences, .are_cold = true});
+  MeasureSteps({.are_cold = true, .num_drafts = 2});
   for (int num_documents : {4, 8, 16, 32, 64}) MeasureQueue(num_documents);
   const auto engine = Engine::Create(options);
   if (!engine.ok()) {
