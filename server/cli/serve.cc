@@ -13,11 +13,13 @@
 #include "absl/strings/str_replace.h"
 #include "absl/time/clock.h"
 #include "server/cli/serving.h"
+#include "server/heap_trimmer.h"
 
 namespace cachalot {
 namespace {
 
 constexpr absl::Duration kHealthPeriod = absl::Milliseconds(100);
+constexpr int kHealthsATrim = 10;  // memory is looked at once a second
 // What is in flight when the engine fails has this long to hear of it.
 constexpr absl::Duration kLastWords = absl::Milliseconds(600);
 
@@ -102,7 +104,11 @@ int Serve(const ServeOptions& options) {
   if (absl::Status status = serving.Start(); !status.ok()) return Fail(status);
   spdlog::info("{}", serving.ReadyLine());
   absl::Status health;
-  while (health.ok() && !signals.Wait(kHealthPeriod)) health = serving.health();
+  HeapTrimmer heap;
+  for (int i = 0; health.ok() && !signals.Wait(kHealthPeriod); i = (i + 1) % kHealthsATrim) {
+    if (i == 0) heap.Look();
+    health = serving.health();
+  }
 
   // Stop: a second signal ends the process at once.
   signals.Unblock();

@@ -66,6 +66,20 @@ def test_bodies_that_do_not_end(attacked):
     assert len(answers) < 40
 
 
+def test_memory_comes_back(start):
+    """What a flood of calls held is the system's again soon after it, not kept for the next flood."""
+    server = start()
+    before, most = http2_attack.rss(server.process.pid), 0
+    for name in ("reset_without_data", "errors", "bodies"):
+        outcome = http2_attack.run(name, int(server.grpc_address.rpartition(":")[2]), server.process.pid, 0.5, connections=4)
+        most = max(most, outcome.peak_rss)
+    assert most > before + (100 << 20), "this shows nothing"
+    deadline = time.monotonic() + 20
+    while (now := http2_attack.rss(server.process.pid)) > before + (48 << 20) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert now <= before + (48 << 20)
+
+
 def test_large_bodies_at_once(start):
     """What is made of them is many times their size: one at a time."""
     server = start()
