@@ -106,7 +106,7 @@ def test_a_dead_device_ends_the_process_after_the_last_error(start, binary, faul
     assert server.process.wait(10) == 1
     assert time.monotonic() - begin < 1.5
     log = server.process.stderr.read().decode()
-    assert "the rank is dead" in log and words in log
+    assert "rank 0 is dead" in log and words in log
 
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])
