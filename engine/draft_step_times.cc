@@ -68,7 +68,7 @@ absl::Status MeasureDraftSteps(const StepShapes& shapes, absl::Duration budget, 
       if (absl::Now() > end) return absl::OkStatus();
       const auto time = StepTime(shapes, num_sequences, k, runner, pool, limits);
       if (!time.ok()) return time.status();
-      if (*time < absl::InfiniteDuration()) scheduler->Took(num_sequences, k, *time);
+      if (*time < absl::InfiniteDuration()) scheduler->TookBeforehand(num_sequences, k, *time);
     }
   }
   return absl::OkStatus();

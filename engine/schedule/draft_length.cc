@@ -103,6 +103,12 @@ int DraftLength::Next(int num_sequences, int64_t num_keys, int most) {
   return kind.trial;
 }
 
+void DraftLength::TookBeforehand(int num_sequences, int64_t num_keys, int num_drafts, absl::Duration time) {
+  CHECK(num_drafts >= 0 && num_drafts <= max_drafts_, "{} of {} drafts", num_drafts, max_drafts_);
+  const double seconds = absl::ToDoubleSeconds(time);
+  if (seconds > 0) KindOf(KeyOf(num_sequences, num_keys)).times[num_drafts] = {seconds, 0};
+}
+
 void DraftLength::Took(int num_sequences, int64_t num_keys, int num_drafts, absl::Duration time) {
   CHECK(num_drafts >= 0 && num_drafts <= max_drafts_, "{} of {} drafts", num_drafts, max_drafts_);
   const double seconds = absl::ToDoubleSeconds(time);
@@ -118,7 +124,8 @@ void DraftLength::Took(int num_sequences, int64_t num_keys, int num_drafts, absl
     known.seconds += kWeight * (std::min(seconds, kMostOfKnown * known.seconds) - known.seconds);
   }
   ++known.num_steps;
-  // What another kind has lent is right but for a factor, which is known as soon as one time is the kind's own.
+  // What another kind has lent, or was measured beforehand, is right but for a factor, which is known as soon as one
+  // time is the kind's own.
   int num_own = 0;
   for (const Time& t : kind.times) num_own += t.num_steps > 0 ? 1 : 0;
   if (before == 0 || num_own > 1) return;

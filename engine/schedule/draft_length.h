@@ -19,7 +19,8 @@ namespace cachalot {
 // steps with k drafts is kept current for each k, and for all kinds together the share of drafts at each place that
 // were right, of those that had only right ones before them. Next is the k that yields the most tokens a second. A k
 // that a kind has no time of is tried at once, for a few steps; the others in turn, again and again, so that none is
-// judged by what used to be. A new kind begins with the times of the nearest, scaled by the first that it measures.
+// judged by what used to be. A new kind begins with the times of the nearest, and one that was measured beforehand with
+// those: scaled by the first that it measures itself, for contexts were shorter then, and the machine was another's.
 //
 // One thread. Time is what the caller says it is. It chooses how fast tokens come, never which.
 class DraftLength {
@@ -31,6 +32,8 @@ class DraftLength {
 
   // For a step that decodes so many sequences over so many keys in all, and has room for so many drafts of each.
   int Next(int num_sequences, int64_t num_keys, int most);
+  // What such a step took before any was served.
+  void TookBeforehand(int num_sequences, int64_t num_keys, int num_drafts, absl::Duration time);
   // What such a step has taken that verified `num_drafts` a sequence and proposed as many, and did nothing else.
   void Took(int num_sequences, int64_t num_keys, int num_drafts, absl::Duration time);
   // What became of a sequence's drafts.
@@ -42,7 +45,7 @@ class DraftLength {
  private:
   struct Time {
     double seconds = 0;  // 0: unknown
-    int num_steps = 0;   // that it is of; 0: another kind's
+    int num_steps = 0;   // that it is of; 0: another kind's, or measured beforehand
   };
   struct Kind {
     std::vector<Time> times;  // by drafts

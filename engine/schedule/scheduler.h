@@ -64,8 +64,8 @@ class Scheduler {
 
   // What a step has taken in which so many sequences of a few tokens each decoded with so many drafts, as far as it was
   // measured beforehand.
-  void Took(int num_sequences, int num_drafts, absl::Duration time) {
-    draft_length_.Took(num_sequences, num_sequences, num_drafts, time);
+  void TookBeforehand(int num_sequences, int num_drafts, absl::Duration time) {
+    draft_length_.TookBeforehand(num_sequences, num_sequences, num_drafts, time);
   }
   const SchedulerLimits& limits() const { return limits_; }
   int num_in_flight() const { return static_cast<int>(in_flight_.size()); }

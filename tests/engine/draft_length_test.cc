@@ -61,6 +61,14 @@ class World {
     for (int k = 0; k <= max_drafts_; ++k) best = std::max(best, Fixed(num_sequences, num_keys, k));
     return best;
   }
+  // As a server does at its start, but for a factor.
+  void MeasureBeforehand(double factor) {
+    for (int n = 1; n <= 256; n *= 2) {
+      for (int k = 0; k <= max_drafts_; ++k) {
+        chooser_.TookBeforehand(n, n, k, absl::Seconds(factor * machine_.seconds(n, n, k)));
+      }
+    }
+  }
   Machine* machine() { return &machine_; }
   const DraftLength& chooser() const { return chooser_; }
 
@@ -131,15 +139,26 @@ TEST(DraftLengthTest, FollowsTheMachine) {
 TEST(DraftLengthTest, BeginsWithWhatWasMeasuredBeforehand) {
   for (int num_sequences : {1, 3, 8, 11, 64, 100, 256}) {
     World world({LikeAGpu}, 4);
+    world.MeasureBeforehand(1);
     DraftLength chooser = world.chooser();
-    for (int size = 1; size <= 256; size *= 2) {
-      for (int k = 0; k <= 4; ++k) chooser.Took(size, size, k, absl::Seconds(LikeAGpu(size, size, k)));
-    }
     for (int i = 0; i < 200; ++i) chooser.Verified(4, 4);
     for (int i = 0; i < DraftLength::kStepsBetweenTrials - 1; ++i) {
       const int k = chooser.Next(num_sequences, 100 * num_sequences, 4);
       EXPECT_EQ(k, 4) << num_sequences << " in step " << i;  // all are right, and rows are cheap
       chooser.Took(num_sequences, 100 * num_sequences, k, absl::Seconds(LikeAGpu(num_sequences, 100, k)));
+    }
+  }
+}
+
+// All that was measured beforehand may be too short, or too long: no length is tried for that.
+TEST(DraftLengthTest, WhatWasMeasuredBeforehandMayBeWrongByAFactor) {
+  for (double factor : {0.3, 0.9, 1.1, 3.0}) {
+    for (int num_sequences : {1, 8, 64, 256}) {
+      World world({LikeAGpu, 0.85, 0.02, 0}, 4);
+      world.MeasureBeforehand(factor);
+      world.Run(num_sequences, 200 * num_sequences, 40);  // how many drafts are right is not known beforehand
+      const double best = world.BestFixed(num_sequences, 200 * num_sequences);
+      EXPECT_GT(world.Run(num_sequences, 200 * num_sequences, 200) / best, 0.97) << factor << " " << num_sequences;
     }
   }
 }
@@ -188,6 +207,8 @@ TEST(DraftLengthTest, NoMoreThanThereIsRoomFor) {
   EXPECT_EQ(some.Next(0, 0, 3), 3) << "nothing decodes: what prompts propose";
   some.Took(1, 100, 3, absl::ZeroDuration());  // a clock set back
   some.Took(1, 100, 3, -absl::Seconds(1));
+  some.TookBeforehand(1, 100, 3, absl::ZeroDuration());
+  EXPECT_EQ(some.Next(1, 100, 3), 3) << "nothing is known: the first trial";
 }
 
 }  // namespace
