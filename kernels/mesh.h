@@ -13,7 +13,7 @@
 
 namespace cachalot {
 
-// One rank's end of it. A mesh has no deadline of its own: whoever watches the ranks aborts it when one is gone.
+// One rank's end of it. An exchange has no deadline: whoever watches the ranks aborts the mesh when one is gone.
 class Mesh {
  public:
   using Bytes = absl::Span<const char>;

@@ -10,11 +10,29 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
+#include "tests/kernels/loopback.h"
 
 namespace cachalot {
 namespace {
 
 std::string Text(Mesh::Bytes bytes) { return std::string(bytes.data(), bytes.size()); }
+
+struct MeshKind {
+  const char* name;
+  std::vector<std::unique_ptr<Mesh>> (*make)(int num_ranks);
+};
+std::vector<std::unique_ptr<Mesh>> MakeTcpMesh(int num_ranks) { return MakeLoopbackMesh({.num_nodes = num_ranks}); }
+// Each other two ranks in a process.
+std::vector<std::unique_ptr<Mesh>> MakePairs(int num_ranks) {
+  const int num_local = num_ranks % 2 == 0 ? 2 : 1;
+  return MakeLoopbackMesh({.num_nodes = num_ranks / num_local, .ranks_per_node = num_local});
+}
+
+class MeshTest : public testing::TestWithParam<MeshKind> {};
+INSTANTIATE_TEST_SUITE_P(Kind, MeshTest,
+                         testing::Values(MeshKind{"threads", MakeThreadMesh}, MeshKind{"tcp", MakeTcpMesh},
+                                         MeshKind{"pairs", MakePairs}),
+                         [](const auto& info) { return std::string(info.param.name); });
 
 template <typename Body>
 void OnAllRanks(std::vector<std::unique_ptr<Mesh>>& ranks, Body body) {
@@ -23,9 +41,9 @@ void OnAllRanks(std::vector<std::unique_ptr<Mesh>>& ranks, Body body) {
   for (std::thread& thread : threads) thread.join();
 }
 
-TEST(ThreadMesh, GivesEverybodyWhatEverybodyGave) {
+TEST_P(MeshTest, GivesEverybodyWhatEverybodyGave) {
   for (int num_ranks : {1, 2, 5, 8}) {
-    auto ranks = MakeThreadMesh(num_ranks);
+    auto ranks = GetParam().make(num_ranks);
     OnAllRanks(ranks, [num_ranks](Mesh& mesh) {
       std::mt19937 random(mesh.rank());
       for (int round = 0; round < 200; ++round) {
@@ -47,8 +65,8 @@ TEST(ThreadMesh, GivesEverybodyWhatEverybodyGave) {
   }
 }
 
-TEST(ThreadMesh, CallsThoseWhoAreAwaited) {
-  auto ranks = MakeThreadMesh(2);
+TEST_P(MeshTest, CallsThoseWhoAreAwaited) {
+  auto ranks = GetParam().make(2);
   std::atomic<uint64_t> awaited = 0;
   absl::Notification called;
   ranks[1]->OnAwaited([&](uint64_t num_begun) {
@@ -68,27 +86,41 @@ TEST(ThreadMesh, CallsThoseWhoAreAwaited) {
   EXPECT_EQ(awaited, 2u);
 }
 
-TEST(ThreadMesh, NobodyWaitsAfterAnAbort) {
+TEST_P(MeshTest, NobodyWaitsAfterAnAbort) {
   for (int i = 0; i < 20; ++i) {
-    auto ranks = MakeThreadMesh(4);
+    auto ranks = GetParam().make(4);
     std::atomic<int> num_told = 0;
     ranks[2]->OnAwaited([&](uint64_t num_begun) { num_told += num_begun == 0 ? 1 : 0; });
     std::thread aborting([&] {
       if (i % 2 == 0) std::this_thread::yield();
       ranks[3]->Abort(absl::AbortedError("rank 3 is gone"));
-      ranks[2]->Abort(absl::AbortedError("a later reason"));
     });
     std::vector<std::thread> waiting;
     for (int r = 0; r < 3; ++r) {
       waiting.emplace_back([&, r] {
         for (int round = 0; round < 2; ++round) {
           EXPECT_EQ(ranks[r]->Exchange().status(), absl::AbortedError("rank 3 is gone"));
+          ranks[r]->Abort(absl::AbortedError("a later reason"));
         }
       });
     }
     for (std::thread& thread : waiting) thread.join();
     aborting.join();
+    while (num_told == 0) std::this_thread::yield();
     EXPECT_EQ(num_told, 1);
+  }
+}
+
+TEST_P(MeshTest, EndsMayGoInAnyOrder) {
+  for (int i = 0; i < 10; ++i) {
+    auto ranks = GetParam().make(4);
+    OnAllRanks(ranks, [&](Mesh& mesh) {
+      for (int r = 0; r < 4; ++r) mesh.outbox(r).assign(1000 * mesh.rank(), 'x');
+      const auto came = mesh.Exchange();
+      ASSERT_TRUE(came.ok()) << came.status();
+      ASSERT_EQ((*came)[3].size(), 3000u);
+      if (mesh.rank() == i % 4) ranks[i % 4].reset();
+    });
   }
 }
 
