@@ -13,7 +13,7 @@ inline constexpr int kHopperSms = 132;        // of an H100, H200 or H800
 // Attention on tensor cores, the only one that is cut: C and R; a tile is so many (token, head) pairs of one sequence.
 inline constexpr int kLatentDim = 512, kRopeDim = 64;
 inline constexpr int kGpuTileQueries = 64;
-inline constexpr int kMinSplitPages = 4;  // a split of fewer is not worth its partial result
+inline constexpr int kMinSplitPages = 2;  // a split of fewer is not worth its partial result
 
 // The pages that an item of attention's work should have, of those that a step's tiles see together.
 constexpr int64_t PagesPerItem(int64_t total_pages, int num_sms) {
