@@ -76,9 +76,10 @@ void DeepSeek::Mlp(const Tensor& out, const Activations& a, const LayerWeights& 
 // a.x, a.plain -> a.delta. Routed experts wherever they live, plus the shared ones, unweighted (report eq. 12).
 void DeepSeek::Moe(const Activations& a, const LayerWeights& w, const StepArrays& step) {
   const bool has_shared = w.gate_up_proj != nullptr;
-  if (has_shared) ops_.Beside([&] { Mlp(a.shared, a, w); });
   ops_.Router(a.topk_slots, a.topk_weights, a.plain.empty() ? a.x.values : a.plain, *w.gate,
               w.e_score_correction_bias.get(), expert_slots_, step.rows, config_.router_options());
+  // NOTE: its weights would fill the memory's queues before the router's few are through.
+  if (has_shared) ops_.Beside([&] { Mlp(a.shared, a, w); });
   communicator_.Dispatch(a.expert_rows, a.x, a.topk_slots, a.topk_weights);
   ops_.GroupedLinear(a.expert_gate_up, a.expert_rows.x, *w.experts_gate_up_proj, a.expert_rows.offsets);
   ops_.GroupedSiluMul(a.expert_intermediate, a.expert_gate_up, a.expert_rows.offsets);
