@@ -579,19 +579,21 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
   }
 }
 
-// Joins the splits of tiles, in their order. A warp a quarter of a row, a block two rows, as often as there are any.
+constexpr int kJoinBlocksPerSm = 8;
+
+// Joins the splits of tiles, in their order. A block a row, a warp 64 columns of it.
 template <bool kExact>
 __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
   AllowNextKernel();
-  constexpr int kWidth = 4 * kWarpSize, kQuarters = kLatentDim / kWidth, kBlockRows = 256 / kWarpSize / kQuarters;
+  constexpr int kWidth = kLatentDim / (256 / kWarpSize);
+  static_assert(kWidth == 2 * kWarpSize);
   const Plan plan = PlanAt(a.plan, a.num_tokens, a.num_sequences, a.num_heads, a.num_sms);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, column = threadIdx.x / kWarpSize * kWidth + 2 * lane;
   if (blockIdx.x == 0 && threadIdx.x == 0) plan.header[1] = 0;  // for the next layer
-  const int32_t num_pieces = plan.header[2] * (kRows / kBlockRows);
-  for (int32_t piece = blockIdx.x; piece < num_pieces; piece += gridDim.x) {
-    const QueryTile tile = plan.tiles[plan.split_tiles[piece / (kRows / kBlockRows)]];
-    const int r = piece % (kRows / kBlockRows) * kBlockRows + warp / kQuarters;
-    const int column = warp % kQuarters * kWidth + 4 * lane;
+  const int32_t num_rows = plan.header[2] * kRows;
+  for (int32_t index = blockIdx.x; index < num_rows; index += gridDim.x) {
+    const QueryTile tile = plan.tiles[plan.split_tiles[index / kRows]];
+    const int r = index % kRows;
     if (tile.index * kRows + r >= tile.num_rows) continue;
     const float* partials = a.partials + tile.first_partial * kPartialFloats;
     const float* maxima = partials + kRows * kLatentDim + r;
@@ -600,7 +602,7 @@ __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
     max = WarpMax(max);
     if (max == -INFINITY) max = 0;  // the row sees no key
     float sum = 0;
-    float4 o = make_float4(0, 0, 0, 0);
+    float2 o = make_float2(0, 0);
     for (int first = 0; first < tile.num_splits; first += kWarpSize) {
       // Every lane the weight of one split, then all lanes the splits one after the other.
       const bool is_there = first + lane < tile.num_splits;
@@ -608,23 +610,19 @@ __global__ void __launch_bounds__(256) JoinSplits(const AttentionArguments a) {
       const float own_weight = is_there ? PowerOf2<kExact>(own[0] - max) : 0.0f;
       sum += WarpSum(own_weight * own[kRows]);
       const int count = min(kWarpSize, tile.num_splits - first);
-#pragma unroll 8
+      const float* from = partials + first * kPartialFloats + r * kLatentDim + column;
+#pragma unroll 16
       for (int s = 0; s < count; ++s) {
         const float weight = __shfl_sync(0xffffffffu, own_weight, s);
-        const float4 part =
-            *reinterpret_cast<const float4*>(partials + (first + s) * kPartialFloats + r * kLatentDim + column);
+        const float2 part = *reinterpret_cast<const float2*>(from + s * kPartialFloats);
         o.x = fmaf(weight, part.x, o.x);
         o.y = fmaf(weight, part.y, o.y);
-        o.z = fmaf(weight, part.z, o.z);
-        o.w = fmaf(weight, part.w, o.w);
       }
     }
     const int64_t row = static_cast<int64_t>(tile.first_token) * a.num_heads + tile.index * kRows + r;
     if (sum == 0) sum = 1;
-    const __nv_bfloat162 packed[2] = {__floats2bfloat162_rn(o.x / sum, o.y / sum),
-                                      __floats2bfloat162_rn(o.z / sum, o.w / sum)};
-    *reinterpret_cast<uint2*>(static_cast<bf16*>(a.out) + row * kLatentDim + column) =
-        *reinterpret_cast<const uint2*>(packed);
+    *reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(a.out) + row * kLatentDim + column) =
+        __floats2bfloat162_rn(o.x / sum, o.y / sum);
   }
 }
 
@@ -641,7 +639,7 @@ bool LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
     return false;
   }
   MlaKernel<kFp8, kExact><<<a.num_sms, kThreads<kFp8>, kSharedBytes, stream>>>(map, a);
-  JoinSplits<kExact><<<4 * a.num_sms, 256, 0, stream>>>(a);
+  JoinSplits<kExact><<<kJoinBlocksPerSm * a.num_sms, 256, 0, stream>>>(a);
   return true;
 }
 
