@@ -575,6 +575,8 @@ __global__ void __launch_bounds__(kThreads<kFp8>, 1)
     }
   } else {
     MoreRegisters<kConsumerRegisters>();
+    // NOTE: keys are there already, and so is a plan that a layer before made; queries come of the kernel before.
+    WaitForKernelBefore();
     while (items.Next(plan, sh, &item, &tile)) Consume<kExact>(a, tile, item, sh, buffers, group);
   }
 }
@@ -638,7 +640,17 @@ bool LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
                                .box_rows = kPageTokens})) {
     return false;
   }
-  MlaKernel<kFp8, kExact><<<a.num_sms, kThreads<kFp8>, kSharedBytes, stream>>>(map, a);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(a.num_sms);
+  config.blockDim = dim3(kThreads<kFp8>);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = a.has_plan ? 1 : 0;
+  (void)cudaLaunchKernelEx(&config, MlaKernel<kFp8, kExact>, map, a);  // NOTE: the caller looks at errors.
   JoinSplits<kExact><<<kJoinBlocksPerSm * a.num_sms, 256, 0, stream>>>(a);
   return true;
 }
