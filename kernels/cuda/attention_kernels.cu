@@ -5,6 +5,7 @@
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/attention_plan.cuh"
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/gemm/instructions.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/tensor_map.h"
@@ -152,6 +153,7 @@ struct Buffers {
 __device__ __forceinline__ void ProduceBf16(const AttentionArguments& a, const CUtensorMap* map, const QueryTile& tile,
                                             const WorkItem& item, Shared& sh, Buffers& buffers) {
   const int thread = threadIdx.x - kConsumers;
+  const uint64_t policy = StreamingPolicy();
   const int32_t* pages = a.block_table + tile.slot * a.table_stride;
   for (int32_t index = item.block_begin; index < item.block_end; ++index) {
     const int b = (index - item.block_begin) & 1, num_keys = min(kPageTokens, tile.kv_len - index * kPageTokens);
@@ -177,7 +179,7 @@ __device__ __forceinline__ void ProduceBf16(const AttentionArguments& a, const C
         const int tile_begin = part * kPartTiles, tile_end = min(tile_begin + kPartTiles, kSubTiles);
         BarrierExpect(full, (tile_end - tile_begin) * kSubTileBytes);
         for (int t = tile_begin; t < tile_end; ++t) {
-          CopyTile(dst + t * kSubTileBytes, map, full, 64 * t, 0, pages[index]);
+          CopyTileHinted(dst + t * kSubTileBytes, map, full, 64 * t, 0, pages[index], policy);
         }
       }
     }
