@@ -8,6 +8,8 @@ namespace {
 constexpr int kGroupThreads = 1024;
 constexpr int kScatterThreads = 256;
 constexpr int kCombineThreads = 128;
+constexpr int kMaxFewChoices = 512;  // of all tokens of a step of few
+constexpr int kHeldWords = 4;
 constexpr int kRowsInFlight = 8;  // of y, that a thread of Combine has asked for at a time
 
 __device__ __forceinline__ int32_t SlotAt(const GroupRowsArgs& a, int32_t i) {
@@ -62,14 +64,37 @@ __global__ void __launch_bounds__(kGroupThreads) GroupRowsKernel(GroupRowsArgs a
   }
 }
 
-// Every word is read once, and written for each choice.
+// Words of 16 bytes of a row, that a thread has asked for.
+__device__ __forceinline__ void LoadWords(const RowCopy& copy, int64_t t, uint4 (&held)[kHeldWords]) {
+  const uint4* src = reinterpret_cast<const uint4*>(copy.src + t * copy.src_stride);
+#pragma unroll
+  for (int i = 0; i < kHeldWords; ++i) {
+    const int word = i * kScatterThreads + threadIdx.x;
+    if (word < copy.bytes / 16) held[i] = __ldg(src + word);
+  }
+}
+
+__device__ __forceinline__ void StoreWords(const RowCopy& copy, const uint4 (&held)[kHeldWords], const int32_t* rows,
+                                           int32_t num_choices) {
+  for (int k = 0; k < num_choices; ++k) {
+    if (rows[k] < 0) continue;
+    uint4* dst = reinterpret_cast<uint4*>(copy.dst + rows[k] * copy.dst_stride);
+#pragma unroll
+    for (int i = 0; i < kHeldWords; ++i) {
+      const int word = i * kScatterThreads + threadIdx.x;
+      if (word < copy.bytes / 16) dst[word] = held[i];
+    }
+  }
+}
+
+// Every word is read once, and written for each choice. `rows`: of global or shared memory.
 template <typename Word>
 __device__ void ScatterWords(const RowCopy& copy, int64_t t, const int32_t* rows, int32_t num_choices) {
   const Word* src = reinterpret_cast<const Word*>(copy.src + t * copy.src_stride);
   for (int i = threadIdx.x; i < copy.bytes / static_cast<int>(sizeof(Word)); i += kScatterThreads) {
     const Word word = __ldg(src + i);
     for (int k = 0; k < num_choices; ++k) {
-      const int64_t row = __ldg(rows + k);
+      const int64_t row = rows[k];
       if (row >= 0) reinterpret_cast<Word*>(copy.dst + row * copy.dst_stride)[i] = word;
     }
   }
@@ -88,6 +113,41 @@ __global__ void __launch_bounds__(kScatterThreads) ScatterRowsKernel(ScatterRows
   const int32_t* rows = a.row_of + t * a.num_choices;
   ScatterRow(a.values, t, rows, a.num_choices);
   ScatterRow(a.scales, t, rows, a.num_choices);
+}
+
+// Both for few rows, a block a token, whose choices' rows it counts itself, and one more for where slots begin. `src` is
+// asked for before anything is counted.
+__global__ void __launch_bounds__(kScatterThreads) DispatchFewKernel(GroupRowsArgs g, ScatterRowsArgs s) {
+  __shared__ int32_t slots[kMaxFewChoices], rows[kMaxFewChoices];
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int32_t n = g.num_tokens * g.num_choices, t = static_cast<int32_t>(blockIdx.x), own = t * g.num_choices;
+  const bool has_row = t < g.num_tokens;
+  uint4 held[kHeldWords];
+  if (has_row) LoadWords(s.values, t, held);
+  for (int32_t i = threadIdx.x; i < n; i += kScatterThreads) slots[i] = SlotAt(g, i);
+  __syncthreads();
+  // How many choices go before a slot's: a warp a choice, or a slot.
+  const int32_t count = has_row ? g.num_choices : g.num_slots + 1;
+  for (int32_t k = warp; k < count; k += kScatterThreads / kWarpSize) {
+    const int32_t slot = has_row ? slots[own + k] : k;
+    int32_t before = 0;
+    for (int32_t i = lane; i < n; i += kWarpSize) {
+      before += static_cast<uint32_t>(slots[i]) < static_cast<uint32_t>(slot) ? 1 : 0;
+      before += has_row && i < own + k && slots[i] == slot ? 1 : 0;
+    }
+    before = __reduce_add_sync(kFullWarp, before);
+    if (lane != 0) continue;
+    if (!has_row) {
+      g.offsets[k] = min(before, g.capacity);
+      continue;
+    }
+    rows[k] = static_cast<uint32_t>(slot) < static_cast<uint32_t>(g.num_slots) && before < g.capacity ? before : -1;
+    g.row_of[own + k] = rows[k];
+  }
+  if (!has_row) return;
+  __syncthreads();
+  StoreWords(s.values, held, rows, g.num_choices);
+  ScatterRow(s.scales, t, rows, g.num_choices);
 }
 
 __global__ void __launch_bounds__(kCombineThreads) CombineVectorKernel(CombineArgs a) {
@@ -137,6 +197,15 @@ __global__ void __launch_bounds__(kCombineThreads) CombineScalarKernel(CombineAr
 
 void LaunchGroupRows(cudaStream_t stream, const GroupRowsArgs& args) {
   GroupRowsKernel<<<args.num_slots, kGroupThreads, 0, stream>>>(args);
+}
+
+bool DispatchesAtOnce(const GroupRowsArgs& group, const ScatterRowsArgs& scatter) {
+  return group.num_tokens * group.num_choices <= kMaxFewChoices && scatter.values.word == 16 &&
+         scatter.values.bytes <= kHeldWords * kScatterThreads * 16;
+}
+
+void LaunchDispatch(cudaStream_t stream, const GroupRowsArgs& group, const ScatterRowsArgs& scatter) {
+  DispatchFewKernel<<<static_cast<unsigned>(group.num_tokens) + 1, kScatterThreads, 0, stream>>>(group, scatter);
 }
 
 void LaunchScatterRows(cudaStream_t stream, const ScatterRowsArgs& args, int64_t num_tokens) {

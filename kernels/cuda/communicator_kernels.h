@@ -29,6 +29,10 @@ struct ScatterRowsArgs {
 };
 void LaunchScatterRows(cudaStream_t stream, const ScatterRowsArgs& args, int64_t num_tokens);
 
+// Both by one kernel, where there are few rows: a launch and a reading of the rows less.
+bool DispatchesAtOnce(const GroupRowsArgs& group, const ScatterRowsArgs& scatter);
+void LaunchDispatch(cudaStream_t stream, const GroupRowsArgs& group, const ScatterRowsArgs& scatter);
+
 // out[t] <- shared[t] + sum over k, in order, of weights[t,k] * y[row_of[t,k]].
 struct CombineArgs {
   MatrixRef out, y;

@@ -32,21 +32,27 @@ void CudaLocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x
   const int64_t num_slots = rows.offsets.dim(0) - 1;
   CHECK(num_slots > 0, "offsets of no slot");
   int32_t* row_of = static_cast<int32_t*>(row_of_.data());
-  LaunchGroupRows(stream_.get(), {.topk_slots = topk_slots.as<int32_t>(),
-                                  .topk_slots_stride = topk_slots.row_stride,
-                                  .row_of = row_of,
-                                  .offsets = rows.offsets.as<int32_t>(),
-                                  .num_tokens = static_cast<int32_t>(num_tokens_),
-                                  .num_choices = static_cast<int32_t>(num_choices_),
-                                  .num_slots = static_cast<int32_t>(num_slots),
-                                  .capacity = static_cast<int32_t>(rows.x.rows())});
+  const GroupRowsArgs group = {.topk_slots = topk_slots.as<int32_t>(),
+                               .topk_slots_stride = topk_slots.row_stride,
+                               .row_of = row_of,
+                               .offsets = rows.offsets.as<int32_t>(),
+                               .num_tokens = static_cast<int32_t>(num_tokens_),
+                               .num_choices = static_cast<int32_t>(num_choices_),
+                               .num_slots = static_cast<int32_t>(num_slots),
+                               .capacity = static_cast<int32_t>(rows.x.rows())};
+  ScatterRowsArgs scatter = {.values = RowCopyOf(rows.x.values, x.values, DTypeBytes(x.values.dtype)),
+                             .scales = {},
+                             .row_of = row_of,
+                             .num_choices = static_cast<int32_t>(num_choices_)};
+  if (!x.scales.empty()) scatter.scales = RowCopyOf(rows.x.scales, x.scales, sizeof(float));
+  if (DispatchesAtOnce(group, scatter)) {
+    LaunchDispatch(stream_.get(), group, scatter);
+    stream_.Launched("Dispatch");
+    return;
+  }
+  LaunchGroupRows(stream_.get(), group);
   if (!stream_.Launched("Dispatch, grouping") || num_tokens_ == 0) return;
-  ScatterRowsArgs args = {.values = RowCopyOf(rows.x.values, x.values, DTypeBytes(x.values.dtype)),
-                          .scales = {},
-                          .row_of = row_of,
-                          .num_choices = static_cast<int32_t>(num_choices_)};
-  if (!x.scales.empty()) args.scales = RowCopyOf(rows.x.scales, x.scales, sizeof(float));
-  LaunchScatterRows(stream_.get(), args, num_tokens_);
+  LaunchScatterRows(stream_.get(), scatter, num_tokens_);
   stream_.Launched("Dispatch");
 }
 

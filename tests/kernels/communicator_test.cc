@@ -48,7 +48,7 @@ std::vector<std::pair<int64_t, int64_t>> RowsBySlot(const std::vector<int32_t>& 
 TEST(LocalCommunicator, GroupsRowsAndCombinesThem) {
   Random random(1);
   const auto backend = testing::MakeTestBackend(testing::CpuOptions());
-  for (int64_t rows : {0, 1, 7, 129}) {
+  for (int64_t rows : {0, 1, 7, 129, 300}) {
     for (int64_t cols : {320, 77}) {
       for (DType dtype : {DType::kF32, DType::kBF16}) {
         const std::vector<int32_t> slots = RandomSlots(rows, random);
