@@ -1,6 +1,7 @@
 // What stands beside absorbed attention: queries rotated before it, values quantised after it.
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
 
@@ -11,6 +12,8 @@ namespace {
 constexpr int kRopeChunks = kRopeDim / kChunk;
 
 __global__ void __launch_bounds__(256) RopeQueriesVector(const RopeQueriesArguments a) {
+  // NOTE: attention asks for keys as soon as it begins: not before the kernels that wrote them have ended.
+  WaitForKernelBefore();
   AllowNextKernel();
   const int index = blockIdx.x * 256 + threadIdx.x, row = index / kRopeChunks, chunk = index % kRopeChunks;
   if (row >= a.num_tokens * a.num_heads) return;
@@ -38,6 +41,7 @@ __global__ void __launch_bounds__(256) RopeQueriesVector(const RopeQueriesArgume
 
 // A warp a (token, head): a pair of the rotated part each lane.
 __global__ void __launch_bounds__(256) RopeQueries(const RopeQueriesArguments a) {
+  WaitForKernelBefore();
   AllowNextKernel();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
@@ -98,9 +102,9 @@ bool IsVectorRope(const RopeQueriesArguments& a) {
 void LaunchRopeQueries(cudaStream_t stream, const RopeQueriesArguments& a) {
   const int64_t rows = static_cast<int64_t>(a.num_tokens) * a.num_heads;
   if (IsVectorRope(a)) {
-    RopeQueriesVector<<<static_cast<unsigned>((rows * kRopeChunks + 255) / 256), 256, 0, stream>>>(a);
+    Launch(RopeQueriesVector, true, static_cast<unsigned>((rows * kRopeChunks + 255) / 256), 256, 0, stream, a);
   } else {
-    RopeQueries<<<static_cast<unsigned>((rows + 7) / 8), 256, 0, stream>>>(a);
+    Launch(RopeQueries, true, static_cast<unsigned>((rows + 7) / 8), 256, 0, stream, a);
   }
 }
 

@@ -146,8 +146,10 @@ void CudaOps::Absorb(const Activation& out, const Tensor& q, const CudaKvUp& up,
   rotation.nope_dim = static_cast<int>(nope_dim);
   rotation.latent_dim = static_cast<int>(latent_dim);
   rotation.rope_dim = static_cast<int>(rope_dim);
-  LaunchRopeQueries(stream_.get(), rotation);
+  // NOTE: in this order the product asks for its weight while the one that makes q still runs.
   Multiply(absorbed, entry_dim, Activation{q, Tensor()}, nope_dim + rope_dim, up.w_uk(), nullptr);
+  LaunchRopeQueries(stream_.get(), rotation);
+  stream_.Launched("rope");
 
   attention.q = absorbed.data;
   attention.out = latents.data;

@@ -6,6 +6,7 @@
 #include "kernels/cuda/attention_plan.cuh"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm/instructions.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/tensor_map.h"
@@ -642,17 +643,7 @@ bool LaunchMla(cudaStream_t stream, const AttentionArguments& a) {
                                .box_rows = kPageTokens})) {
     return false;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(a.num_sms);
-  config.blockDim = dim3(kThreads<kFp8>);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = a.has_plan ? 1 : 0;
-  (void)cudaLaunchKernelEx(&config, MlaKernel<kFp8, kExact>, map, a);  // NOTE: the caller looks at errors.
+  Launch(MlaKernel<kFp8, kExact>, a.has_plan, a.num_sms, kThreads<kFp8>, kSharedBytes, stream, map, a);
   JoinSplits<kExact><<<kJoinBlocksPerSm * a.num_sms, 256, 0, stream>>>(a);
   return true;
 }
