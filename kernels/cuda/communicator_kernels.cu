@@ -1,5 +1,6 @@
 // Kernels of dispatch and combine within one rank.
 #include "kernels/cuda/communicator_kernels.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
 
 namespace cachalot {
@@ -151,6 +152,7 @@ __global__ void __launch_bounds__(kScatterThreads) DispatchFewKernel(GroupRowsAr
 }
 
 __global__ void __launch_bounds__(kCombineThreads) CombineVectorKernel(CombineArgs a) {
+  AllowNextKernel();
   const int64_t t = blockIdx.x;
   const int chunk = blockIdx.y * kCombineThreads + threadIdx.x;
   if (chunk >= a.cols / kChunk) return;

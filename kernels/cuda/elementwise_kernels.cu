@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/elementwise_kernels.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rms_norm.cuh"
 #include "kernels/cuda/rows.cuh"
@@ -53,7 +54,6 @@ __global__ void __launch_bounds__(kEmbedThreads) EmbedKernel(EmbedArgs a, bool i
 }
 
 __global__ void __launch_bounds__(1024) NormVectorKernel(RmsNormArgs a) {
-  AllowNextKernel();
   __shared__ double shared[kWarpSize];
   NormRowVector(a, blockIdx.x, shared);
 }
@@ -71,6 +71,7 @@ __device__ __forceinline__ int64_t ValidRows(const SiluMulArgs& a) {
 }
 
 __global__ void __launch_bounds__(kSiluThreads) SiluVectorKernel(SiluMulArgs a) {
+  WaitForKernelBefore();
   AllowNextKernel();
   const int chunk = blockIdx.y * kSiluThreads + threadIdx.x, num_chunks = a.cols / kChunk;
   const bool is_valid = chunk < num_chunks;
@@ -147,9 +148,9 @@ void LaunchAddRmsNorm(cudaStream_t stream, const RmsNormArgs& args, int64_t num_
   const bool is_vector = IsVectorNorm(args);
   const unsigned blocks = static_cast<unsigned>(num_rows), threads = NormThreads(args, is_vector);
   if (is_vector) {
-    NormVectorKernel<<<blocks, threads, 0, stream>>>(args);
+    Launch(NormVectorKernel, true, blocks, threads, 0, stream, args);
   } else {
-    NormScalarKernel<<<blocks, threads, 0, stream>>>(args);
+    Launch(NormScalarKernel, true, blocks, threads, 0, stream, args);
   }
 }
 
@@ -160,7 +161,7 @@ void LaunchSiluMul(cudaStream_t stream, const SiluMulArgs& args) {
   const dim3 grid(static_cast<unsigned>(std::min(args.num_rows, kMaxRowBlocks)),
                   static_cast<unsigned>((args.cols + block_cols - 1) / block_cols));
   if (is_vector) {
-    SiluVectorKernel<<<grid, kSiluThreads, 0, stream>>>(args);
+    Launch(SiluVectorKernel, true, grid, kSiluThreads, 0, stream, args);
   } else {
     SiluScalarKernel<<<grid, kSiluThreads, 0, stream>>>(args);
   }

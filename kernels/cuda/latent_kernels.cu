@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/latent_kernels.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rms_norm.cuh"
 #include "kernels/cuda/rows.cuh"
@@ -11,6 +12,7 @@ namespace cachalot {
 namespace {
 
 constexpr int kMinThreads = 128;
+static_assert(kMinThreads >= kMaxRopeDim / 2);
 constexpr int kHeld = kMaxLatentDim / kMinThreads;  // values of c that a thread holds
 
 // Where row t's entry goes; null for padding, and for what the host should not have asked for.
@@ -67,16 +69,24 @@ __device__ void NormAndRope(const LatentArgs& a, int64_t t, float* row, double* 
   for (int i = 0; i < kHeld; ++i) {
     const int c = threadIdx.x + i * blockDim.x;
     if (c >= rank) break;
-    v[i] = LoadKv<kIsBf16>(a, source + c);
     weight[i] = __ldg(a.kv_weight + c);
   }
   const float* cos_sin = a.cos_sin + a.positions[t] * a.rope_stride;
-  for (int i = threadIdx.x; i < half; i += blockDim.x) {
-    const float even = LoadKv<kIsBf16>(a, source + rank + 2 * i);
-    const float odd = LoadKv<kIsBf16>(a, source + rank + 2 * i + 1);
-    const float cos = cos_sin[i], sin = cos_sin[half + i];
-    row[rank + 2 * i] = even * cos - odd * sin;
-    row[rank + 2 * i + 1] = even * sin + odd * cos;
+  const bool has_angle = static_cast<int>(threadIdx.x) < half;  // blocks have more threads than kMaxRopeDim / 2
+  const float cos = has_angle ? cos_sin[threadIdx.x] : 0.0f, sin = has_angle ? cos_sin[half + threadIdx.x] : 0.0f;
+  WaitForKernelBefore();
+  AllowNextKernel();
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int c = threadIdx.x + i * blockDim.x;
+    if (c >= rank) break;
+    v[i] = LoadKv<kIsBf16>(a, source + c);
+  }
+  if (has_angle) {
+    const int64_t pair = source + rank + 2 * static_cast<int>(threadIdx.x);
+    const float even = LoadKv<kIsBf16>(a, pair), odd = LoadKv<kIsBf16>(a, pair + 1);
+    row[rank + 2 * threadIdx.x] = even * cos - odd * sin;
+    row[rank + 2 * threadIdx.x + 1] = even * sin + odd * cos;
   }
   double squares = 0.0;
 #pragma unroll
@@ -95,12 +105,14 @@ __device__ void NormAndRope(const LatentArgs& a, int64_t t, float* row, double* 
 }
 
 __global__ void __launch_bounds__(1024, 1) LatentKernel(LatentArgs a, bool is_vector_q) {
-  AllowNextKernel();
   extern __shared__ float row[];
   __shared__ double shared[kWarpSize];
   const int64_t t = blockIdx.x;
   if (blockIdx.y == 0) {
-    if (a.slots[t] < 0 || a.positions[t] < 0 || a.positions[t] >= a.rope_positions) return;
+    if (a.slots[t] < 0 || a.positions[t] < 0 || a.positions[t] >= a.rope_positions) {
+      WaitForKernelBefore();
+      return;
+    }
     // NOTE: where the entry goes is looked up meanwhile.
     uint8_t* const entry = EntryOf(a, t);
     if (a.kv.type == NumberType::kBF16) {
@@ -123,7 +135,7 @@ void LaunchLatentNormRopeWrite(cudaStream_t stream, const LatentArgs& args, int6
   const int threads = std::max(kMinThreads, has_q ? NormThreads(args.q, is_vector_q) : 0);
   const dim3 grid(static_cast<unsigned>(num_rows), has_q ? 2 : 1);
   const size_t shared = (args.kv_lora_rank + args.rope_dim) * sizeof(float);
-  LatentKernel<<<grid, threads, shared, stream>>>(args, is_vector_q);
+  Launch(LatentKernel, true, grid, threads, shared, stream, args, is_vector_q);
 }
 
 }  // namespace cachalot

@@ -10,13 +10,13 @@ namespace cachalot {
 // WaitForKernelBefore, and before that may read only what an earlier kernel is known to have left. The caller looks at
 // errors.
 template <typename... Parameters>
-void Launch(void (*kernel)(Parameters...), bool is_early, unsigned blocks, unsigned threads, size_t shared_bytes,
+void Launch(void (*kernel)(Parameters...), bool is_early, dim3 blocks, unsigned threads, size_t shared_bytes,
             cudaStream_t stream, const Parameters&... arguments) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
+  config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;

@@ -3,6 +3,7 @@
 #define CACHALOT_KERNELS_CUDA_RMS_NORM_CUH_
 
 #include "kernels/cuda/elementwise_kernels.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
 
 namespace cachalot {
@@ -33,6 +34,18 @@ __device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, d
   const int num_chunks = a.cols / kChunk;
   uint4 h[kNormChunks], delta[kNormChunks];
   float weight[kNormChunks][kChunk];
+  // NOTE: in a step of few rows it comes from memory: on its way before the row is there.
+#pragma unroll
+  for (int i = 0; i < kNormChunks; ++i) {
+    const int chunk = threadIdx.x + i * blockDim.x;
+    if (chunk >= num_chunks) continue;
+    const float4* w = reinterpret_cast<const float4*>(a.weight) + 2 * chunk;
+    const float4 w0 = __ldg(w), w1 = __ldg(w + 1);
+    weight[i][0] = w0.x, weight[i][1] = w0.y, weight[i][2] = w0.z, weight[i][3] = w0.w;
+    weight[i][4] = w1.x, weight[i][5] = w1.y, weight[i][6] = w1.z, weight[i][7] = w1.w;
+  }
+  WaitForKernelBefore();
+  AllowNextKernel();
 #pragma unroll
   for (int i = 0; i < kNormChunks; ++i) {
     const int chunk = threadIdx.x + i * blockDim.x;
@@ -40,11 +53,6 @@ __device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, d
     if (chunk >= num_chunks) continue;
     h[i] = *ChunkOf(a.h, t, chunk);
     if (a.delta.data != nullptr) delta[i] = *ChunkOf(a.delta, t, chunk);
-    // NOTE: on its way before it is needed: in a step of few rows it comes from memory.
-    const float4* w = reinterpret_cast<const float4*>(a.weight) + 2 * chunk;
-    const float4 w0 = __ldg(w), w1 = __ldg(w + 1);
-    weight[i][0] = w0.x, weight[i][1] = w0.y, weight[i][2] = w0.z, weight[i][3] = w0.w;
-    weight[i][4] = w1.x, weight[i][5] = w1.y, weight[i][6] = w1.z, weight[i][7] = w1.w;
   }
   double squares = 0.0;
 #pragma unroll
@@ -82,6 +90,8 @@ __device__ __forceinline__ void NormRowVector(const RmsNormArgs& a, int64_t t, d
 
 // Any type, width and alignment.
 __device__ __forceinline__ void NormRowScalar(const RmsNormArgs& a, int64_t t, double* shared) {
+  WaitForKernelBefore();
+  AllowNextKernel();
   const int64_t row = t * a.h.row_stride;
   double squares = 0.0;
   for (int c = threadIdx.x; c < a.cols; c += blockDim.x) {

@@ -2,6 +2,8 @@
 #include <cmath>
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/router_kernels.h"
 #include "kernels/exponential.h"
 
@@ -189,15 +191,19 @@ template <int kPerLane>
 __global__ void __launch_bounds__(kWarps* kWarpSize) SelectInRegisters(SelectArgs a) {
   const int lane = threadIdx.x % kWarpSize, n = a.num_experts / kWarpSize;
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-  if (t >= a.num_rows) return;
-  const bool is_there = a.slots[t] >= 0;
+  const bool is_row = t < a.num_rows, is_there = is_row && a.slots[t] >= 0;
   const float* logits = a.logits + t * a.num_experts + lane * n;
   float scores[kPerLane], biased[kPerLane], bias[kPerLane];
   float max = -INFINITY, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    scores[i] = i < n ? logits[i] : -INFINITY;
     bias[i] = i < n && a.bias != nullptr ? __ldg(a.bias + lane * n + i) : 0.0f;
+  }
+  WaitForKernelBefore();
+  if (!is_row) return;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    scores[i] = i < n ? logits[i] : -INFINITY;
   }
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -268,7 +274,7 @@ void LaunchSelectExperts(cudaStream_t stream, const SelectArgs& args) {
   const unsigned blocks = static_cast<unsigned>((args.num_rows + kWarps - 1) / kWarps);
   if (FitsLanes(args)) {
     const auto kernel = args.num_experts <= 8 * kWarpSize ? SelectInRegisters<8> : SelectInRegisters<kMaxPerLane>;
-    kernel<<<blocks, kWarps * kWarpSize, 0, stream>>>(args);
+    Launch(kernel, true, blocks, kWarps * kWarpSize, 0, stream, args);
     return;
   }
   const size_t shared = sizeof(float) * kWarps * (2 * args.num_experts + 2 * args.n_group);
