@@ -364,6 +364,7 @@ void Rank::RunSteps() {
     status = agreed.status();
     if (!status.ok() || agreed->is_leaving) break;
     begin = absl::Now();
+    if (!plan.empty() && agreed->num_proposed > plan.num_proposed) scheduler_->Proposes(agreed->num_proposed);
     if (agreed->has_work) Launch(plan, *agreed);
     host_time_ += absl::Now() - begin;
     // NOTE: a commit frees blocks and slots, so only a turn that neither planned nor committed has nothing to do: then

@@ -147,6 +147,15 @@ StepPlan Scheduler::Plan(absl::Time now) {
   return std::move(next.plan);
 }
 
+// NOTE: of a sequence that does not sample in the step no drafts are asked; as many are reserved for as there may be.
+void Scheduler::Proposes(int num_drafts) {
+  CHECK(!in_flight_.empty() && num_drafts <= limits_.max_drafts);
+  for (const LogitsRow& row : absl::MakeSpan(in_flight_.back().rows).first(in_flight_.back().num_sampled)) {
+    in_flight_.back().sequences[row.sequence]->num_drafts = num_drafts;
+  }
+  in_flight_.back().num_drafts = -1;
+}
+
 void Scheduler::PlanRows(NewStep* next) {
   const auto num_wanting = static_cast<int>(std::count_if(admission_.running().begin(), admission_.running().end(),
                                                           [this](const auto& running) { return WantsRows(*running); }));

@@ -56,6 +56,10 @@ class Scheduler {
   // returns, unless empty, must be launched before the next call.
   StepPlan Plan(absl::Time now);
 
+  // The step that was planned last proposes more drafts than its plan says, since other ranks' do: the next verifies
+  // them.
+  void Proposes(int num_drafts);
+
   // Takes the result of the oldest planned step that has not been committed.
   void Commit(const StepResult& result, absl::Time now, Deltas* deltas);
 

@@ -197,21 +197,15 @@ __global__ void __launch_bounds__(kCombineThreads) CombineScalarKernel(CombineAr
 
 }  // namespace
 
-void LaunchGroupRows(cudaStream_t stream, const GroupRowsArgs& args) {
-  GroupRowsKernel<<<args.num_slots, kGroupThreads, 0, stream>>>(args);
-}
-
-bool DispatchesAtOnce(const GroupRowsArgs& group, const ScatterRowsArgs& scatter) {
-  return group.num_tokens * group.num_choices <= kMaxFewChoices && scatter.values.word == 16 &&
-         scatter.values.bytes <= kHeldWords * kScatterThreads * 16;
-}
-
 void LaunchDispatch(cudaStream_t stream, const GroupRowsArgs& group, const ScatterRowsArgs& scatter) {
-  DispatchFewKernel<<<static_cast<unsigned>(group.num_tokens) + 1, kScatterThreads, 0, stream>>>(group, scatter);
-}
-
-void LaunchScatterRows(cudaStream_t stream, const ScatterRowsArgs& args, int64_t num_tokens) {
-  ScatterRowsKernel<<<static_cast<unsigned>(num_tokens), kScatterThreads, 0, stream>>>(args);
+  const auto num_tokens = static_cast<unsigned>(group.num_tokens);
+  if (group.num_tokens * group.num_choices <= kMaxFewChoices && scatter.values.word == 16 &&
+      scatter.values.bytes <= kHeldWords * kScatterThreads * 16) {
+    DispatchFewKernel<<<num_tokens + 1, kScatterThreads, 0, stream>>>(group, scatter);
+    return;
+  }
+  GroupRowsKernel<<<group.num_slots, kGroupThreads, 0, stream>>>(group);
+  if (num_tokens > 0) ScatterRowsKernel<<<num_tokens, kScatterThreads, 0, stream>>>(scatter);
 }
 
 void LaunchCombine(cudaStream_t stream, const CombineArgs& args, int64_t num_tokens) {

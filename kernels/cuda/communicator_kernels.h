@@ -19,18 +19,13 @@ struct GroupRowsArgs {
   int32_t first_slot = 0, num_slots;  // others go nowhere
   int32_t capacity;                   // rows that there is room for; what comes after goes nowhere
 };
-void LaunchGroupRows(cudaStream_t stream, const GroupRowsArgs& args);
-
 // Row t of src to the rows row_of[t, 0..num_choices) of dst.
 struct ScatterRowsArgs {
   RowCopy values, scales;
   const int32_t* row_of;
   int32_t num_choices;
 };
-void LaunchScatterRows(cudaStream_t stream, const ScatterRowsArgs& args, int64_t num_tokens);
-
-// Both by one kernel, where there are few rows: a launch and a reading of the rows less.
-bool DispatchesAtOnce(const GroupRowsArgs& group, const ScatterRowsArgs& scatter);
+// One after the other; where there are few rows by one kernel: a launch and a reading of the rows less.
 void LaunchDispatch(cudaStream_t stream, const GroupRowsArgs& group, const ScatterRowsArgs& scatter);
 
 // out[t] <- shared[t] + sum over k, in order, of weights[t,k] * y[row_of[t,k]].

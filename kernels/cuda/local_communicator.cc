@@ -45,14 +45,7 @@ void CudaLocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x
                              .row_of = row_of,
                              .num_choices = static_cast<int32_t>(num_choices_)};
   if (!x.scales.empty()) scatter.scales = RowCopyOf(rows.x.scales, x.scales, sizeof(float));
-  if (DispatchesAtOnce(group, scatter)) {
-    LaunchDispatch(stream_.get(), group, scatter);
-    stream_.Launched("Dispatch");
-    return;
-  }
-  LaunchGroupRows(stream_.get(), group);
-  if (!stream_.Launched("Dispatch, grouping") || num_tokens_ == 0) return;
-  LaunchScatterRows(stream_.get(), scatter, num_tokens_);
+  LaunchDispatch(stream_.get(), group, scatter);
   stream_.Launched("Dispatch");
 }
 

@@ -181,22 +181,21 @@ void CudaPeerCommunicator::Dispatch(const ExpertRows& rows, const Activation& x,
                  num_tokens_);
   if (!stream_.Launched("Dispatch, to other ranks")) return;
   auto* row_of = static_cast<int32_t*>(row_of_.data());
-  LaunchGroupRows(stream_.get(), {.topk_slots = inbox_.slots,
-                                  .topk_slots_stride = num_choices,
-                                  .row_of = row_of,
-                                  .offsets = rows.offsets.as<int32_t>(),
-                                  .num_tokens = static_cast<int32_t>(num_rows()),
-                                  .num_choices = static_cast<int32_t>(num_choices),
-                                  .first_slot = rank() * slots_per_rank_,
-                                  .num_slots = slots_per_rank_,
-                                  .capacity = static_cast<int32_t>(rows.x.rows())});
-  if (!stream_.Launched("Dispatch, grouping")) return;
-  ScatterRowsArgs args = {.values = RowCopyOf(rows.x.values, values, element),
-                          .scales = {},
-                          .row_of = row_of,
-                          .num_choices = static_cast<int32_t>(num_choices)};
-  if (has_scales) args.scales = RowCopyOf(rows.x.scales, scales, sizeof(float));
-  LaunchScatterRows(stream_.get(), args, num_rows());
+  const GroupRowsArgs group = {.topk_slots = inbox_.slots,
+                               .topk_slots_stride = num_choices,
+                               .row_of = row_of,
+                               .offsets = rows.offsets.as<int32_t>(),
+                               .num_tokens = static_cast<int32_t>(num_rows()),
+                               .num_choices = static_cast<int32_t>(num_choices),
+                               .first_slot = rank() * slots_per_rank_,
+                               .num_slots = slots_per_rank_,
+                               .capacity = static_cast<int32_t>(rows.x.rows())};
+  ScatterRowsArgs scatter = {.values = RowCopyOf(rows.x.values, values, element),
+                             .scales = {},
+                             .row_of = row_of,
+                             .num_choices = static_cast<int32_t>(num_choices)};
+  if (has_scales) scatter.scales = RowCopyOf(rows.x.scales, scales, sizeof(float));
+  LaunchDispatch(stream_.get(), group, scatter);
   stream_.Launched("Dispatch");
 }
 

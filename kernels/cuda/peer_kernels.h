@@ -32,7 +32,7 @@ struct Peers {
   const volatile int32_t* abort;  // not 0: nobody waits any more
   volatile int32_t* fault;        // 1 + the rank that has not answered within kPeerTimeoutNs; -1: abort
 };
-inline constexpr int64_t kPeerTimeoutNs = int64_t{10} * 1000 * 1000 * 1000;
+inline constexpr int64_t kPeerTimeoutNs = int64_t{4} * 1000 * 1000 * 1000;
 
 // Every token's row to each rank that has a slot of its, once; slots and weights to all. Then waits until all have done
 // the same.
