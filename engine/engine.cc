@@ -296,9 +296,10 @@ void EngineStats::Add(const EngineStats& other) {
   for (const auto member : {&EngineStats::steps, &EngineStats::prompt_tokens, &EngineStats::cached_prompt_tokens,
                             &EngineStats::prefix_cache_queries, &EngineStats::prefix_cache_evictions,
                             &EngineStats::recomputed_tokens, &EngineStats::generated_tokens, &EngineStats::preemptions,
-                            &EngineStats::draft_tokens, &EngineStats::accepted_draft_tokens}) {
+                            &EngineStats::draft_tokens, &EngineStats::accepted_draft_tokens, &EngineStats::drafts}) {
     this->*member += other.*member;
   }
+  for (size_t i = 0; i < accepted_by_place.size(); ++i) accepted_by_place[i] += other.accepted_by_place[i];
   host_seconds += other.host_seconds;
   step_rows.Add(other.step_rows);
 }

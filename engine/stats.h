@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/options.h"
 #include "engine/request.h"
 
 namespace cachalot {
@@ -50,8 +51,11 @@ struct EngineStats {
   uint64_t recomputed_tokens = 0;       // fed again after a preemption, prompt and generated alike
   uint64_t generated_tokens = 0;
   uint64_t preemptions = 0;
-  // Tokens that an MTP layer proposed and that were verified; those of them that the model took.
+  // Tokens that an MTP layer proposed and that were verified; those of them that the model took; and by their place
+  // among a sequence's drafts of a step, the first is [0].
   uint64_t draft_tokens = 0, accepted_draft_tokens = 0;
+  std::array<uint64_t, kMaxSpeculativeTokens> accepted_by_place = {};
+  uint64_t drafts = 0;  // verified: one for each step of a sequence that had draft tokens, however many
   // What the step thread worked while steps were under way, waiting for the device not counted.
   double host_seconds = 0;
   StepRowsHistogram step_rows;

@@ -116,8 +116,16 @@ void RenderRank(const EngineStats& stats, const ModelInfo& model, int block_size
   page->Gauge("cachalot:prefix_cache_idle_blocks", stats.blocks_idle, "Blocks in it that no request uses.");
   page->Counter("vllm:prompt_tokens_recomputed_total", stats.recomputed_tokens, "Tokens computed again after that.");
   page->Counter("vllm:generation_tokens_total", stats.generated_tokens, "Tokens generated.");
+  page->Counter("vllm:spec_decode_num_drafts_total", stats.drafts,
+                "Steps of a sequence in which drafts were verified.");
   page->Counter("vllm:spec_decode_num_draft_tokens_total", stats.draft_tokens, "Drafts that were verified.");
   page->Counter("vllm:spec_decode_num_accepted_tokens_total", stats.accepted_draft_tokens, "Those that were right.");
+  page->Header("vllm:spec_decode_num_accepted_tokens_per_pos_total", "counter",
+               "By their place among a step's drafts.");
+  for (size_t i = 0; i < stats.accepted_by_place.size() && stats.accepted_by_place[i] > 0; ++i) {
+    page->Sample("vllm:spec_decode_num_accepted_tokens_per_pos_total", stats.accepted_by_place[i],
+                 absl::StrCat(",position=\"", i, "\""));
+  }
   RenderStepRows(stats.step_rows, page);
 }
 

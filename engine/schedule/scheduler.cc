@@ -398,6 +398,8 @@ void Scheduler::CommitTokens(const StepResult& result, RowRange rows, int num_ac
     draft_length_.Verified(num_rows - 1, num_accepted - 1);
     counters_.draft_tokens += num_rows - 1;
     counters_.accepted_draft_tokens += num_accepted - 1;
+    for (int i = 0; i < num_accepted - 1; ++i) ++counters_.accepted_by_place[i];
+    counters_.drafts += num_rows > 1 ? 1 : 0;
     sequence->first_token = std::min(sequence->first_token, now);
   }
   for (int i = 0; num_rows > 0 && i < num_accepted && reason == FinishReason::kNone; ++i) {

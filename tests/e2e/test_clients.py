@@ -3,6 +3,10 @@
 They are imported where they are used: it takes seconds, which tests of other things need not wait for.
 """
 
+import json
+import re
+
+import httpx
 import pytest
 
 from conftest import ROOT, Server
@@ -78,3 +82,32 @@ def test_litellm(demo, monkeypatch):
     assert litellm.text_completion(prompt="A whale is", max_tokens=5, **options).usage.completion_tokens == 5
     with pytest.raises(litellm.BadRequestError):
         litellm.completion(messages=question, **{**options, "temperature": 5})
+
+
+def test_load_generators(binary):
+    """The requests of guidellm and `vllm bench serve`, which are too large to install here: tests/bench/results has their runs."""
+    server = Server(binary, ROOT / "deploy/demo", "--max-model-len", "1024", "--speculative-tokens", "2")
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        assert client.get("/health").status_code == 200
+        assert client.get("/v1/models").json()["data"][0]["id"] == server.model
+        tokens = client.post("/tokenize", json={"model": server.model, "prompt": QUESTION, "add_special_tokens": False}).json()
+        assert tokens["count"] == len(tokens["tokens"]) > 0
+        messages, options = [{"role": "user", "content": QUESTION}], {"model": server.model, "stream": True, "ignore_eos": True}
+        usage = {"include_usage": True, "continuous_usage_stats": True}
+        for path, body in (
+            ("/v1/chat/completions", {"messages": messages, "max_completion_tokens": 16, "stream_options": usage}),
+            ("/v1/completions", {"prompt": QUESTION, "max_tokens": 16, "stream_options": usage}),
+            ("/v1/completions", {"prompt": QUESTION, "max_tokens": 16, "repetition_penalty": 1.0, "logprobs": None, "stream_options": {"include_usage": True}}),
+        ):
+            events = client.post(path, json={**body, **options}, headers={"x-request-id": "bench-0"}).text.split("\n\n")
+            assert events[-2:] == ["data: [DONE]", ""]
+            last = json.loads(events[-3].removeprefix("data: "))
+            assert last["choices"] == [] and last["usage"]["completion_tokens"] == 16
+        assert client.post("/start_profile").status_code == 404
+        samples = re.findall(r"^vllm:spec_decode_num_(\w+)_total{(.*)} (\d+)$", client.get("/metrics").text, re.MULTILINE)
+    counts = {(name, *re.findall(r'position="(\d)"', labels)): int(count) for name, labels, count in samples}
+    print(counts)
+    assert 0 < counts["drafts",] < counts["draft_tokens",] <= 2 * counts["drafts",]
+    places = [count for (name, *place), count in counts.items() if name == "accepted_tokens_per_pos"]
+    assert sum(places) == counts["accepted_tokens",] > 0 and len(places) <= 2
+    assert server.stop() == 0

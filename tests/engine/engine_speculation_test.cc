@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <random>
 
 #include "absl/strings/str_cat.h"
@@ -92,6 +93,12 @@ class SpeculationTest : public testing::TestWithParam<const char*> {
     if (adapts) return;  // to what steps take on this machine, now: there need be none, or none that is right
     EXPECT_GT(stats.accepted_draft_tokens, 0u);
     EXPECT_GT(stats.draft_tokens, stats.accepted_draft_tokens);
+    const auto& by_place = stats.accepted_by_place;
+    EXPECT_EQ(std::accumulate(by_place.begin(), by_place.end(), uint64_t{0}), stats.accepted_draft_tokens);
+    EXPECT_TRUE(std::is_sorted(by_place.rbegin(), by_place.rend()));
+    EXPECT_LE(by_place[0], stats.drafts);
+    EXPECT_LE(stats.drafts, stats.draft_tokens);
+    EXPECT_LE(stats.draft_tokens, stats.drafts * static_cast<uint64_t>(num_drafts));
   }
 
   const Golden golden_;

@@ -114,6 +114,8 @@ TEST(MetricsTest, OneGeneration) {
   stats.step_rows.Add(5);
   stats.draft_tokens = 7;
   stats.accepted_draft_tokens = 6;
+  stats.accepted_by_place = {4, 2};
+  stats.drafts = 5;
   stats.prompt_tokens = 50;
   stats.cached_prompt_tokens = 20;
   stats.prefix_cache_queries = 45;
@@ -135,6 +137,9 @@ TEST(MetricsTest, OneGeneration) {
             1);
   EXPECT_EQ(sample("vllm:spec_decode_num_draft_tokens_total"), 7);
   EXPECT_EQ(sample("vllm:spec_decode_num_accepted_tokens_total"), 6);
+  EXPECT_EQ(sample("vllm:spec_decode_num_drafts_total"), 5);
+  EXPECT_EQ(sample("vllm:spec_decode_num_accepted_tokens_per_pos_total", ",position=\"0\""), 4);
+  EXPECT_EQ(sample("vllm:spec_decode_num_accepted_tokens_per_pos_total", ",position=\"1\""), 2);
   EXPECT_EQ(sample("vllm:prompt_tokens_total"), 50);
   EXPECT_EQ(sample("vllm:prompt_tokens_cached_total"), 20);
   EXPECT_EQ(sample("vllm:prompt_tokens_by_source_total", ",source=\"local_compute\""), 30);
