@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "absl/strings/str_format.h"
-#include "absl/strings/str_join.h"
+#include "engine/expert_placement.h"
 #include "engine/model/generation_config.h"
 #include "engine/model/random_checkpoint.h"
 #include "engine/rank.h"
@@ -109,16 +109,8 @@ absl::Status EngineImpl::ReadEndTokens(const TokenizerInfo& tokenizer) {
 
 // Side by side: ranks that share experts warm up together, and when one cannot none can.
 absl::Status EngineImpl::MakeRanks() {
-  const int num_ranks = options_.num_ranks, num_experts = model_.config.op_limits().num_experts;
-  if (num_experts % num_ranks != 0) {
-    std::vector<int> possible;
-    for (int n = 1; n <= std::min(num_experts, kMaxRanks); ++n) {
-      if (num_experts % n == 0) possible.push_back(n);
-    }
-    return absl::InvalidArgumentError(
-        absl::StrFormat("ranks: found %d, which do not divide the model's %d experts, expected one of %s", num_ranks,
-                        num_experts, absl::StrJoin(possible, ", ")));
-  }
+  const int num_ranks = options_.num_ranks;
+  if (absl::Status status = CheckPlacement(ServedPlacement(model_.config, options_)); !status.ok()) return status;
   if (num_ranks > 1) {
     step_mesh_ = MakeThreadMesh(num_ranks);
     expert_mesh_ = MakeThreadMesh(num_ranks);

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "kernels/check.h"
 
 namespace cachalot {
@@ -142,8 +143,17 @@ absl::Status CheckPlacement(const PlacementShape& shape) {
   if (R > 0 && N == 1) {
     return absl::InvalidArgumentError(absl::StrFormat("redundant-experts: found %d, but there is one rank", R));
   }
-  if (shape.num_slots() % N != 0) {
-    const int less = R - shape.num_slots() % N, more = less + N;
+  const int less = R - shape.num_slots() % N, more = less + N;  // what would do
+  if (R == 0 && less < 0) {
+    std::vector<int> possible;
+    for (int n = 1; n <= std::min(E, kMaxRanks); ++n) {
+      if (E % n == 0) possible.push_back(n);
+    }
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "ranks: found %d, which do not divide the model's %d experts, expected one of %s, or --redundant-experts %d", N,
+        E, absl::StrJoin(possible, ", "), more));
+  }
+  if (less != R) {
     return absl::InvalidArgumentError(absl::StrFormat(
         "redundant-experts: found %d, which with the model's %d experts do not divide among %d ranks, expected %s%d", R,
         E, N, less >= 0 ? absl::StrCat(less, " or ") : "", more));
@@ -198,6 +208,41 @@ std::vector<double> RankLoads(const PlacementShape& shape, const ExpertPlacement
     ranks[slot / shape.slots_per_rank()] += loads[placement[slot]] / copies[placement[slot]];
   }
   return ranks;
+}
+
+PlacementShape ServedPlacement(const ModelConfig& config, const EngineOptions& options) {
+  return {.num_experts = config.n_routed_experts,
+          .num_redundant = options.num_redundant_experts,
+          .num_ranks = options.num_ranks};
+}
+
+RankExperts ExpertsOfRank(const PlacementShape& shape, absl::Span<const ExpertPlacement> layers, int rank) {
+  const int G = shape.slots_per_rank();
+  RankExperts experts;
+  experts.num_copies = std::min(shape.num_redundant + 1, shape.num_ranks);
+  for (const ExpertPlacement& placement : layers) {
+    experts.held.emplace_back(placement.begin() + rank * G, placement.begin() + (rank + 1) * G);
+    std::vector<std::vector<int>> copies(shape.num_experts);
+    for (int slot = 0; slot < shape.num_slots(); ++slot) copies[placement[slot]].push_back(slot);
+    for (std::vector<int>& slots : copies) {
+      const auto own = std::find_if(slots.begin(), slots.end(), [&](int slot) { return slot / G == rank; });
+      if (own != slots.end()) {
+        slots = {*own};
+      } else {  // so many ranks before this one have none either
+        const auto next = std::find_if(slots.begin(), slots.end(), [&](int slot) { return slot / G > rank; });
+        const std::ptrdiff_t turn = rank - (next - slots.begin());
+        std::rotate(slots.begin(), slots.begin() + turn % static_cast<std::ptrdiff_t>(slots.size()), slots.end());
+      }
+      experts.slots.push_back(static_cast<int32_t>(slots.size()));
+      slots.resize(experts.num_copies, -1);
+      experts.slots.insert(experts.slots.end(), slots.begin(), slots.end());
+    }
+  }
+  return experts;
+}
+
+RankExperts DefaultExperts(const ModelConfig& config, const PlacementShape& shape, int rank) {
+  return ExpertsOfRank(shape, std::vector(config.num_hidden_layers + 1, DefaultPlacement(shape)), rank);
 }
 
 double Imbalance(absl::Span<const double> rank_loads) {

@@ -1,4 +1,4 @@
-// ExpertPlacement: which expert each physical slot holds, one MoE layer's.
+// ExpertPlacement: which expert each physical slot holds, a layer's, and what a rank knows of it.
 #ifndef CACHALOT_ENGINE_EXPERT_PLACEMENT_H_
 #define CACHALOT_ENGINE_EXPERT_PLACEMENT_H_
 
@@ -6,6 +6,8 @@
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
+#include "engine/model/weights.h"
+#include "engine/options.h"
 
 namespace cachalot {
 
@@ -42,6 +44,15 @@ std::vector<double> RankLoads(const PlacementShape& shape, const ExpertPlacement
                               absl::Span<const double> loads);
 // The most that one has over what one has on average: how much longer a layer takes than it need. 1 where none has any.
 double Imbalance(absl::Span<const double> rank_loads);
+
+// As a model is served, without nodes.
+PlacementShape ServedPlacement(const ModelConfig& config, const EngineOptions& options);
+
+// Of all layers. A copy of its own is the only one that a rank sends tokens to; the copies of others take turns, each
+// rank that has none beginning with the next.
+RankExperts ExpertsOfRank(const PlacementShape& shape, absl::Span<const ExpertPlacement> layers, int rank);
+// The default placement in each layer of the model.
+RankExperts DefaultExperts(const ModelConfig& config, const PlacementShape& shape, int rank);
 
 }  // namespace cachalot
 

@@ -5,6 +5,7 @@
 #include <iterator>
 
 #include "absl/strings/str_format.h"
+#include "engine/expert_placement.h"
 #include "engine/model/activations.h"
 #include "engine/model/runner.h"
 #include "engine/step_shapes.h"
@@ -68,7 +69,7 @@ OpLimits MakeLimits(const ModelConfig& config, const EngineOptions& options, int
   limits.max_context += DraftSlack(limits.max_drafts);
   if (num_ranks > 1) {
     limits.num_ranks = num_ranks;
-    limits.num_local_experts = (limits.num_experts + num_ranks - 1) / num_ranks;
+    limits.num_local_experts = ServedPlacement(config, options).slots_per_rank();
   }
   return limits;
 }
@@ -116,7 +117,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const ModelConfig& config, const Checkpoin
       ModelWeights::DeviceBytes(config, checkpoint, demand.experts, demand.kv.has_mtp, backend.ops());
   if (!weights.ok()) return weights.status();
   const int64_t activations = ActivationBuffers::Bytes(config, backend.value_dtype(), demand.limits, demand.format);
-  const int64_t state = Runner::StateBytes(demand.limits, backend);
+  const int64_t state = Runner::StateBytes(demand.limits, backend) + DeepSeek::ExpertTableBytes(demand.experts);
   const int64_t num_shapes = std::ssize(StepShapes(demand.limits, backend.device(), options.adapts_drafts).Decode());
   const int64_t reserve = kCodeReserve + kGraphReserve * kMaxStepsInFlight * num_shapes +
                           kAllocationBytes * (kNumOtherAllocations + config.num_hidden_layers + 2);

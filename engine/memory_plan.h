@@ -32,7 +32,7 @@ struct MemoryDemand {
   OpLimits limits;
   KvOptions kv;
   ActivationFormat format = ActivationFormat::kF32;
-  ExpertList experts;
+  RankExperts experts;
 };
 
 // f32, bf16 or fp8, empty for the device's own choice; InvalidArgument for others.

@@ -11,6 +11,7 @@ namespace cachalot {
 inline constexpr int kMaxModelLen = 1 << 24, kMaxSequences = 1 << 16, kMaxBatchTokens = 1 << 20;
 inline constexpr int kMaxWaiting = 1 << 24, kMaxThreads = 1 << 12, kMaxSpeculativeTokens = 8;
 inline constexpr int kMaxRanks = 64;  // of one process
+inline constexpr int kMaxRedundantExperts = 1 << 16;
 // The most of them where how many adapts, unless somebody says otherwise.
 inline constexpr int kMostAdaptiveTokens = 2;
 
@@ -21,6 +22,8 @@ struct EngineOptions {
   // Devices that each hold the model and a share of its routed experts. What follows of sequences, rows, the cache is
   // of each.
   int num_ranks = 1;
+  // Copies of experts, over all ranks, beside one of each: they share its tokens, and every rank has as many slots.
+  int num_redundant_experts = 0;
   int max_model_len = 0;     // tokens of one sequence; 0: the model's, as far as the cache allows
   int max_sequences = 64;    // running at once
   int max_batch_tokens = 0;  // rows of one step: bounds a prefill chunk; 0: 512 on the CPU, 4096 on the GPU

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "engine/expert_placement.h"
 #include "engine/memory_plan.h"
 #include "engine/model/config.h"
 #include "engine/model/random_checkpoint.h"
@@ -117,6 +118,11 @@ absl::StatusOr<RankPlan> PlanOf(const Planned& model, const PlanOptions& asked, 
   backend_options.activation = config.is_fp8 ? ActivationFormat::kFP8 : ActivationFormat::kBF16;
   backend_options.planned_memory = asked.gpu_memory - kDriverBytes;
   if (backend_options.planned_memory <= 0) return absl::ResourceExhaustedError("GPU memory: the driver takes it all");
+  options.num_ranks = num_gpus;
+  const int num_experts = config.n_routed_experts;
+  options.num_redundant_experts = (num_experts + num_gpus - 1) / num_gpus * num_gpus - num_experts;
+  const PlacementShape placement = ServedPlacement(config, options);
+  if (absl::Status status = CheckPlacement(placement); !status.ok()) return status;
   backend_options.limits = MakeLimits(config, options, num_gpus);
   auto backend = MakeBackend(backend_options);
   if (!backend.ok()) return backend.status();
@@ -124,14 +130,14 @@ absl::StatusOr<RankPlan> PlanOf(const Planned& model, const PlanOptions& asked, 
   const MemoryDemand demand = {limits,
                                {*kv_dtype, options.speculative_tokens > 0, (*backend)->value_dtype()},
                                config.is_fp8 ? ActivationFormat::kFP8 : ActivationFormat::kBF16,
-                               ConsecutiveExperts(0, limits.num_local_experts)};
+                               DefaultExperts(config, placement, 0)};
   // NOTE: how much cache there is room for is asked, not how much there is use for.
   options.max_sequences = kMaxSequences;
   const auto plan = PlanMemory(config, *model.checkpoint, options, demand, **backend);
   if (!plan.ok()) return plan.status();
   RankPlan rank;
   rank.expert_slots = limits.num_local_experts;
-  rank.redundant_experts = limits.num_local_experts * num_gpus - limits.num_experts;
+  rank.redundant_experts = options.num_redundant_experts;
   rank.free = plan->free;
   rank.weights = plan->weights;
   rank.workspace = plan->workspace;

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "engine/draft_step_times.h"
+#include "engine/expert_placement.h"
 #include "engine/loading_log.h"
 
 namespace cachalot {
@@ -97,9 +98,8 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
   const bool is_quantised = options_.wants_fp8() || (options_.activation == "auto" && !on_cpu && model_.config.is_fp8);
   const ActivationFormat plain = on_cpu ? ActivationFormat::kF32 : ActivationFormat::kBF16;
   const KvOptions kv = {*kv_dtype, /*has_mtp=*/options_.speculative_tokens > 0, backend_->value_dtype()};
-  return MemoryDemand{
-      options.limits, kv, is_quantised ? ActivationFormat::kFP8 : plain,
-      ConsecutiveExperts(links_.rank() * options.limits.num_local_experts, options.limits.num_local_experts)};
+  return MemoryDemand{options.limits, kv, is_quantised ? ActivationFormat::kFP8 : plain,
+                      DefaultExperts(model_.config, ServedPlacement(model_.config, options_), links_.rank())};
 }
 
 absl::Status Rank::Load() {

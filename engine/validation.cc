@@ -74,6 +74,7 @@ absl::Status ValidateOptions(const EngineOptions& options) {
     status.Update(BadOption("kv-cache-memory", what));
   }
   status.Update(within("ranks", options.num_ranks, 1, kMaxRanks));
+  status.Update(within("redundant-experts", options.num_redundant_experts, 0, kMaxRedundantExperts));
   status.Update(within("threads", options.num_threads, 0, kMaxThreads));
   const std::array activations = {"auto", "f32", "fp8", "fp8-f32"};
   if (std::find(activations.begin(), activations.end(), options.activation) == activations.end()) {

@@ -103,14 +103,13 @@ class Ops {
   virtual void JoinBeside() {}
 
   // fp32 logits = x * gate^T, then group-limited top-k (report 2.1.2, eq. 12-16). Logical experts become
-  // physical slots through `expert_slots`; padding rows get -1.
+  // physical slots by the table, and are counted there; padding rows get -1.
   virtual void Router(const Tensor& topk_slots,       // [T,K] i32
                       const Tensor& topk_weights,     // [T,K] f32
                       const Tensor& x,                // [T,D] unquantised
                       const Weight& gate,             // [E,D]
                       const Weight* correction_bias,  // [E], or null
-                      const Tensor& expert_slots,     // [E] i32
-                      const StepRows& rows, const RouterOptions& options) = 0;
+                      const ExpertTable& experts, const StepRows& rows, const RouterOptions& options) = 0;
 
   // The experts' products over rows grouped by local slot; `offsets` [G+1] lives on the device.
   virtual void GroupedLinear(const Tensor& y, const Activation& x, const Weight& experts, const Tensor& offsets) = 0;

@@ -81,6 +81,13 @@ struct RouterOptions {
   float routed_scaling_factor = 1.0f;
 };
 
+// Where a layer's experts are. Copies of one hold the same weights: whichever a row takes, its result is the same.
+struct ExpertTable {
+  Tensor slots;   // [E, 1+C] i32: the number of copies that rows may take, then their physical slots: row t of a step
+                  // takes copy t % number
+  Tensor counts;  // [E] i64: rows that chose it are added; or empty
+};
+
 // What is added to a token's logit; of a banned token only the id counts. Plain bytes, like SlotParams.
 struct TokenBias {
   int32_t token = 0;

@@ -17,6 +17,7 @@ const char* DTypeName(DType dtype) {
     case DType::kU16: return "u16";
     case DType::kU8: return "u8";
     case DType::kU32: return "u32";
+    case DType::kI64: return "i64";
   }
   return "?";
 }

@@ -14,13 +14,14 @@
 
 namespace cachalot {
 
-enum class DType : uint8_t { kF32, kBF16, kF16, kF8E4M3, kI32, kU16, kU8, kU32 };
+enum class DType : uint8_t { kF32, kBF16, kF16, kF8E4M3, kI32, kU16, kU8, kU32, kI64 };
 
 constexpr int64_t DTypeBytes(DType dtype) {
   switch (dtype) {
     case DType::kF32:
     case DType::kI32:
     case DType::kU32: return 4;
+    case DType::kI64: return 8;
     case DType::kBF16:
     case DType::kF16:
     case DType::kU16: return 2;
@@ -35,6 +36,7 @@ constexpr bool HoldsType(DType dtype) {
   if constexpr (std::is_same_v<T, float>) return dtype == DType::kF32;
   if constexpr (std::is_same_v<T, int32_t>) return dtype == DType::kI32;
   if constexpr (std::is_same_v<T, uint32_t>) return dtype == DType::kU32;
+  if constexpr (std::is_same_v<T, int64_t>) return dtype == DType::kI64;
   if constexpr (std::is_same_v<T, uint8_t>) return DTypeBytes(dtype) == 1;
   if constexpr (std::is_same_v<T, uint16_t>) return DTypeBytes(dtype) == 2;
   return false;

@@ -148,6 +148,9 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
                       "GPUs that the experts are spread over, each with sequences and a cache of its own; on the "
                       "CPU threads, which test what GPUs do"),
       1, kMaxRanks);
+  MustBeWithin(app->add_option("--redundant-experts", engine->num_redundant_experts,
+                               "copies of experts over all ranks, beside one of each, to share their tokens"),
+               0, kMaxRedundantExperts);
   MustBeWithin(app->add_option("--threads", engine->num_threads, "CPU threads of the model; 0: one per core"), 0,
                kMaxThreads);
 }

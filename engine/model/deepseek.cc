@@ -1,7 +1,7 @@
 // DeepSeek: the model on one page (DeepSeek-V3 report, 2.1). Dimension letters: kernels/ops.h.
 #include "engine/model/deepseek.h"
 
-#include <numeric>
+#include <algorithm>
 
 namespace cachalot {
 
@@ -10,7 +10,7 @@ void DeepSeek::Forward(const StepArrays& step) {
   ops_.Embed(a.h, *weights_.embed_tokens, step.rows);  // [T,D]
   Tensor delta;                                        // what the last sublayer adds to h: the next norm does it
   for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    Layer(a, weights_.layers[layer], {cache_.layer(layer), rope_, 0}, delta, step);
+    Layer(a, weights_.layers[layer], Experts(layer), {cache_.layer(layer), rope_, 0}, delta, step);
     delta = a.delta;
   }
   ops_.AddRmsNorm(a.h, a.normed, Tensor(), delta, *weights_.norm, eps());
@@ -24,13 +24,13 @@ Tensor DeepSeek::Head(const StepArrays& step, const Tensor& row_token) {
 }
 
 // a.h + delta -> a.h, and a.delta for the next norm to add.
-void DeepSeek::Layer(const Activations& a, const LayerWeights& w, const Keys& keys, const Tensor& delta,
-                     const StepArrays& step) {
+void DeepSeek::Layer(const Activations& a, const LayerWeights& w, const ExpertTable& experts, const Keys& keys,
+                     const Tensor& delta, const StepArrays& step) {
   ops_.AddRmsNorm(a.h, a.x, Tensor(), delta, *w.input_layernorm, eps());
   Attention(a, w, keys, step);
   if (w.gate != nullptr) {
     ops_.AddRmsNorm(a.h, a.x, a.plain, a.delta, *w.post_attention_layernorm, eps());
-    Moe(a, w, step);
+    Moe(a, w, experts, step);
   } else {
     ops_.AddRmsNorm(a.h, a.x, Tensor(), a.delta, *w.post_attention_layernorm, eps());
     Mlp(a.delta, a, w);
@@ -74,10 +74,10 @@ void DeepSeek::Mlp(const Tensor& out, const Activations& a, const LayerWeights& 
 }
 
 // a.x, a.plain -> a.delta. Routed experts wherever they live, plus the shared ones, unweighted (report eq. 12).
-void DeepSeek::Moe(const Activations& a, const LayerWeights& w, const StepArrays& step) {
+void DeepSeek::Moe(const Activations& a, const LayerWeights& w, const ExpertTable& experts, const StepArrays& step) {
   const bool has_shared = w.gate_up_proj != nullptr;
   ops_.Router(a.topk_slots, a.topk_weights, a.plain.empty() ? a.x.values : a.plain, *w.gate,
-              w.e_score_correction_bias.get(), expert_slots_, step.rows, config_.router_options());
+              w.e_score_correction_bias.get(), experts, step.rows, config_.router_options());
   // NOTE: its weights would fill the memory's queues before the router's few are through.
   if (has_shared) ops_.Beside([&] { Mlp(a.shared, a, w); });
   communicator_.Dispatch(a.expert_rows, a.x, a.topk_slots, a.topk_weights);
@@ -92,28 +92,40 @@ Activations DeepSeek::View(const StepArrays& step, int64_t num_logits) const {
   return buffers_->View(static_cast<int>(step.rows.tokens.dim(0)), static_cast<int>(num_logits));
 }
 
+ExpertTable DeepSeek::Experts(int layer) const {
+  if (expert_slots_.empty()) return {};
+  return {expert_slots_.Rows(layer, 1).Reshape({expert_slots_.dim(1), expert_slots_.dim(2)}), Tensor()};
+}
+
+int64_t DeepSeek::ExpertTableBytes(const RankExperts& experts) {
+  return static_cast<int64_t>(experts.slots.size() * sizeof(int32_t));
+}
+
+absl::Status DeepSeek::MakeExpertTables(const RankExperts& experts, Device& device) {
+  const int64_t bytes = ExpertTableBytes(experts);
+  auto table = device.Allocate(bytes, Device::Memory::kDevice);
+  auto staging = device.Allocate(bytes, Device::Memory::kPinnedHost);
+  if (!table.ok()) return table.status();
+  if (!staging.ok()) return staging.status();
+  expert_slots_buffer_ = *std::move(table);
+  expert_slots_ = Tensor(expert_slots_buffer_.data(), DType::kI32,
+                         {config_.num_hidden_layers + 1, config_.n_routed_experts, 1 + experts.num_copies});
+  CHECK(expert_slots_.num_bytes() == bytes, "{} bytes of slots", bytes);
+  std::copy(experts.slots.begin(), experts.slots.end(), static_cast<int32_t*>(staging->data()));
+  device.Upload(expert_slots_, staging->data());
+  return device.Wait(device.Record(), absl::Minutes(1));
+}
+
 absl::StatusOr<std::unique_ptr<DeepSeek>> DeepSeek::Create(const ModelConfig& config, ModelWeights weights,
                                                            const KvStore& cache, RopeTable rope, Backend& backend,
-                                                           const OpLimits& limits, ActivationFormat format) {
+                                                           const OpLimits& limits, ActivationFormat format,
+                                                           const RankExperts& experts) {
   std::unique_ptr<DeepSeek> model(new DeepSeek(config, std::move(weights), cache, rope, backend));
   auto buffers = ActivationBuffers::Create(model->config_, backend, limits, format);
   if (!buffers.ok()) return buffers.status();
   model->buffers_ = *std::move(buffers);
   if (config.n_routed_experts == 0) return model;
-
-  // Every logical expert in the physical slot of its own number, until a placement says otherwise.
-  Device& device = backend.device();
-  const size_t bytes = config.n_routed_experts * sizeof(int32_t);
-  auto table = device.Allocate(bytes, Device::Memory::kDevice);
-  auto staging = device.Allocate(bytes, Device::Memory::kPinnedHost);
-  if (!table.ok()) return table.status();
-  if (!staging.ok()) return staging.status();
-  auto* slots = static_cast<int32_t*>(staging->data());
-  std::iota(slots, slots + config.n_routed_experts, 0);
-  model->expert_slots_buffer_ = *std::move(table);
-  model->expert_slots_ = Tensor(model->expert_slots_buffer_.data(), DType::kI32, {config.n_routed_experts});
-  device.Upload(model->expert_slots_, slots);
-  const absl::Status status = device.Wait(device.Record(), absl::Minutes(1));
+  const absl::Status status = model->MakeExpertTables(experts, backend.device());
   if (!status.ok()) return status;
   return model;
 }

@@ -25,7 +25,10 @@ class DeepSeek {
   // position before 0, and may hold anything finite. ResourceExhausted when the activations do not fit.
   static absl::StatusOr<std::unique_ptr<DeepSeek>> Create(const ModelConfig& config, ModelWeights weights,
                                                           const KvStore& cache, RopeTable rope, Backend& backend,
-                                                          const OpLimits& limits, ActivationFormat format);
+                                                          const OpLimits& limits, ActivationFormat format,
+                                                          const RankExperts& experts);
+  // What the tables of experts take of the device's memory.
+  static int64_t ExpertTableBytes(const RankExperts& experts);
 
   // Queues the forward pass of the step's T rows; what Head and FeedMtp read stays until the next. Called in a step's
   // body.
@@ -67,11 +70,13 @@ class DeepSeek {
   };
   Activations View(const StepArrays& step, int64_t num_logits = 0) const;
   float eps() const { return static_cast<float>(config_.rms_norm_eps); }
-  void Layer(const Activations& a, const LayerWeights& w, const Keys& keys, const Tensor& delta,
-             const StepArrays& step);
+  void Layer(const Activations& a, const LayerWeights& w, const ExpertTable& experts, const Keys& keys,
+             const Tensor& delta, const StepArrays& step);
   void Attention(const Activations& a, const LayerWeights& w, const Keys& keys, const StepArrays& step);
   void Mlp(const Tensor& out, const Activations& a, const LayerWeights& w);
-  void Moe(const Activations& a, const LayerWeights& w, const StepArrays& step);
+  void Moe(const Activations& a, const LayerWeights& w, const ExpertTable& experts, const StepArrays& step);
+  ExpertTable Experts(int layer) const;  // num_hidden_layers: the MTP layer's
+  absl::Status MakeExpertTables(const RankExperts& experts, Device& device);
   void EmbedMtp(const Activations& a, const Tensor& previous, const StepArrays& step);
 
   const ModelConfig config_;
@@ -82,7 +87,7 @@ class DeepSeek {
   Communicator& communicator_;
   std::unique_ptr<ActivationBuffers> buffers_;
   Buffer expert_slots_buffer_;
-  Tensor expert_slots_;  // [E] i32 logical expert -> physical slot
+  Tensor expert_slots_;  // [layers,E,1+C] i32: ExpertTable; empty without experts
 };
 
 }  // namespace cachalot

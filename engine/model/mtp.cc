@@ -46,7 +46,7 @@ void DeepSeek::ForwardMtp(const StepArrays& step, const Tensor& previous) {
   const Activations a = View(step);
   const MtpWeights& mtp = *weights_.mtp;
   EmbedMtp(a, previous, step);
-  Layer(a, mtp.layer, {cache_.mtp(), mtp_rope_, 1}, Tensor(), step);
+  Layer(a, mtp.layer, Experts(config_.num_hidden_layers), {cache_.mtp(), mtp_rope_, 1}, Tensor(), step);
   ops_.AddRmsNorm(a.h, a.normed, Tensor(), a.delta, *mtp.shared_head_norm, eps());
 }
 

@@ -97,7 +97,7 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const ModelConfig& config
   runner->store_ = *std::move(store);
 
   auto model = DeepSeek::Create(config, *std::move(weights), *runner->store_, RopeTable{runner->angles_}, backend,
-                                limits, options.format);
+                                limits, options.format, options.experts);
   if (!model.ok()) return model.status();
   runner->model_ = *std::move(model);
   return runner;

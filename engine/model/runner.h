@@ -20,7 +20,7 @@ struct RunnerOptions {
   OpLimits limits;
   KvOptions kv;
   ActivationFormat format = ActivationFormat::kF32;  // of the layers' activations
-  ExpertList experts;
+  RankExperts experts;
   int num_blocks = 0;
   int num_valid_tokens = 0;  // ids from here on are never sampled
 };

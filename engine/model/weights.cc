@@ -3,7 +3,6 @@
 
 #include <cstring>
 #include <initializer_list>
-#include <numeric>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -45,7 +44,7 @@ std::vector<float> ToFloats(const CheckpointTensor& tensor) {
 // Makes weights by name. The checkpoint has no problems: what is not there is our bug.
 class Loader {
  public:
-  Loader(const ModelConfig& config, const Checkpoint& checkpoint, const ExpertList& experts, Ops& ops)
+  Loader(const ModelConfig& config, const Checkpoint& checkpoint, const RankExperts& experts, Ops& ops)
       : config_(config), checkpoint_(checkpoint), experts_(experts), ops_(ops) {}
 
   ModelWeights Load(bool with_mtp) {
@@ -87,7 +86,7 @@ class Loader {
     prefix_ = LayerPrefix(index);
     LoadAttention(layer);
     if (config_.is_moe_layer(index)) {
-      LoadMoe(layer, converted);
+      LoadMoe(experts_.held[index], layer, converted);
     } else {
       LoadMlp("mlp.", layer);
     }
@@ -123,7 +122,7 @@ class Loader {
     layer->down_proj = Linear({mlp + "down_proj"});
   }
 
-  void LoadMoe(LayerWeights* layer, std::vector<std::vector<float>>* converted) const {
+  void LoadMoe(const ExpertList& experts, LayerWeights* layer, std::vector<std::vector<float>>* converted) const {
     layer->gate = Linear({"mlp.gate"});
     if (config_.has_correction_bias()) {
       const CheckpointTensor& bias = Get("mlp.gate.e_score_correction_bias");
@@ -139,7 +138,7 @@ class Loader {
     }
     if (config_.n_shared_experts > 0) LoadMlp("mlp.shared_experts.", layer);
     std::vector<std::vector<WeightPart>> gate_up, down;
-    for (int expert : experts_) {
+    for (int expert : experts) {
       const std::string mlp = absl::StrCat("mlp.experts.", expert, ".");
       gate_up.push_back({Part(mlp + "gate_proj"), Part(mlp + "up_proj")});
       down.push_back({Part(mlp + "down_proj")});
@@ -150,15 +149,19 @@ class Loader {
 
   const ModelConfig& config_;
   const Checkpoint& checkpoint_;
-  const ExpertList& experts_;
+  const RankExperts& experts_;
   Ops& ops_;
   std::string prefix_;
 };
 
-absl::Status CheckLoadable(const ModelConfig& config, const Checkpoint& checkpoint, const ExpertList& experts) {
-  CHECK(!config.is_moe_layer(config.num_hidden_layers - 1) || !experts.empty());
-  for (int expert : experts) {
-    CHECK(expert >= 0 && expert < config.n_routed_experts, "expert {} of {}", expert, config.n_routed_experts);
+absl::Status CheckLoadable(const ModelConfig& config, const Checkpoint& checkpoint, const RankExperts& experts) {
+  CHECK(experts.held.size() == static_cast<size_t>(config.num_hidden_layers) + 1, "experts of {} layers",
+        experts.held.size());
+  for (const ExpertList& layer : experts.held) {
+    CHECK(config.n_routed_experts == 0 || (!layer.empty() && layer.size() == experts.held[0].size()));
+    for (int expert : layer) {
+      CHECK(expert >= 0 && expert < config.n_routed_experts, "expert {} of {}", expert, config.n_routed_experts);
+    }
   }
   std::vector<std::string> problems;
   if (checkpoint.has_data()) problems = ModelWeights::Problems(config, checkpoint, /*deep=*/false);
@@ -172,19 +175,13 @@ absl::Status CheckLoadable(const ModelConfig& config, const Checkpoint& checkpoi
 
 }  // namespace
 
-ExpertList ConsecutiveExperts(int first, int count) {
-  ExpertList experts(count);
-  std::iota(experts.begin(), experts.end(), first);
-  return experts;
-}
-
 bool ModelWeights::HasMtp(const ModelConfig& config, const Checkpoint& checkpoint) {
   return config.num_nextn_predict_layers > 0 &&
          checkpoint.Find(LayerPrefix(config.num_hidden_layers) + "eh_proj.weight") != nullptr;
 }
 
 absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                const ExpertList& experts, bool with_mtp, Ops& ops) {
+                                                const RankExperts& experts, bool with_mtp, Ops& ops) {
   if (absl::Status status = CheckLoadable(config, checkpoint, experts); !status.ok()) return status;
   ModelWeights weights = Loader(config, checkpoint, experts, ops).Load(with_mtp);
   if (absl::Status status = ops.FinishWeights(); !status.ok()) return status;
@@ -192,7 +189,7 @@ absl::StatusOr<ModelWeights> ModelWeights::Load(const ModelConfig& config, const
 }
 
 absl::StatusOr<int64_t> ModelWeights::DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint,
-                                                  const ExpertList& experts, bool with_mtp, Ops& ops) {
+                                                  const RankExperts& experts, bool with_mtp, Ops& ops) {
   if (absl::Status status = CheckLoadable(config, checkpoint, experts); !status.ok()) return status;
   return ops.MeasureWeights([&] { Loader(config, checkpoint, experts, ops).Load(with_mtp); });
 }

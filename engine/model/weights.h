@@ -45,9 +45,16 @@ struct MtpWeights {
   WeightPtr shared_head_norm;  // [D]
 };
 
-// The routed experts that a rank holds: slot g of every MoE layer has expert list[g]. One may be there twice.
+// The routed experts that a rank holds: its slot g of a layer has expert list[g]. One may be there twice.
 using ExpertList = std::vector<int>;
-ExpertList ConsecutiveExperts(int first, int count);
+
+// What a rank knows of routed experts (engine/expert_placement.h), of each layer of the checkpoint: num_hidden_layers
+// and the MTP layer's. Dense layers are there too, and not looked at.
+struct RankExperts {
+  std::vector<ExpertList> held;  // G in each layer
+  int num_copies = 1;            // C
+  std::vector<int32_t> slots;    // [layers, E, 1+C]: ExpertTable::slots of each
+};
 
 struct ModelWeights {
   WeightPtr embed_tokens;  // [W, D]
@@ -71,10 +78,10 @@ struct ModelWeights {
   // InvalidArgument with the first problem. The checkpoint must outlive the weights: stored bytes are not copied where
   // the backend can read them in place. `with_mtp`: HasMtp must be true.
   static absl::StatusOr<ModelWeights> Load(const ModelConfig& config, const Checkpoint& checkpoint,
-                                           const ExpertList& experts, bool with_mtp, Ops& ops);
+                                           const RankExperts& experts, bool with_mtp, Ops& ops);
   // What Load would take of the device's memory, by a dry run of it; fails as it would.
   static absl::StatusOr<int64_t> DeviceBytes(const ModelConfig& config, const Checkpoint& checkpoint,
-                                             const ExpertList& experts, bool with_mtp, Ops& ops);
+                                             const RankExperts& experts, bool with_mtp, Ops& ops);
 };
 
 }  // namespace cachalot

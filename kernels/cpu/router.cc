@@ -1,5 +1,6 @@
 // The router: fp32 scores, groups, top-k.
 #include <algorithm>
+#include <atomic>
 #include <limits>
 
 #include "kernels/cpu/cpu_ops.h"
@@ -47,13 +48,14 @@ void MaskGroups(float* biased, int num_experts, const RouterOptions& options, fl
 }  // namespace
 
 void CpuOps::Router(const Tensor& topk_slots, const Tensor& topk_weights, const Tensor& x, const Weight& gate,
-                    const Weight* correction_bias, const Tensor& expert_slots, const StepRows& rows,
+                    const Weight* correction_bias, const ExpertTable& experts, const StepRows& rows,
                     const RouterOptions& options) {
   const int64_t num_rows = x.dim(0), num_experts = gate.rows(), top_k = topk_slots.dim(1);
   CHECK_SHAPE(topk_slots, num_rows, top_k);
   CHECK_SHAPE(topk_weights, num_rows, top_k);
   CHECK_SHAPE(x, num_rows, gate.cols());
-  CHECK_SHAPE(expert_slots, num_experts);
+  CHECK_SHAPE(experts.slots, num_experts, -1);
+  if (!experts.counts.empty()) CHECK_SHAPE(experts.counts, num_experts);
   CHECK_SHAPE(rows.slots, num_rows);
   CHECK(top_k <= num_experts && options.n_group >= 1 && num_experts % options.n_group == 0 &&
             options.topk_group <= options.n_group,
@@ -68,8 +70,8 @@ void CpuOps::Router(const Tensor& topk_slots, const Tensor& topk_weights, const 
   const Tensor logits(SharedArena().Take<float>(num_rows * num_experts), DType::kF32, {num_rows, num_experts});
   Linear(logits, Activation{x, Tensor()}, gate);
 
-  const int32_t* physical = expert_slots.as<int32_t>();
-  const int experts = static_cast<int>(num_experts);
+  int64_t* counts = experts.counts.empty() ? nullptr : experts.counts.as<int64_t>();
+  const int n = static_cast<int>(num_experts);
   const auto route = [&](int64_t t, Arena arena) {
     int32_t* chosen = topk_slots.row<int32_t>(t);
     float* weights = topk_weights.row<float>(t);
@@ -83,16 +85,18 @@ void CpuOps::Router(const Tensor& topk_slots, const Tensor& topk_weights, const 
     float* group_scores = arena.Take<float>(options.n_group);
     uint8_t* taken = arena.Take<uint8_t>(std::max<int64_t>(num_experts, options.n_group));
     RouterScores(options.scoring, scores, num_experts);
-    for (int e = 0; e < experts; ++e) biased[e] = bias != nullptr ? scores[e] + bias[e] : scores[e];
-    if (options.n_group > 1) MaskGroups(biased, experts, options, group_scores, taken);
+    for (int e = 0; e < n; ++e) biased[e] = bias != nullptr ? scores[e] + bias[e] : scores[e];
+    if (options.n_group > 1) MaskGroups(biased, n, options, group_scores, taken);
 
     // Chosen by biased score, weighted by the unbiased one.
     std::fill_n(taken, num_experts, 0);
     float sum = 0;
     for (int64_t k = 0; k < top_k; ++k) {
-      const int e = LargestFree(biased, taken, experts);
+      const int e = LargestFree(biased, taken, n);
       taken[e] = 1;
-      chosen[k] = physical[e];
+      const int32_t* copies = experts.slots.row<int32_t>(e);
+      chosen[k] = copies[1 + t % copies[0]];
+      if (counts != nullptr) std::atomic_ref(counts[e]).fetch_add(1, std::memory_order_relaxed);
       weights[k] = scores[e];
       sum += scores[e];
     }

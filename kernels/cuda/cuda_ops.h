@@ -57,7 +57,7 @@ class CudaOps : public Ops {
                     float softmax_scale, int first_key) override;
   void SiluMul(const Activation& out, const Tensor& gate_up) override;
   void Router(const Tensor& topk_slots, const Tensor& topk_weights, const Tensor& x, const Weight& gate,
-              const Weight* correction_bias, const Tensor& expert_slots, const StepRows& rows,
+              const Weight* correction_bias, const ExpertTable& experts, const StepRows& rows,
               const RouterOptions& options) override;
   void GroupedLinear(const Tensor& y, const Activation& x, const Weight& experts, const Tensor& offsets) override;
   void GroupedSiluMul(const Activation& out, const Tensor& gate_up, const Tensor& offsets) override;

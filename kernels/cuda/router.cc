@@ -11,13 +11,14 @@ constexpr int64_t kMaxSharedEntries = 1536;
 }  // namespace
 
 void CudaOps::Router(const Tensor& topk_slots, const Tensor& topk_weights, const Tensor& x, const Weight& gate,
-                     const Weight* correction_bias, const Tensor& expert_slots, const StepRows& rows,
+                     const Weight* correction_bias, const ExpertTable& experts, const StepRows& rows,
                      const RouterOptions& options) {
   const int64_t num_rows = x.dim(0), num_experts = gate.rows(), top_k = topk_slots.dim(1);
   CHECK_SHAPE(topk_slots, num_rows, top_k);
   CHECK_SHAPE(topk_weights, num_rows, top_k);
   CHECK_SHAPE(x, num_rows, gate.cols());
-  CHECK_SHAPE(expert_slots, num_experts);
+  CHECK_SHAPE(experts.slots, num_experts, -1);
+  if (!experts.counts.empty()) CHECK_SHAPE(experts.counts, num_experts);
   CHECK_SHAPE(rows.slots, num_rows);
   CHECK(top_k <= num_experts && options.n_group >= 1 && num_experts % options.n_group == 0 &&
             options.topk_group <= options.n_group,
@@ -36,7 +37,9 @@ void CudaOps::Router(const Tensor& topk_slots, const Tensor& topk_weights, const
                                       .topk_weights_stride = topk_weights.row_stride,
                                       .logits = workspace_.router_logits,
                                       .bias = bias,
-                                      .expert_slots = expert_slots.as<int32_t>(),
+                                      .expert_slots = experts.slots.as<int32_t>(),
+                                      .expert_slots_stride = static_cast<int32_t>(experts.slots.row_stride),
+                                      .expert_counts = experts.counts.empty() ? nullptr : experts.counts.as<int64_t>(),
                                       .slots = rows.slots.as<int32_t>(),
                                       .num_rows = num_rows,
                                       .num_experts = static_cast<int32_t>(num_experts),

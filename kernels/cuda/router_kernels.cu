@@ -101,8 +101,18 @@ __device__ void Scores(const SelectArgs& a, const float* logits, float* scores, 
   __syncwarp();
 }
 
+// Counts row t for the expert, and finds the physical slot that it goes to.
+__device__ __forceinline__ int32_t TakeCopy(const SelectArgs& a, int expert, int64_t t) {
+  if (a.expert_counts != nullptr) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(a.expert_counts + expert), 1ull);
+  }
+  const int32_t* copies = a.expert_slots + static_cast<int64_t>(expert) * a.expert_slots_stride;
+  return copies[1 + static_cast<uint32_t>(t) % static_cast<uint32_t>(copies[0])];
+}
+
 // Chosen by biased score, weighted by the unbiased one. Lane k % 32 writes choice k.
-__device__ void Choose(const SelectArgs& a, const float* scores, const float* biased, int32_t* chosen, float* weights) {
+__device__ void Choose(const SelectArgs& a, int64_t t, const float* scores, const float* biased, int32_t* chosen,
+                       float* weights) {
   const int lane = threadIdx.x % kWarpSize;
   uint32_t taken = 0;
   float sum = 0.0f;
@@ -112,7 +122,7 @@ __device__ void Choose(const SelectArgs& a, const float* scores, const float* bi
     Take(e, taken);
     sum += scores[e];
     if (lane != k % kWarpSize) continue;
-    chosen[k] = a.expert_slots[e];
+    chosen[k] = TakeCopy(a, e, t);
     weights[k] = scores[e];
   }
   for (int k = lane; k < a.top_k; k += kWarpSize) {
@@ -141,7 +151,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) SelectExpertsKernel(SelectA
   float* group_scores = biased + a.num_experts;
   Scores(a, a.logits + t * a.num_experts, scores, biased);
   if (a.n_group > 1) MaskGroups(a, biased, group_scores, reinterpret_cast<uint8_t*>(group_scores + a.n_group));
-  Choose(a, scores, biased, chosen, weights);
+  Choose(a, t, scores, biased, chosen, weights);
 }
 
 // ---- In registers: lane l has experts [l * n, (l + 1) * n), a group is some whole lanes.
@@ -252,12 +262,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) SelectInRegisters(SelectArg
     }
     total += score;
     if (lane != k) continue;
-    chosen = a.expert_slots[expert];
+    chosen = expert;
     weight = score;
   }
   if (lane >= a.top_k) return;
   if (a.normalises) weight /= total + 1e-20f;
-  a.topk_slots[t * a.topk_slots_stride + lane] = is_there ? chosen : -1;
+  a.topk_slots[t * a.topk_slots_stride + lane] = is_there ? TakeCopy(a, chosen, t) : -1;
   a.topk_weights[t * a.topk_weights_stride + lane] = is_there ? weight * a.factor : 0.0f;
 }
 

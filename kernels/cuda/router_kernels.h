@@ -17,8 +17,10 @@ struct SelectArgs {
   int64_t topk_weights_stride;
   const float* logits;          // [T, num_experts], contiguous
   const float* bias;            // [num_experts], or null
-  const int32_t* expert_slots;  // [num_experts]
-  const int32_t* slots;         // [T]
+  const int32_t* expert_slots;  // [num_experts, 1 + copies]: ExpertTable
+  int32_t expert_slots_stride;
+  int64_t* expert_counts;  // [num_experts], or null
+  const int32_t* slots;    // [T]
   int64_t num_rows;
   int32_t num_experts, top_k, n_group, topk_group;
   bool is_softmax, is_top2_sum, normalises;

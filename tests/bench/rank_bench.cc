@@ -11,6 +11,7 @@
 #include <random>
 #include <sstream>
 
+#include "engine/expert_placement.h"
 #include "engine/model/deepseek.h"
 #include "engine/model/random_checkpoint.h"
 #include "tests/bench/cuda_ceilings.h"
@@ -100,14 +101,16 @@ class RankBench {
 
   void Load() {
     checkpoint_ = MakeRandomCheckpoint(config_);
-    auto weights = Must(ModelWeights::Load(config_, *checkpoint_, ConsecutiveExperts(0, options_.local_experts),
-                                           has_mtp(), inner_.ops()));
+    // The first of all; the router's choice is not used (BalancedCommunicator).
+    RankExperts experts = DefaultExperts(config_, {.num_experts = config_.n_routed_experts}, 0);
+    for (ExpertList& held : experts.held) held.resize(options_.local_experts);
+    auto weights = Must(ModelWeights::Load(config_, *checkpoint_, experts, has_mtp(), inner_.ops()));
     MakeState();
     backend_ = std::make_unique<BalancedBackend>(inner_, balanced_);
     const RopeTable rope{MakeRope()};
     MakeCache();
-    model_ =
-        Must(DeepSeek::Create(config_, std::move(weights), *store_, rope, *backend_, limits_, ActivationFormat::kFP8));
+    model_ = Must(DeepSeek::Create(config_, std::move(weights), *store_, rope, *backend_, limits_,
+                                   ActivationFormat::kFP8, experts));
   }
 
   bool has_mtp() const { return limits_.max_drafts > 0; }

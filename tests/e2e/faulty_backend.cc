@@ -87,8 +87,8 @@ class NoOps : public Ops {
   void MlaAttention(const Activation&, const Tensor&, const Weight&, const KvCache&, const SlotState&, const StepInput&,
                     const StepRows&, const RopeTable&, float, int) override {}
   void SiluMul(const Activation&, const Tensor&) override {}
-  void Router(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Weight*, const Tensor&, const StepRows&,
-              const RouterOptions&) override {}
+  void Router(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Weight*, const ExpertTable&,
+              const StepRows&, const RouterOptions&) override {}
   void GroupedLinear(const Tensor&, const Activation&, const Weight&, const Tensor&) override {}
   void GroupedSiluMul(const Activation&, const Tensor&, const Tensor&) override {}
   void GatherRows(const Activation&, const Activation&, const Tensor&) override {}

@@ -104,6 +104,36 @@ TEST(EngineRanks, DraftsOnAnyNumberOfRanksChangeNothing) {
   }
 }
 
+// Whichever copy computes a row.
+TEST_P(RanksTest, RedundantExpertsChangeNothing) {
+  const Golden golden = LoadGolden(GetParam());
+  const std::vector<Request> requests = RandomRequests(golden, 30, 15);
+  const int num_experts = ModelConfig::Load(golden.model_dir)->n_routed_experts;
+  auto alone = MakeEngine(Options(golden, 1));
+  const auto expected = AllBits(RunAll(*alone, requests));
+  for (const int num_ranks : {2, 3, 4, 8}) {  // those that do not divide the experts too
+    EngineOptions options = Options(golden, num_ranks);
+    options.num_redundant_experts = num_ranks - num_experts % num_ranks;
+    auto engine = MakeEngine(options);
+    EXPECT_EQ(AllBits(RunAll(*engine, requests)), expected) << num_ranks << " ranks";
+    EXPECT_EQ(Bits(RunAll(*engine, {requests[0]})[0]), expected[0]);
+  }
+}
+
+TEST(EngineRanks, DraftsWithRedundantExpertsChangeNothing) {
+  const Golden golden = LoadGolden("v3_like");
+  const std::vector<Request> requests = RandomRequests(golden, 30, 16);
+  auto alone = MakeEngine(Options(golden, 1));
+  const auto expected = AllBits(RunAll(*alone, requests));
+  for (const int num_redundant : {4, 48}) {  // 48: every rank has every expert
+    EngineOptions options = Options(golden, 4, 2);
+    options.num_redundant_experts = num_redundant;
+    auto engine = MakeEngine(options);
+    EXPECT_EQ(AllBits(RunAll(*engine, requests)), expected) << num_redundant;
+    EXPECT_GT(engine->stats().accepted_draft_tokens, 0u);
+  }
+}
+
 TEST(EngineRanks, DraftsThatAdaptNeedNotAgree) {
   const Golden golden = LoadGolden("v3_like");
   const std::vector<Request> requests = RandomRequests(golden, 30, 13);
@@ -157,6 +187,13 @@ TEST(EngineRanks, RefusesWhatDoesNotDivide) {
               HasSubstr("ranks: found 3, which do not divide the model's 16 experts, expected one of 1, 2, 4, 8, 16"));
   EXPECT_THAT(std::string(Engine::Create(Options(golden, 0)).status().message()), HasSubstr("ranks: found 0"));
   EngineOptions options = Options(golden, 2);
+  options.num_redundant_experts = 3;
+  EXPECT_THAT(std::string(Engine::Create(options).status().message()),
+              HasSubstr("redundant-experts: found 3, which with the model's 16 experts do not divide among 2 ranks, "
+                        "expected 2 or 4"));
+  options.num_redundant_experts = -1;
+  EXPECT_THAT(std::string(Engine::Create(options).status().message()), HasSubstr("redundant-experts: found -1"));
+  options.num_redundant_experts = 0;
   options.kv_cache_bytes = 1 << 12;  // every rank fails, and none waits for another
   EXPECT_THAT(std::string(Engine::Create(options).status().message()), HasSubstr("raise --kv-cache-memory"));
 }

@@ -147,6 +147,22 @@ TEST(ExpertPlacement, GroupsStayInANode) {
   }
 }
 
+// Each rank's table: a copy of its own alone, else all copies, in turns that begin evenly.
+TEST(ExpertPlacement, RanksSendToTheirOwnCopyOrInTurns) {
+  const PlacementShape shape = {.num_experts = 4, .num_redundant = 4, .num_ranks = 4};
+  const ExpertPlacement first = {0, 1, 0, 2, 1, 3, 3, 2}, second = {0, 1, 2, 3, 0, 1, 0, 2};  // slot / 2 is the rank
+  const std::vector<ExpertPlacement> layers = {first, second};
+  const RankExperts experts = ExpertsOfRank(shape, layers, 2);
+  EXPECT_THAT(experts.held, ElementsAre(ElementsAre(1, 3), ElementsAre(0, 1)));
+  EXPECT_EQ(experts.num_copies, 4);
+  const std::vector<int32_t> expected = {2, 0, 2,  -1, -1, 1, 4, -1, -1, -1, 2, 7, 3, -1, -1, 1, 5, -1, -1, -1,
+                                         1, 4, -1, -1, -1, 1, 5, -1, -1, -1, 2, 7, 2, -1, -1, 1, 3, -1, -1, -1};
+  EXPECT_EQ(experts.slots, expected);
+  // The other rank without expert 0 begins with the other copy.
+  const RankExperts last = ExpertsOfRank(shape, layers, 3);
+  EXPECT_THAT(std::vector<int32_t>(last.slots.begin(), last.slots.begin() + 5), ElementsAre(2, 2, 0, -1, -1));
+}
+
 TEST(ExpertPlacement, RefusesWhatDoesNotDivide) {
   const auto message = [](int num_experts, int num_redundant, int num_ranks) {
     return std::string(CheckPlacement({num_experts, num_redundant, num_ranks}).message());
@@ -155,6 +171,9 @@ TEST(ExpertPlacement, RefusesWhatDoesNotDivide) {
               HasSubstr("redundant-experts: found 3, which with the model's 16 experts do not divide "
                         "among 4 ranks, expected 0 or 4"));
   EXPECT_THAT(message(16, 1, 3), HasSubstr("expected 2"));
+  EXPECT_THAT(message(16, 0, 3),
+              HasSubstr("ranks: found 3, which do not divide the model's 16 experts, expected one of "
+                        "1, 2, 4, 8, 16, or --redundant-experts 2"));
   EXPECT_THAT(message(16, 4, 3), HasSubstr("expected 2 or 5"));
   EXPECT_THAT(message(16, 4, 1), HasSubstr("but there is one rank"));
   EXPECT_THAT(message(16, 20, 2), HasSubstr("expected at most 16"));

@@ -69,8 +69,8 @@ class FakeOps : public Ops {
     Unused();
   }
   void SiluMul(const Activation&, const Tensor&) override { Unused(); }
-  void Router(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Weight*, const Tensor&, const StepRows&,
-              const RouterOptions&) override {
+  void Router(const Tensor&, const Tensor&, const Tensor&, const Weight&, const Weight*, const ExpertTable&,
+              const StepRows&, const RouterOptions&) override {
     Unused();
   }
   void GroupedLinear(const Tensor&, const Activation&, const Weight&, const Tensor&) override { Unused(); }

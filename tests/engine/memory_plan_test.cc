@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "engine/expert_placement.h"
 #include "engine/model/activations.h"
 #include "engine/model/random_checkpoint.h"
 #include "engine/model/runner.h"
@@ -91,15 +92,15 @@ TEST(MemoryPlanTest, WeightsTakeWhatADryRunOfTheirMakesSays) {
   }
   ASSERT_GT(mtp, 0);
   MeasuringOps ops(**checkpoint);
-  const auto bytes = [&](const ExpertList& experts, bool with_mtp) {
-    return *ModelWeights::DeviceBytes(*config, **checkpoint, experts, with_mtp, ops);
-  };
   const int all = config->n_routed_experts;
-  EXPECT_EQ(bytes(ConsecutiveExperts(0, all), false), stored);
-  EXPECT_EQ(bytes(ConsecutiveExperts(0, all / 2), false), stored - experts / 2);
-  EXPECT_EQ(bytes(ConsecutiveExperts(all / 2, all / 2), false), stored - experts / 2);
-  EXPECT_EQ(bytes({0, all - 1, 0}, false), stored - experts + 3 * experts / all) << "one of them twice";
-  EXPECT_EQ(bytes(ConsecutiveExperts(0, all), true), stored + mtp);
+  const auto bytes = [&](int num_redundant, int num_ranks, bool with_mtp) {
+    const RankExperts held = DefaultExperts(*config, {all, num_redundant, num_ranks}, num_ranks - 1);
+    return *ModelWeights::DeviceBytes(*config, **checkpoint, held, with_mtp, ops);
+  };
+  EXPECT_EQ(bytes(0, 1, false), stored);
+  EXPECT_EQ(bytes(0, 2, false), stored - experts / 2);
+  EXPECT_EQ(bytes(4, 2, false), stored - experts / 2 + 2 * experts / all) << "copies too";
+  EXPECT_EQ(bytes(0, 1, true), stored + mtp);
 }
 
 TEST(MemoryPlanTest, SlotsAndStepsTakeWhatADryRunSays) {

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "absl/types/span.h"
+#include "engine/expert_placement.h"
 #include "engine/model/deepseek.h"
 #include "tests/engine/golden.h"
 
@@ -32,11 +33,11 @@ class MtpWorld {
     const std::vector<float> angles = MakeRopeTable(config_, kMaxTokens);
     const Tensor rope = New(DType::kF32, {kMaxTokens + 1, config_.qk_rope_head_dim});
     std::copy(angles.begin(), angles.end(), rope.row<float>(1));
-    auto weights = ModelWeights::Load(config_, *checkpoint_, ConsecutiveExperts(0, config_.n_routed_experts), true,
-                                      backend_->ops());
+    const RankExperts experts = DefaultExperts(config_, {.num_experts = config_.n_routed_experts}, 0);
+    auto weights = ModelWeights::Load(config_, *checkpoint_, experts, true, backend_->ops());
     CHECK(weights.ok(), "{}", weights.status().ToString());
     model_ = *DeepSeek::Create(config_, *std::move(weights), *store_, {rope}, *backend_, options.limits,
-                               ActivationFormat::kF32);
+                               ActivationFormat::kF32, experts);
     state_.block_table = New(DType::kI32, {2, kNumBlocks});
     for (int i = 0; i < kNumBlocks; ++i) state_.block_table.row<int32_t>(kSlot)[i] = (4 * i + 3) % kNumBlocks;
     state_.length = New(DType::kI32, {2});

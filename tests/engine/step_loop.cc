@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "engine/expert_placement.h"
 #include "kernels/check.h"
 
 namespace cachalot {
@@ -31,7 +32,7 @@ StepLoop::StepLoop(const std::string& model_dir, SchedulerLimits limits, int num
   backend_ = Must(MakeBackend(backend));
   RunnerOptions options;
   options.limits = backend.limits;
-  options.experts = ConsecutiveExperts(0, config_.n_routed_experts);
+  options.experts = DefaultExperts(config_, {.num_experts = config_.n_routed_experts}, 0);
   options.kv = {KvDType::kF32, /*has_mtp=*/limits.max_drafts > 0, backend_->value_dtype()};
   options.num_blocks = num_blocks;
   options.num_valid_tokens = config_.vocab_size;

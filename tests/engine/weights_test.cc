@@ -12,6 +12,7 @@
 #include <set>
 
 #include "absl/strings/str_cat.h"
+#include "engine/expert_placement.h"
 #include "engine/model/tensor_table.h"
 #include "tests/engine/checkpoint_writer.h"
 #include "tests/engine/fake_ops.h"
@@ -25,6 +26,10 @@ using testing::IsEmpty;
 using testing::SizeIs;
 
 constexpr const char* kMoe = "model.layers.1.mlp.";
+
+RankExperts AllExperts(const ModelConfig& config) {
+  return DefaultExperts(config, {.num_experts = config.n_routed_experts}, 0);
+}
 
 class WeightsTest : public testing::Test {
  protected:
@@ -279,7 +284,7 @@ TEST_F(WeightsTest, LoadsEveryTensorOnce) {
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
   const auto weights =
-      ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/false, ops);
+      ModelWeights::Load(ParseConfig(json_), **checkpoint, AllExperts(ParseConfig(json_)), /*with_mtp=*/false, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
   std::set<std::string> expected;
   for (const auto& [name, tensor] : tensors_) {
@@ -332,7 +337,7 @@ TEST_F(WeightsTest, LoadsTheMtpLayerButNoCopies) {
     EXPECT_TRUE(ModelWeights::HasMtp(ParseConfig(json_), **checkpoint));
     FakeOps ops(**checkpoint);
     const auto weights =
-        ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/true, ops);
+        ModelWeights::Load(ParseConfig(json_), **checkpoint, AllExperts(ParseConfig(json_)), /*with_mtp=*/true, ops);
     ASSERT_TRUE(weights.ok()) << weights.status();
     std::set<std::string> expected;
     for (const auto& [name, tensor] : tensors_) expected.insert(name);
@@ -356,7 +361,9 @@ TEST_F(WeightsTest, LoadsItsShareOfTheExperts) {
   const auto checkpoint = Checkpoint::Open(dir_.path());
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
-  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, {3, 1}, /*with_mtp=*/false, ops);
+  RankExperts experts;
+  experts.held = {{0, 0}, {3, 1}, {1, 2}};  // of a dense layer, then of one with experts and of the MTP layer
+  const auto weights = ModelWeights::Load(ParseConfig(json_), **checkpoint, experts, /*with_mtp=*/true, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
   const std::string first = std::string(kMoe) + "experts.3.", second = std::string(kMoe) + "experts.1.";
   EXPECT_EQ(Made(weights->layers[1].experts_gate_up_proj), "experts " + first + "gate_proj.weight*|" + first +
@@ -366,6 +373,9 @@ TEST_F(WeightsTest, LoadsItsShareOfTheExperts) {
   EXPECT_EQ(Made(weights->layers[1].experts_down_proj),
             "experts " + first + "down_proj.weight* " + second + "down_proj.weight*");
   EXPECT_FALSE(ops.used.contains(std::string(kMoe) + "experts.0.down_proj.weight"));
+  const std::string mtp = "model.layers.2.mlp.experts.";
+  EXPECT_EQ(Made(weights->mtp->layer.experts_down_proj),
+            "experts " + mtp + "1.down_proj.weight* " + mtp + "2.down_proj.weight*");
 }
 
 TEST_F(WeightsTest, LoadsV2Lite) {
@@ -382,7 +392,7 @@ TEST_F(WeightsTest, LoadsV2Lite) {
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
   const auto weights =
-      ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/false, ops);
+      ModelWeights::Load(ParseConfig(json_), **checkpoint, AllExperts(ParseConfig(json_)), /*with_mtp=*/false, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
   EXPECT_EQ(ops.used.size(), tensors_.size());
   const LayerWeights& layer = weights->layers[1];
@@ -409,7 +419,7 @@ TEST_F(WeightsTest, KeepsTheBiasInF32) {
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     FakeOps ops(**checkpoint);
     const auto weights =
-        ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/false, ops);
+        ModelWeights::Load(ParseConfig(json_), **checkpoint, AllExperts(ParseConfig(json_)), /*with_mtp=*/false, ops);
     ASSERT_TRUE(weights.ok()) << weights.status();
     EXPECT_EQ(weights->converted.size(), dtype == std::string("F32") ? 0u : 1u);
     int num_biases = 0;
@@ -432,7 +442,7 @@ TEST_F(WeightsTest, LoadRefusesWhatProblemsFinds) {
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
   FakeOps ops(**checkpoint);
   const auto weights =
-      ModelWeights::Load(ParseConfig(json_), **checkpoint, ConsecutiveExperts(0, 4), /*with_mtp=*/false, ops);
+      ModelWeights::Load(ParseConfig(json_), **checkpoint, AllExperts(ParseConfig(json_)), /*with_mtp=*/false, ops);
   EXPECT_EQ(weights.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(weights.status().message(),
             dir_.path() + ": model.norm.weight: found nothing, expected [64] (and 1 more problems)");
@@ -454,9 +464,7 @@ TEST(GoldenCheckpointsTest, HaveNoProblems) {
     FakeOps ops(**checkpoint);
     const bool has_mtp = ModelWeights::HasMtp(*config, **checkpoint);
     EXPECT_EQ(has_mtp, config->num_nextn_predict_layers > 0);
-    EXPECT_TRUE(
-        ModelWeights::Load(*config, **checkpoint, ConsecutiveExperts(0, config->n_routed_experts), has_mtp, ops).ok())
-        << entry.path();
+    EXPECT_TRUE(ModelWeights::Load(*config, **checkpoint, AllExperts(*config), has_mtp, ops).ok()) << entry.path();
     EXPECT_TRUE((*checkpoint)->unindexed().empty()) << entry.path();
     ++num_models;
   }

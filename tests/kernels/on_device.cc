@@ -91,12 +91,13 @@ class OnDeviceOps : public Ops {
     memory_.Run(&at, [&] { ops_.SiluMul(at(out), at(gate_up)); });
   }
   void Router(const Tensor& topk_slots, const Tensor& topk_weights, const Tensor& x, const Weight& gate,
-              const Weight* correction_bias, const Tensor& expert_slots, const StepRows& rows,
+              const Weight* correction_bias, const ExpertTable& experts, const StepRows& rows,
               const RouterOptions& options) override {
     DeviceCall at;
-    at.Out(topk_slots).Out(topk_weights).In(x).In(expert_slots).In(rows);
+    at.Out(topk_slots).Out(topk_weights).In(x).In(experts.slots).Out(experts.counts).In(rows);
     memory_.Run(&at, [&] {
-      ops_.Router(at(topk_slots), at(topk_weights), at(x), gate, correction_bias, at(expert_slots), at(rows), options);
+      ops_.Router(at(topk_slots), at(topk_weights), at(x), gate, correction_bias,
+                  {at(experts.slots), at(experts.counts)}, at(rows), options);
     });
   }
   void GroupedLinear(const Tensor& y, const Activation& x, const Weight& experts, const Tensor& offsets) override {

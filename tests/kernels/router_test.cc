@@ -72,6 +72,23 @@ Choice Route(const std::vector<double>& logits, const std::vector<double>& bias,
   return choice;
 }
 
+// Expert e has 1 + e % kMaxCopies copies.
+constexpr int kMaxCopies = 3;
+int NumCopies(int expert) { return 1 + expert % kMaxCopies; }
+// Of the copy that row t takes.
+int32_t SlotOf(int expert, int64_t t) { return static_cast<int32_t>(1000 * (1 + t % NumCopies(expert)) - expert); }
+int ExpertOf(int32_t slot) { return (3000 - slot) % 1000; }
+
+// [E, 1+C]
+std::vector<int32_t> SlotTable(int num_experts) {
+  std::vector<int32_t> table;
+  for (int e = 0; e < num_experts; ++e) {
+    table.push_back(NumCopies(e));
+    for (int c = 0; c < kMaxCopies; ++c) table.push_back(c < NumCopies(e) ? SlotOf(e, c) : -7);
+  }
+  return table;
+}
+
 class RouterTest : public ::testing::Test {
  protected:
   std::unique_ptr<Backend> backend_ = testing::MakeTestBackend(testing::CpuOptions());
@@ -95,18 +112,22 @@ TEST_F(RouterTest, FollowsTheSpecification) {
     for (DType dtype : {DType::kF32, DType::kBF16}) {
       const int64_t rows = 70, cols = 320;
       const OwnedWeight gate(dtype, c.experts, cols, random);
-      Owned x(dtype, {rows, cols}), bias(DType::kF32, {c.experts}), expert_slots(DType::kI32, {c.experts});
+      Owned x(dtype, {rows, cols}), bias(DType::kF32, {c.experts}),
+          expert_slots(DType::kI32, {c.experts, 1 + kMaxCopies}), counts(DType::kI64, {c.experts});
       x.FillNormal(random);
       bias.FillNormal(random, 0.3);
-      std::vector<int32_t> physical(c.experts), slots(rows, 1);
-      for (int e = 0; e < c.experts; ++e) physical[e] = 1000 - e;
+      std::vector<int32_t> slots(rows, 1);
+      std::vector<int64_t> chosen(c.experts, int64_t{1} << 40);
+      std::copy(chosen.begin(), chosen.end(), counts.data<int64_t>());
+      const bool counts_rows = dtype == DType::kF32;
       slots[3] = slots[69] = -1;
       Owned row_slots(DType::kI32, {rows}), topk_slots(DType::kI32, {rows, c.top_k}),
           topk_weights(DType::kF32, {rows, c.top_k});
       const auto gate_weight = backend_->ops().MakeLinear({gate.part()});
       const auto bias_weight = backend_->ops().MakeVector(bias);
       backend_->ops().Router(topk_slots, topk_weights, x, *gate_weight, c.has_bias ? bias_weight.get() : nullptr,
-                             expert_slots.Set(physical), StepRows{Tensor(), Tensor(), row_slots.Set(slots)}, c.options);
+                             {expert_slots.Set(SlotTable(c.experts)), counts_rows ? Tensor(counts) : Tensor()},
+                             StepRows{Tensor(), Tensor(), row_slots.Set(slots)}, c.options);
 
       const std::vector<double> logits = MatMul(Values(x), Values(gate.part()), rows, c.experts, cols);
       int compared = 0;
@@ -118,17 +139,19 @@ TEST_F(RouterTest, FollowsTheSpecification) {
           }
           continue;
         }
+        for (int k = 0; counts_rows && k < c.top_k; ++k) ++chosen[ExpertOf(topk_slots->row<int32_t>(t)[k])];
         const Choice want = Route({logits.begin() + t * c.experts, logits.begin() + (t + 1) * c.experts},
                                   c.has_bias ? Values(bias) : std::vector<double>(), c.top_k, c.options);
         if (want.margin < (testing::TestsOnGpu() ? 1e-5 : 1e-6)) continue;
         ++compared;
         for (int k = 0; k < c.top_k; ++k) {
-          EXPECT_EQ(topk_slots->row<int32_t>(t)[k], 1000 - want.experts[k]) << "row " << t << " choice " << k;
+          EXPECT_EQ(topk_slots->row<int32_t>(t)[k], SlotOf(want.experts[k], t)) << "row " << t << " choice " << k;
           EXPECT_NEAR(topk_weights->row<float>(t)[k], want.weights[k],
                       (testing::TestsOnGpu() ? 1e-4 : 1e-5) * want.weights[k]);
         }
       }
       EXPECT_GT(compared, 50);
+      EXPECT_EQ(std::vector<int64_t>(counts.data<int64_t>(), counts.data<int64_t>() + c.experts), chosen);
     }
   }
 }
@@ -144,13 +167,13 @@ class RouterLogits {
     x_.Fill(logits);
   }
   Choice Run(Ops& ops, const std::vector<double>& bias, int top_k, const RouterOptions& options) {
-    Owned expert_slots(DType::kI32, {size_}), slots(DType::kI32, {1}), topk_slots(DType::kI32, {1, top_k}),
+    Owned expert_slots(DType::kI32, {size_, 2}), slots(DType::kI32, {1}), topk_slots(DType::kI32, {1, top_k}),
         topk_weights(DType::kF32, {1, top_k}), bias_tensor(DType::kF32, {size_});
-    std::vector<int32_t> same(size_);
-    std::iota(same.begin(), same.end(), 0);
+    std::vector<int32_t> same;
+    for (int32_t e = 0; e < size_; ++e) same.insert(same.end(), {1, e});
     const auto gate = ops.MakeLinear({WeightPart{gate_, Tensor()}});
     const auto bias_weight = ops.MakeVector(bias_tensor.Fill(bias));
-    ops.Router(topk_slots, topk_weights, x_, *gate, bias_weight.get(), expert_slots.Set(same),
+    ops.Router(topk_slots, topk_weights, x_, *gate, bias_weight.get(), {expert_slots.Set(same), Tensor()},
                StepRows{Tensor(), Tensor(), slots.Set({0})}, options);
     Choice choice;
     for (int k = 0; k < top_k; ++k) {
