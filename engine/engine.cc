@@ -8,11 +8,13 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "engine/expert_placement.h"
 #include "engine/model/generation_config.h"
 #include "engine/model/random_checkpoint.h"
 #include "engine/rank.h"
+#include "engine/rank_meshes.h"
 #include "engine/router.h"
 #include "engine/validation.h"
 
@@ -49,7 +51,7 @@ class EngineImpl : public Engine {
   const EngineOptions options_;
   ServedModel model_;
   ModelInfo model_info_;
-  std::vector<std::unique_ptr<Mesh>> step_mesh_, expert_mesh_;  // by rank; none where it is alone
+  RankMeshes meshes_;
   std::vector<std::unique_ptr<Rank>> ranks_;
   Router router_;
 
@@ -111,15 +113,14 @@ absl::Status EngineImpl::ReadEndTokens(const TokenizerInfo& tokenizer) {
 absl::Status EngineImpl::MakeRanks() {
   const int num_ranks = options_.num_ranks;
   if (absl::Status status = CheckPlacement(ServedPlacement(model_.config, options_)); !status.ok()) return status;
-  if (num_ranks > 1) {
-    step_mesh_ = MakeThreadMesh(num_ranks);
-    expert_mesh_ = MakeThreadMesh(num_ranks);
-  }
+  auto meshes = MakeRankMeshes(options_);
+  if (!meshes.ok()) return meshes.status();
+  meshes_ = *std::move(meshes);
   std::vector<absl::StatusOr<std::unique_ptr<Rank>>> made(num_ranks);
   std::vector<std::thread> makers;
   for (int r = 0; r < num_ranks; ++r) {
     RankLinks links;
-    if (num_ranks > 1) links = {step_mesh_[r].get(), expert_mesh_[r].get()};
+    if (!meshes_.steps.empty()) links = {meshes_.steps[r].get(), meshes_.experts[r].get(), num_ranks};
     makers.emplace_back([this, links, &rank = made[r]] { rank = Rank::Create(options_, model_, links); });
   }
   for (std::thread& maker : makers) maker.join();
@@ -149,6 +150,7 @@ absl::Status EngineImpl::Start(const TokenizerInfo& tokenizer) {
   model_info_.vocab_size = vocab_size;
   model_info_.max_model_len = ranks_[0]->max_model_len();
   model_info_.max_waiting = options_.max_waiting;
+  model_info_.first_rank = options_.node_rank * options_.num_ranks;
   for (const auto& rank : ranks_) model_info_.kv_cache_tokens += rank->kv_cache_tokens();
   model_info_.kv_bytes_per_token = ranks_[0]->kv_bytes_per_token();
   model_info_.bos_token_id = model_.config.bos_token_id;

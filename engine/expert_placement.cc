@@ -213,7 +213,7 @@ std::vector<double> RankLoads(const PlacementShape& shape, const ExpertPlacement
 PlacementShape ServedPlacement(const ModelConfig& config, const EngineOptions& options) {
   return {.num_experts = config.n_routed_experts,
           .num_redundant = options.num_redundant_experts,
-          .num_ranks = options.num_ranks};
+          .num_ranks = options.num_ranks * options.num_nodes};
 }
 
 RankExperts ExpertsOfRank(const PlacementShape& shape, absl::Span<const ExpertPlacement> layers, int rank) {

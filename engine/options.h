@@ -12,6 +12,7 @@ inline constexpr int kMaxModelLen = 1 << 24, kMaxSequences = 1 << 16, kMaxBatchT
 inline constexpr int kMaxWaiting = 1 << 24, kMaxThreads = 1 << 12, kMaxSpeculativeTokens = 8;
 inline constexpr int kMaxRanks = 64;  // of one process
 inline constexpr int kMaxRedundantExperts = 1 << 16;
+inline constexpr int kMaxNodes = 1024, kMaxJoinTimeout = 86400;
 // The most of them where how many adapts, unless somebody says otherwise.
 inline constexpr int kMostAdaptiveTokens = 2;
 
@@ -24,10 +25,16 @@ struct EngineOptions {
   int num_ranks = 1;
   // Copies of experts, over all ranks, beside one of each: they share its tokens, and every rank has as many slots.
   int num_redundant_experts = 0;
-  int max_model_len = 0;     // tokens of one sequence; 0: the model's, as far as the cache allows
-  int max_sequences = 64;    // running at once
-  int max_batch_tokens = 0;  // rows of one step: bounds a prefill chunk; 0: 512 on the CPU, 4096 on the GPU
-  int max_waiting = 4096;    // queued requests; one more is refused
+  // Processes that have as many ranks each and share the experts: how many, which this is, and the HOST:PORT where the
+  // first one listens for the others. CPU only.
+  int num_nodes = 1, node_rank = 0;
+  std::string leader;
+  std::string cluster_secret_file;  // what all must have the same of; empty: anybody may join
+  int join_timeout_seconds = 300;   // that they wait for each other at start
+  int max_model_len = 0;            // tokens of one sequence; 0: the model's, as far as the cache allows
+  int max_sequences = 64;           // running at once
+  int max_batch_tokens = 0;         // rows of one step: bounds a prefill chunk; 0: 512 on the CPU, 4096 on the GPU
+  int max_waiting = 4096;           // queued requests; one more is refused
   // Tokens that the checkpoint's MTP layer proposes after each step, to be verified in the next; 0: none. They change
   // no token, only how many a step brings.
   int speculative_tokens = 0;

@@ -49,6 +49,7 @@ absl::Status AgreeOnMemory(Mesh* mesh, MemoryPlan* plan) {
 
 // What the model runs on, and in which types.
 absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
+  if (options_.num_nodes > 1) options_.device = "cpu";  // GPUs of several processes do not meet
   // NOTE: before the backend is known; it decides for the CPU, where the GPU's rounding is imitated.
   BackendOptions options;
   options.device = options_.device;
@@ -58,11 +59,11 @@ absl::StatusOr<MemoryDemand> Rank::ChooseBackend() {
   options.scale_rule = model_.config.scale_rule;
   options.num_threads = options_.num_threads;
   if (links_.num_ranks() > 1) {
-    options.ordinal = links_.rank();
+    options.ordinal = links_.rank() % links_.num_local;
     options.mesh = links_.experts;
     const int num_threads =
         options_.num_threads > 0 ? options_.num_threads : static_cast<int>(std::thread::hardware_concurrency());
-    options.num_threads = std::max(num_threads / links_.num_ranks(), 1);
+    options.num_threads = std::max(num_threads / links_.num_local, 1);
   }
   const bool has_batch_tokens = options_.max_batch_tokens > 0;
   if (!has_batch_tokens) options_.max_batch_tokens = DefaultBatchTokens(options_.device != "cpu", links_.num_ranks());
@@ -292,7 +293,7 @@ bool Rank::TakeInbox(bool may_sleep, Scheduler::Deltas* deltas) {
 // Whether there is a step to run, here or elsewhere.
 absl::StatusOr<StepVote> Rank::Agree(const StepPlan& plan, bool is_leaving) {
   StepVote mine = {.has_work = plan.empty() ? 0 : 1,
-                   .is_leaving = is_leaving ? 1 : 0,
+                   .leaver = is_leaving ? links_.rank() + 1 : 0,
                    .num_proposed = plan.num_proposed,
                    .work = StepWatch::WorkOf(plan.num_rows, plan.num_keys)};
   if (!agreement_.has_value()) return mine;
@@ -351,7 +352,7 @@ absl::StatusOr<StepResult> Rank::WaitForStep(Scheduler::Deltas* deltas) {
 
 // The loop of engine/schedule/step.h: plan and launch while a step runs, at most two in flight.
 void Rank::RunSteps() {
-  bool is_idle = false;
+  bool is_idle = false, is_left = false;
   absl::Status status;
   Scheduler::Deltas deltas;
   while (true) {
@@ -362,7 +363,13 @@ void Rank::RunSteps() {
     host_time_ += absl::Now() - begin;
     const auto agreed = Agree(plan, is_leaving);
     status = agreed.status();
-    if (!status.ok() || agreed->is_leaving) break;
+    if (!status.ok()) break;
+    if (agreed->leaver != 0) {
+      const int leaver = agreed->leaver - 1;
+      is_left = !is_leaving && links_.node_of(leaver) != links_.node_of(links_.rank());
+      if (is_left) status = absl::UnavailableError(absl::StrCat("rank ", leaver, " has left, and so all do"));
+      break;
+    }
     begin = absl::Now();
     if (!plan.empty() && agreed->num_proposed > plan.num_proposed) scheduler_->Proposes(agreed->num_proposed);
     if (agreed->has_work) Launch(plan, *agreed);
@@ -385,7 +392,9 @@ void Rank::RunSteps() {
   }
 
   // The end: nothing may be left without its last delta.
-  if (!status.ok()) {
+  if (is_left) {
+    spdlog::error("rank {} stops: {}", links_.rank(), status.ToString());
+  } else if (!status.ok()) {
     spdlog::critical("rank {} is dead: {}", links_.rank(), status.ToString());
     AbortOthers(status);
   }
@@ -396,7 +405,7 @@ void Rank::RunSteps() {
     for (auto& sequence : new_sequences_) scheduler_->Add(std::move(sequence));
     new_sequences_.clear();
   }
-  while (status.ok() && runner_->num_in_flight() > 0) {
+  while ((status.ok() || is_left) && runner_->num_in_flight() > 0) {
     auto result = runner_->Wait(watch_->Limit());
     if (!result.ok()) break;
     watch_->Completed(absl::Now());

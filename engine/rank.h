@@ -33,6 +33,8 @@ struct ServedModel {
 // What ties a rank to those that it shares experts with: a mesh of step threads, and one of devices. Null: it is alone.
 struct RankLinks {
   Mesh *steps = nullptr, *experts = nullptr;
+  int num_local = 1;  // ranks of this process, whose numbers follow each other
+  int node_of(int rank) const { return rank / num_local; }
   int rank() const { return steps == nullptr ? 0 : steps->rank(); }
   int num_ranks() const { return steps == nullptr ? 1 : steps->num_ranks(); }
 };

@@ -70,6 +70,7 @@ struct ModelInfo {
   int vocab_size = 0;      // rows of the head; prompt ids must be below
   int max_model_len = 0;   // prompt + generated tokens of one request
   int max_waiting = 4096;  // requests that wait at once
+  int first_rank = 0;      // of this process's, among those of all
   int kv_cache_tokens = 0;
   int64_t kv_bytes_per_token = 0;  // over all layers
   int bos_token_id = -1;

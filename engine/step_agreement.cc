@@ -24,7 +24,7 @@ absl::StatusOr<StepVote> StepAgreement::Vote(const StepVote& mine) {
     }
     std::memcpy(&vote, (*votes)[r].data(), sizeof(vote));
     agreed.has_work |= vote.has_work;
-    agreed.is_leaving |= vote.is_leaving;
+    agreed.leaver = std::max(agreed.leaver, vote.leaver);
     agreed.num_proposed = std::max(agreed.num_proposed, vote.num_proposed);
     agreed.is_mixed |= vote.is_mixed;
     if (vote.has_work != 0 && vote.is_mixed == 0 && vote.num_sequences > 0) {

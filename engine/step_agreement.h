@@ -12,7 +12,7 @@ namespace cachalot {
 // One rank's, or what follows from those of all. Plain bytes: sent as they are.
 struct StepVote {
   int32_t has_work = 0;      // a plan that is not empty; agreed: whether anybody has. Those who have none run padding
-  int32_t is_leaving = 0;    // agreed: whether anybody is; then no step follows
+  int32_t leaver = 0;        // a rank's number + 1 where it leaves; agreed: any of them; then no step follows
   int32_t num_proposed = 0;  // drafts that the step proposes, each a pass through the MTP layer; agreed: the most
   int32_t is_mixed = 0;  // of the shape (StepShape); agreed: a path and sizes that hold all shapes. Who has no work has
                          // no shape

@@ -15,6 +15,7 @@
 #include "engine/engine.h"
 #include "engine/schedule/sequence.h"
 #include "kernels/ops_types.h"
+#include "kernels/socket.h"
 
 namespace cachalot {
 namespace {
@@ -75,6 +76,16 @@ absl::Status ValidateOptions(const EngineOptions& options) {
   }
   status.Update(within("ranks", options.num_ranks, 1, kMaxRanks));
   status.Update(within("redundant-experts", options.num_redundant_experts, 0, kMaxRedundantExperts));
+  status.Update(within("nodes", options.num_nodes, 1, kMaxNodes));
+  status.Update(within("node-rank", options.node_rank, 0, std::max(options.num_nodes - 1, 0)));
+  status.Update(within("join-timeout", options.join_timeout_seconds, 1, kMaxJoinTimeout));
+  if (options.num_nodes > 1) {
+    const auto leader = SplitAddress(options.leader);
+    if (!leader.ok()) status.Update(BadOption("leader", std::string(leader.status().message())));
+    if (leader.ok() && leader->second == "0")
+      status.Update(BadOption("leader", "found port 0, expected one to meet at"));
+    if (options.device == "cuda") status.Update(BadOption("nodes", "found more than 1, expected 1 on the GPU"));
+  }
   status.Update(within("threads", options.num_threads, 0, kMaxThreads));
   const std::array activations = {"auto", "f32", "fp8", "fp8-f32"};
   if (std::find(activations.begin(), activations.end(), options.activation) == activations.end()) {

@@ -204,10 +204,10 @@ std::string Metrics::Render(const std::string& model_name, const std::vector<Eng
   int num_blocks = 0;
   for (const EngineStats& rank : ranks) num_blocks += rank.blocks_total;
   for (size_t i = 0; i < ranks.size(); ++i) {
-    page.SetEngine(i);
+    page.SetEngine(model.first_rank + i);
     RenderRank(ranks[i], model, model.kv_cache_tokens / std::max(num_blocks, 1), &page);
   }
-  page.SetEngine(0);
+  page.SetEngine(model.first_rank);
   page.Header("vllm:request_success_total", "counter", "Answers that ended, by how.");
   constexpr std::pair<FinishReason, const char*> kReasons[] = {{FinishReason::kStop, "stop"},
                                                                {FinishReason::kLength, "length"},

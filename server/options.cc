@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -155,6 +156,29 @@ void AddEngineOptions(EngineOptions* engine, std::string* kv_cache_memory, CLI::
                kMaxThreads);
 }
 
+// Of LeaderWorkerSet's pods by default, which are told all but the port.
+constexpr char kLeaderPort[] = "29500";
+
+void AddNodeOptions(EngineOptions* engine, CLI::App* app) {
+  MustBeWithin(app->add_option("--nodes", engine->num_nodes,
+                               "processes that the experts are spread over, with --ranks of them each, on the CPU; all "
+                               "serve [LWS_GROUP_SIZE]")
+                   ->envname("LWS_GROUP_SIZE"),
+               1, kMaxNodes);
+  MustBeWithin(app->add_option("--node-rank", engine->node_rank, "which of them this is, from 0 [LWS_WORKER_INDEX]")
+                   ->envname("LWS_WORKER_INDEX"),
+               0, kMaxNodes - 1);
+  app->add_option("--leader", engine->leader, "where node 0 listens for the others [LWS_LEADER_ADDRESS, port 29500]")
+      ->envname("LWS_LEADER_ADDRESS")
+      ->type_name("HOST:PORT");
+  app->add_option("--cluster-secret-file", engine->cluster_secret_file,
+                  "a secret that all nodes must have; it is never sent")
+      ->type_name("FILE");
+  MustBeWithin(
+      app->add_option("--join-timeout", engine->join_timeout_seconds, "that nodes wait for each other at start"), 1,
+      kMaxJoinTimeout, "SECONDS");
+}
+
 void AddChatTemplateOption(std::string* chat_template, CLI::App* app) {
   MustBeOneOf(app->add_option("--chat-template", *chat_template, "how chats are written [as the checkpoint's own]"),
               ChatTemplateNames());
@@ -245,6 +269,8 @@ Command ParseServe(std::vector<std::string> arguments) {
                86400, "SECONDS");
   app.option_defaults()->group("Engine");
   AddEngineOptions(&options.engine, &kv_cache_memory, &app);
+  app.option_defaults()->group("Nodes");
+  AddNodeOptions(&options.engine, &app);
   app.option_defaults()->group("Logs");
   LogTexts log_texts;
   AddLogOptions(&options, &log_texts, &app);
@@ -260,6 +286,8 @@ Command ParseServe(std::vector<std::string> arguments) {
   if (options.engine.model_dir.empty()) {
     return ExitNow{1, "cachalot serve: --model is required (--help lists the options)\n"};
   }
+  std::string& leader = options.engine.leader;
+  if (!leader.empty() && !absl::StrContains(leader, ':')) absl::StrAppend(&leader, ":", kLeaderPort);
   FinishLogs(log_texts, &options);
   if (const auto error = FinishServe("serve", kv_cache_memory, &options)) return *error;
   options.drain_timeout = absl::Seconds(drain_seconds);

@@ -33,7 +33,7 @@ STEP = "engine/schedule/step.h"
 STEP_USERS = re.compile(r"engine/model/runner\w*\.(h|cc)$")
 
 CUDA_HEADER = re.compile(r"(cuda|cublas|cudnn|nccl|nvml|nvtx|driver_types|vector_types)\w*(/|\.h|\.cuh|$)")
-WIRE_HEADER = re.compile(r"(grpc|grpcpp|google/protobuf|boost/beast|boost/asio|openssl)(/|\.h)")
+WIRE_HEADER = re.compile(r"(grpc|grpcpp|google/protobuf|boost/beast|boost/asio|openssl/ssl|openssl/bio)(/|\.h)")
 GETENV = re.compile(r"\b(secure_)?getenv\s*\(|\benviron\b")
 CONDITIONAL = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif)\b(.*)")
 INCLUDE_GUARD = re.compile(r"^\s*CACHALOT_\w+_H_\s*$")

@@ -18,12 +18,12 @@ TEST(StepAgreement, JoinsTheVotesOfAll) {
       for (int round = 0; round < 100; ++round) {
         const bool has_work = round % 3 == r && round % 2 == 0, is_leaving = round == 99 && r == 1;
         const auto agreed = agreement.Vote({.has_work = has_work ? 1 : 0,
-                                            .is_leaving = is_leaving ? 1 : 0,
+                                            .leaver = is_leaving ? r + 1 : 0,
                                             .num_proposed = (round + r) % 4,
                                             .work = int64_t{r} << 40});
         ASSERT_TRUE(agreed.ok());
         EXPECT_EQ(agreed->has_work, round % 2 == 0 ? 1 : 0);
-        EXPECT_EQ(agreed->is_leaving, round == 99 ? 1 : 0);
+        EXPECT_EQ(agreed->leaver, round == 99 ? 2 : 0);
         EXPECT_EQ(agreed->num_proposed, round % 4 == 0 ? 2 : 3);
         EXPECT_EQ(agreed->work, int64_t{2} << 40);
       }

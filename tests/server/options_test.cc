@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 
@@ -104,6 +105,26 @@ TEST(OptionsTest, AllOfThem) {
   const auto adaptive = Parse<ServeOptions>({"serve", "--model", "m", "--speculative-tokens", "auto"}).engine;
   EXPECT_TRUE(adaptive.adapts_drafts);
   EXPECT_EQ(adaptive.speculative_tokens, kMostAdaptiveTokens);
+}
+
+TEST(OptionsTest, NodesAreThoseOfLeaderWorkerSet) {
+  setenv("LWS_GROUP_SIZE", "4", 1);
+  setenv("LWS_WORKER_INDEX", "3", 1);
+  setenv("LWS_LEADER_ADDRESS", "whale-0.pod", 1);
+  const auto from_pod = Parse<ServeOptions>({"serve", "--model", "m"});
+  const auto asked = Parse<ServeOptions>({"serve", "--model", "m", "--nodes", "2", "--node-rank", "0", "--leader",
+                                          "[::1]:7", "--cluster-secret-file", "f", "--join-timeout", "9"});
+  for (const char* name : {"LWS_GROUP_SIZE", "LWS_WORKER_INDEX", "LWS_LEADER_ADDRESS"}) unsetenv(name);
+  EXPECT_EQ(from_pod.engine.num_nodes, 4);
+  EXPECT_EQ(from_pod.engine.node_rank, 3);
+  EXPECT_EQ(from_pod.engine.leader, "whale-0.pod:29500");
+  EXPECT_EQ(from_pod.engine.join_timeout_seconds, 300);
+  EXPECT_EQ(asked.engine.num_nodes, 2);
+  EXPECT_EQ(asked.engine.node_rank, 0);
+  EXPECT_EQ(asked.engine.leader, "[::1]:7");
+  EXPECT_EQ(asked.engine.cluster_secret_file, "f");
+  EXPECT_EQ(asked.engine.join_timeout_seconds, 9);
+  EXPECT_EQ(Parse<ServeOptions>({"serve", "--model", "m"}).engine.num_nodes, 1);
 }
 
 TEST(OptionsTest, GenerationConfig) {
