@@ -182,6 +182,7 @@ void Leader::Greet(Socket socket) {
   const Facts facts = ParseLines(message->substr(kMacBytes));
   proof.node_nonce = facts[0].second;
   int node = 0, port = 0;
+  ForgetWhoLeft();  // it may be one that was started again
   std::string why_not = "the cluster secret is not the leader's";
   if (proof.Holds("node", *message)) why_not = WhyNot(facts, &node, &port);
   if (!why_not.empty()) {

@@ -1,5 +1,6 @@
 """Experts spread over several processes: the answers of one, and what is said when they do not meet or one is lost."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from conftest import Server
 from test_ranks import DEMO, QUESTIONS, by_engine
 
 
@@ -49,8 +51,6 @@ def answer(server, question, temperature=0.0, **options):
 
 @pytest.fixture(scope="module")
 def expected(binary):
-    from conftest import Server
-
     server = Server(binary, DEMO, "--max-model-len", "1024")
     answers = {(question, temperature): answer(server, question, temperature) for question in QUESTIONS for temperature in (0.0, 1.0)}
     assert server.stop() == 0
@@ -156,3 +156,47 @@ def test_nodes_that_are_not_there(binary):
     assert "Connection refused" in alone
     assert "ranks: found 3, which do not divide the model's 16 experts" in fail(binary, port, 3, 0)
     assert "leader: found" in fail(binary, 0, 2, 0)
+
+
+@pytest.fixture
+def cables(binary, tmp_path):
+    """Two network namespaces joined by a cable: the binary within each, and what cuts the cable."""
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
+
+    names = [f"cachalot{free_port()}{side}" for side in "ab"]
+    try:
+        ip("netns", "add", names[0])
+        ip("netns", "add", names[1])
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+    except (OSError, subprocess.CalledProcessError):
+        if shutil.which("ip"):
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=30)
+        pytest.skip("needs the right to make network namespaces; SIGSTOP, above, is as silent")
+    wrappers = []
+    for i, name in enumerate(names):
+        ip("-n", name, "addr", "add", f"10.99.0.{i + 1}/24", "dev", "cable")
+        ip("-n", name, "link", "set", "cable", "up")
+        ip("-n", name, "link", "set", "lo", "up")
+        wrappers.append(tmp_path / name)
+        wrappers[-1].write_text(f'#!/bin/sh\nexec ip netns exec {name} "{binary}" "$@"\n')
+        wrappers[-1].chmod(0o755)
+    yield wrappers, lambda: ip("-n", names[1], "link", "set", "cable", "down")
+    for name in names:
+        ip("netns", "del", name)
+
+
+def test_a_node_that_is_cut_off(cables):
+    wrappers, cut = cables
+    options = ["--nodes", "2", "--leader", "10.99.0.1:29500", "--max-model-len", "256"]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(Server, wrappers[node], DEMO, *options, "--node-rank", str(node)) for node in (0, 1)]
+        servers = [job.result() for job in jobs]
+    begin = time.monotonic()
+    cut()
+    for node, server in enumerate(servers):
+        assert server.process.wait(15) == 1
+        assert f"rank {1 - node} (10.99.0.{2 - node}:" in server.process.stderr.read().decode()
+    print(f"found after {time.monotonic() - begin:.2f} s")
