@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kScatterThreads) ScatterRowsKernel(ScatterRows
   ScatterRow(a.scales, t, rows, a.num_choices);
 }
 
-// Both for few rows, a block a token, whose choices' rows it counts itself, and one more for where slots begin. `src` is
-// asked for before anything is counted.
+// Both for few rows, a block a token, whose choices' rows it counts itself, and one more for where slots begin. `src`
+// is asked for before anything is counted.
 __global__ void __launch_bounds__(kScatterThreads) DispatchFewKernel(GroupRowsArgs g, ScatterRowsArgs s) {
   __shared__ int32_t slots[kMaxFewChoices], rows[kMaxFewChoices];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;

@@ -6,9 +6,9 @@
 
 namespace cachalot {
 
-// Where `is_early`, blocks may begin as soon as those of the kernel before have all allowed it: every thread has to call
-// WaitForKernelBefore, and before that may read only what an earlier kernel is known to have left. The caller looks at
-// errors.
+// Where `is_early`, blocks may begin as soon as those of the kernel before have all allowed it: every thread has to
+// call WaitForKernelBefore, and before that may read only what an earlier kernel is known to have left. The caller
+// looks at errors.
 template <typename... Parameters>
 void Launch(void (*kernel)(Parameters...), bool is_early, dim3 blocks, unsigned threads, size_t shared_bytes,
             cudaStream_t stream, const Parameters&... arguments) {

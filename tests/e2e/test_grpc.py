@@ -87,7 +87,7 @@ def test_deadlines_and_cancellation(complete, proto, server, client):
         next(call)
         call.cancel()
     with pytest.raises(grpc.RpcError) as error:
-        list(complete(messages.CompleteRequest(text="Hello", sampling=sampling), timeout=0.3))
+        list(complete(messages.CompleteRequest(text="Hello", sampling=sampling, n=16), timeout=0.1))
     assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     client.with_options(timeout=5).completions.create(model=server.model, prompt="Hello", max_tokens=1)
 
