@@ -36,6 +36,10 @@ constexpr Card kH100 = {"H100 or H800", 3.09e12, 1.24e15, 0.77e15, 160e9},
                kH200 = {"H200", 4.55e12, 1.24e15, 0.77e15, 360e9};
 const Card& CardOf(int64_t memory) { return memory > 100 * kGiB ? kH200 : kH100; }
 
+// GPUs of a node; what one of them gets of others' memory by RDMA, as DeepEP measured it with 400 Gb/s for each GPU.
+constexpr int kNodeGpus = 8;
+constexpr double kNetworkBytes = 43e9;
+
 // What a dispatch and a combine take beside their bytes (tests/bench/results/2026-11-27-expert-parallel.md), and the
 // share of the roofline that steps of one H200 reach (2026-11-27-decode-steps.md).
 constexpr double kExchangeSeconds = 20e-6, kReachedShare = 0.5;
@@ -74,8 +78,17 @@ WeightBytes CountBytes(const ModelConfig& config, const Checkpoint& checkpoint, 
   return bytes;
 }
 
+// Nodes other than its own that a token's experts are on, as routing by even chance has it. Where there is a group of
+// experts to a node, or less than one, topk_group bounds how many nodes they come from.
+double OtherNodes(const ModelConfig& config, int num_gpus) {
+  const double nodes = std::ceil(static_cast<double>(num_gpus) / kNodeGpus);
+  const double allowed = nodes >= config.n_group ? nodes * config.topk_group / config.n_group : nodes;
+  return allowed * (1 - std::pow(1 - 1 / allowed, config.num_experts_per_tok)) * (1 - 1 / nodes);
+}
+
 // A decode step of `batch` sequences a rank: every product takes what its bytes or its operations take, one after the
-// other; so does attention; each MoE layer sends a token to the ranks that have its experts, and gets as much back.
+// other; so does attention; each MoE layer sends a token once to every other node that has experts of its, there on to
+// the ranks that have them, and gets as much back.
 double Roofline(const Planned& model, const PlanOptions& options, const RankPlan& plan, int num_gpus) {
   const ModelConfig& c = model.config;
   const Card& card = CardOf(options.gpu_memory);
@@ -97,7 +110,9 @@ double Roofline(const Planned& model, const PlanOptions& options, const RankPlan
     seconds += moe * time(chosen * bytes.expert, 2 * B * K * bytes.expert / element, flops);
     if (num_gpus > 1) {
       const double D = c.hidden_size, ranks = num_gpus * (1 - std::pow(1 - 1.0 / num_gpus, K)) * (1 - 1.0 / num_gpus);
-      seconds += moe * (kExchangeSeconds + B * ranks * (D * (element + 0.03) + 2 * D) / card.link_bytes);
+      const double row = D * (element + 0.03) + 2 * D;  // with its scales, and what comes back
+      seconds += moe * (kExchangeSeconds + B * ranks * row / card.link_bytes);
+      seconds += moe * B * OtherNodes(c, num_gpus) * row / kNetworkBytes;
     }
   }
   const double H = c.num_attention_heads, latent = c.kv_lora_rank, rope = c.qk_rope_head_dim;
@@ -199,9 +214,10 @@ void Describe(const Planned& model, const PlanOptions& options, const RankPlan& 
       plan.num_sequences, options.context, plan.roofline_seconds * 1e3, rate, rate * N,
       plan.roofline_seconds * 1e3 / kReachedShare, rate * N * kReachedShare));
   line(absl::StrFormat(
-      "  reckoned    with %.2f TB/s, %.0f TFLOP/s in fp8 and %.0f in bf16, %.0f GB/s between GPUs; at most %d "
-      "rows of a step a rank",
+      "  reckoned    with %.2f TB/s, %.0f TFLOP/s in fp8 and %.0f in bf16, %.0f GB/s between GPUs of a node%s; at most "
+      "%d rows of a step a rank",
       card.read_bytes * 1e-12, card.fp8_flops * 1e-12, card.bf16_flops * 1e-12, card.link_bytes * 1e-9,
+      N > kNodeGpus ? absl::StrFormat(" of %d and %.0f between nodes", kNodeGpus, kNetworkBytes * 1e-9) : "",
       plan.max_batch_tokens));
 }
 

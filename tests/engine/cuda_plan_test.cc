@@ -74,6 +74,30 @@ TEST_F(PlanTest, WeightsAndCacheAreThoseOfAPencil) {
   }
 }
 
+// Beyond a node's eight GPUs rows go by the network, 43 GB/s a GPU: what that adds to a step is bytes by hand.
+TEST_F(PlanTest, AStepWaitsForTheNetwork) {
+  options_.gpu_memory = 141'000'000'000;
+  options_.context = 1024;
+  constexpr double kRow = 7168 * 1.03 + 2 * 7168;  // fp8 with scales there, bf16 back
+  const auto seconds = [&](int gpus, int sequences) {
+    options_.engine.max_sequences = sequences;
+    const auto plan = PlanRank(options_, gpus);
+    EXPECT_TRUE(plan.ok() && plan->num_sequences == sequences) << plan.status();
+    return plan->roofline_seconds;
+  };
+  // From 32 sequences to 64 every expert of a rank is read anyway and no product has operations enough to count: what
+  // is new is attention, to 1024 keys by 128 heads of 1088 products each, and what is sent.
+  struct Case {
+    int gpus;
+    double nodes, ranks;  // that are others, and have experts of a token
+  };
+  for (const Case& c : {Case{8, 0, 4.60}, Case{32, 2.70, 6.96}, Case{64, 3.15, 7.45}}) {
+    const double sent = 58 * 32 * kRow * (c.ranks / 360e9 + c.nodes / 43e9);
+    const double attention = 61 * 32 * 1024.0 * 128 * 2 * 1088 / 0.77e15;
+    EXPECT_NEAR((seconds(c.gpus, 64) - seconds(c.gpus, 32)) / (sent + attention), 1, 0.03) << c.gpus << " GPUs";
+  }
+}
+
 TEST_F(PlanTest, SaysWhatWouldDo) {
   options_.num_gpus = 8;
   const auto report = Plan(options_);
