@@ -104,7 +104,7 @@ bool CpuDevice::IsComplete(Event event) {
 
 absl::Status CpuDevice::Wait(Event event, absl::Duration timeout) {
   std::unique_lock lock(mutex_);
-  const auto is_complete = [this, event] { return completed_ >= event || !fault_.ok(); };
+  const auto is_complete = [this, event] { return fault_.ok() ? completed_ >= event : !is_running_; };
   const auto limit = absl::ToChronoNanoseconds(std::min(timeout, absl::Hours(24)));
   if (event_completed_.wait_for(lock, limit, is_complete)) return fault_;
   return absl::DeadlineExceededError(absl::StrFormat("event %d is not complete, %d is", event, completed_));
@@ -138,8 +138,12 @@ void CpuDevice::Loop() {
       work = std::move(queue_.front());
       queue_.pop_front();
       if (!fault_.ok()) continue;
+      is_running_ = true;
     }
     work();
+    std::lock_guard lock(mutex_);
+    is_running_ = false;
+    if (!fault_.ok()) event_completed_.notify_all();
   }
 }
 

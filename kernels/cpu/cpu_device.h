@@ -27,7 +27,8 @@ class CpuDevice : public Device {
   Event Record() override;
   bool IsComplete(Event event) override;
   absl::Status Wait(Event event, absl::Duration timeout) override;
-  // A fault: what is queued is dropped, and every Wait says so. The first stays. Any thread.
+  // A fault: what is queued is dropped, and every Wait says so, once what runs has ended: then nothing uses what was
+  // named to the device. The first stays. Any thread.
   void Fail(const absl::Status& fault);
   int Bucket(int n) const override { return n; }
   size_t FreeMemory() const override;
@@ -45,6 +46,7 @@ class CpuDevice : public Device {
   std::deque<std::function<void()>> queue_;
   Event completed_ = 0;
   absl::Status fault_;
+  bool is_running_ = false;  // something that was queued
   bool stop_ = false;
   std::thread thread_;
 };

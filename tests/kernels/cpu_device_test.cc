@@ -109,6 +109,30 @@ TEST(MakeBackend, ChoosesADevice) {
   EXPECT_EQ(MakeBackend(options).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
+// Whoever has been told may free what was named to the device.
+TEST(CpuDevice, TellsAFaultWhenNothingRunsAnyMore) {
+  CpuDevice device;
+  absl::Notification go;
+  bool has_ended = false, is_run = false;
+  device.Submit({}, [] {});
+  const Device::Event before = device.Record();
+  ASSERT_TRUE(device.Wait(before, absl::Minutes(1)).ok());
+  device.Submit({}, [&] {
+    device.Fail(absl::AbortedError("a peer is gone"));
+    device.Fail(absl::AbortedError("a later reason"));
+    go.WaitForNotification();
+    has_ended = true;
+  });
+  device.Submit({}, [&] { is_run = true; });
+  const Device::Event event = device.Record();
+  EXPECT_TRUE(absl::IsDeadlineExceeded(device.Wait(event, absl::Milliseconds(20))));
+  go.Notify();
+  EXPECT_EQ(device.Wait(event, absl::Minutes(1)), absl::InternalError("a peer is gone"));
+  EXPECT_TRUE(has_ended);
+  EXPECT_FALSE(is_run);
+  EXPECT_EQ(device.Wait(before, absl::Minutes(1)), absl::InternalError("a peer is gone"));
+}
+
 // Where the library was built, it opens: all its symbols are found in this program.
 TEST(MakeBackend, SaysWhenCudaIsNotThere) {
   BackendOptions options = testing::CpuOptions();
