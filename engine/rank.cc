@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <random>
 #include <utility>
 
@@ -29,17 +28,11 @@ constexpr absl::Duration kWaitSlice = absl::Milliseconds(100);
 
 // The least that ranks can do is what each of them can.
 absl::Status AgreeOnMemory(Mesh* mesh, MemoryPlan* plan) {
-  const std::array<int32_t, 2> mine = {plan->num_blocks, plan->max_model_len};
-  const char* bytes = reinterpret_cast<const char*>(mine.data());
-  for (int r = 0; r < mesh->num_ranks(); ++r) mesh->outbox(r).assign(bytes, bytes + sizeof(mine));
-  const auto all = mesh->Exchange();
+  const auto all = ExchangeAll<std::array<int32_t, 2>>(*mesh, {plan->num_blocks, plan->max_model_len}, "plans");
   if (!all.ok()) return all.status();
-  for (const Mesh::Bytes& theirs : *all) {
-    std::array<int32_t, 2> other;
-    if (theirs.size() != sizeof(other)) return absl::InternalError("a rank speaks otherwise");
-    std::memcpy(other.data(), theirs.data(), sizeof(other));
-    plan->num_blocks = std::min(plan->num_blocks, other[0]);
-    plan->max_model_len = std::min(plan->max_model_len, other[1]);
+  for (const auto& [num_blocks, max_model_len] : *all) {
+    plan->num_blocks = std::min(plan->num_blocks, num_blocks);
+    plan->max_model_len = std::min(plan->max_model_len, max_model_len);
   }
   plan->cache = plan->num_blocks * plan->block_bytes;
   return absl::OkStatus();

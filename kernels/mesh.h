@@ -3,12 +3,15 @@
 #define CACHALOT_KERNELS_MESH_H_
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
 
 namespace cachalot {
@@ -36,6 +39,26 @@ class Mesh {
   // What ranks exchange now and from now on fails with `reason`, on all of them; the first reason stays. Any thread.
   virtual void Abort(const absl::Status& reason) = 0;
 };
+
+// Everybody's `mine`, by rank: plain bytes, sent as they are. Internal, "rank 3 WORD with 5 bytes", where one sends no
+// T.
+template <typename T>
+absl::StatusOr<std::vector<T>> ExchangeAll(Mesh& mesh, const T& mine, const char* word) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  const char* bytes = reinterpret_cast<const char*>(&mine);
+  for (int r = 0; r < mesh.num_ranks(); ++r) mesh.outbox(r).assign(bytes, bytes + sizeof(T));
+  const auto came = mesh.Exchange();
+  if (!came.ok()) return came.status();
+  std::vector<T> all(mesh.num_ranks());
+  for (int r = 0; r < mesh.num_ranks(); ++r) {
+    const Mesh::Bytes& theirs = (*came)[r];
+    if (theirs.size() != sizeof(T)) {
+      return absl::InternalError(absl::StrCat("rank ", r, " ", word, " with ", theirs.size(), " bytes"));
+    }
+    std::memcpy(&all[r], theirs.data(), sizeof(T));
+  }
+  return all;
+}
 
 // Of ranks that are threads of one process: nothing is copied. They may be destroyed in any order.
 std::vector<std::unique_ptr<Mesh>> MakeThreadMesh(int num_ranks);

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <array>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -117,16 +116,12 @@ absl::Status CudaPeerCommunicator::Start(const OpLimits& limits) {
 
 absl::Status CudaPeerCommunicator::Meet() {
   const Introduction mine = {getpid(), device_.ordinal(), inbox_};
-  const char* bytes = reinterpret_cast<const char*>(&mine);
-  for (int r = 0; r < num_ranks(); ++r) mesh_.outbox(r).assign(bytes, bytes + sizeof(mine));
-  const auto all = mesh_.Exchange();
+  const auto all = ExchangeAll(mesh_, mine, "introduces itself");
   if (!all.ok()) return all.status();
   auto staging = device_.Allocate(num_ranks() * sizeof(PeerInbox), Device::Memory::kPinnedHost);
   if (!staging.ok()) return staging.status();
   for (int r = 0; r < num_ranks(); ++r) {
-    Introduction other;
-    if ((*all)[r].size() != sizeof(other)) return absl::InternalError(absl::StrFormat("rank %d speaks otherwise", r));
-    std::memcpy(&other, (*all)[r].data(), sizeof(other));
+    const Introduction& other = (*all)[r];
     if (other.process != mine.process) {
       return absl::UnimplementedError(absl::StrFormat("rank %d is in another process: GPUs of one process only", r));
     }
