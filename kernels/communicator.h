@@ -34,6 +34,21 @@ class Communicator {
                        const Tensor& shared) = 0;  // [T, D] f32 | bf16, or empty
 };
 
+// What every implementation takes, and nothing else.
+inline void CheckDispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                          const Tensor& topk_weights) {
+  CHECK_SHAPE(topk_slots, x.rows(), -1);
+  CHECK_SHAPE(topk_weights, x.rows(), topk_slots.dim(1));
+  CHECK_SHAPE(rows.offsets, -1);
+  CHECK_SHAPE(rows.x.values, -1, x.cols());
+  CHECK(rows.x.values.dtype == x.values.dtype, "rows change type");
+}
+inline void CheckCombine(const Tensor& out, const Tensor& y, const Tensor& shared, int64_t num_tokens) {
+  CHECK_SHAPE(out, num_tokens, -1);
+  CHECK_SHAPE(y, -1, out.dim(1));
+  if (!shared.empty()) CHECK_SHAPE(shared, num_tokens, out.dim(1));
+}
+
 }  // namespace cachalot
 
 #endif  // CACHALOT_KERNELS_COMMUNICATOR_H_

@@ -18,14 +18,10 @@ LocalCommunicator::LocalCommunicator(const OpLimits& limits, ThreadPool* pool)
 
 void LocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
                                  const Tensor& topk_weights) {
+  CheckDispatch(rows, x, topk_slots, topk_weights);
   num_tokens_ = x.rows();
   num_choices_ = topk_slots.dim(1);
-  CHECK_SHAPE(topk_slots, num_tokens_, num_choices_);
-  CHECK_SHAPE(topk_weights, num_tokens_, num_choices_);
   topk_weights_ = topk_weights;
-  CHECK_SHAPE(rows.offsets, -1);
-  CHECK_SHAPE(rows.x.values, -1, x.cols());
-  CHECK(rows.x.values.dtype == x.values.dtype, "rows change type");
   CHECK(num_tokens_ * num_choices_ <= static_cast<int64_t>(row_of_.size()), "{} tokens", num_tokens_);
   const int64_t num_slots = rows.offsets.dim(0) - 1;
   int32_t* offsets = rows.offsets.as<int32_t>();
@@ -68,9 +64,7 @@ void LocalCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, co
 }
 
 void LocalCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor& shared) {
-  CHECK_SHAPE(out, num_tokens_, -1);
-  CHECK_SHAPE(y, -1, out.dim(1));
-  if (!shared.empty()) CHECK_SHAPE(shared, num_tokens_, out.dim(1));
+  CheckCombine(out, y, shared, num_tokens_);
   CombineRows(out, y, topk_weights_, row_of_.data(), shared, &pool_);
 }
 

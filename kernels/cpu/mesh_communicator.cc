@@ -97,14 +97,10 @@ absl::Status MeshCommunicator::Place(const ExpertRows& rows, const std::vector<M
 
 void MeshCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
                                 const Tensor& topk_weights) {
+  CheckDispatch(rows, x, topk_slots, topk_weights);
   num_tokens_ = x.rows();
   num_choices_ = topk_slots.dim(1);
-  CHECK_SHAPE(topk_slots, num_tokens_, num_choices_);
-  CHECK_SHAPE(topk_weights, num_tokens_, num_choices_);
   topk_weights_ = topk_weights;
-  CHECK_SHAPE(rows.offsets, -1);
-  CHECK_SHAPE(rows.x.values, -1, x.cols());
-  CHECK(rows.x.values.dtype == x.values.dtype, "rows change type");
   Pack(x, topk_slots, rows.offsets.dim(0) - 1);
   const auto came = mesh_.Exchange();
   const absl::Status status = came.ok() ? Place(rows, *came) : came.status();
@@ -115,9 +111,7 @@ void MeshCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, con
 }
 
 void MeshCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor& shared) {
-  CHECK_SHAPE(out, num_tokens_, -1);
-  CHECK_SHAPE(y, -1, out.dim(1));
-  if (!shared.empty()) CHECK_SHAPE(shared, num_tokens_, out.dim(1));
+  CheckCombine(out, y, shared, num_tokens_);
   const int64_t bytes = RowBytes(y);
   for (int r = 0; r < num_ranks(); ++r) {
     mesh_.outbox(r).resize(origin_[r].size() * bytes);

@@ -13,6 +13,11 @@
 
 namespace cachalot {
 
+// rows <- row t of x once for each of its choices that is one of rows' slots, the first of which is `first_slot`: in
+// order of slots, then of t, then of k. `row_of` [T, K] gets where each went, or -1.
+void GroupAndScatter(CudaStream* stream, const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
+                     int32_t first_slot, int32_t* row_of);
+
 class CudaLocalCommunicator : public Communicator {
  public:
   // ResourceExhausted when its memory does not fit. `device` and `stream` must outlive the result.

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
-#include "kernels/cuda/communicator_kernels.h"
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/local_communicator.h"
 
 namespace cachalot {
 namespace {
@@ -145,15 +145,12 @@ absl::Status CudaPeerCommunicator::Meet() {
 
 void CudaPeerCommunicator::Dispatch(const ExpertRows& rows, const Activation& x, const Tensor& topk_slots,
                                     const Tensor& topk_weights) {
+  CheckDispatch(rows, x, topk_slots, topk_weights);
   num_tokens_ = x.rows();
   topk_slots_ = topk_slots;
   const int64_t num_choices = topk_slots.dim(1), cols = x.cols(), num_slots = rows.offsets.dim(0) - 1;
   slots_per_rank_ = static_cast<int32_t>(num_slots);
   CHECK(num_tokens_ > 0 && num_tokens_ <= max_tokens_, "{} tokens", num_tokens_);
-  CHECK_SHAPE(topk_slots, num_tokens_, num_choices);
-  CHECK_SHAPE(topk_weights, num_tokens_, num_choices);
-  CHECK_SHAPE(rows.x.values, -1, cols);
-  CHECK(rows.x.values.dtype == x.values.dtype, "rows change type");
   const int64_t element = DTypeBytes(x.values.dtype);
   const Tensor values(inbox_.values, x.values.dtype, {num_rows(), cols});
   const Tensor scales(inbox_.scales, DType::kF32, {num_rows(), x.scales.empty() ? 1 : x.scales.dim(1)});
@@ -175,30 +172,14 @@ void CudaPeerCommunicator::Dispatch(const ExpertRows& rows, const Activation& x,
                   .slots_per_rank = slots_per_rank_},
                  num_tokens_);
   if (!stream_.Launched("Dispatch, to other ranks")) return;
-  auto* row_of = static_cast<int32_t*>(row_of_.data());
-  const GroupRowsArgs group = {.topk_slots = inbox_.slots,
-                               .topk_slots_stride = num_choices,
-                               .row_of = row_of,
-                               .offsets = rows.offsets.as<int32_t>(),
-                               .num_tokens = static_cast<int32_t>(num_rows()),
-                               .num_choices = static_cast<int32_t>(num_choices),
-                               .first_slot = rank() * slots_per_rank_,
-                               .num_slots = slots_per_rank_,
-                               .capacity = static_cast<int32_t>(rows.x.rows())};
-  ScatterRowsArgs scatter = {.values = RowCopyOf(rows.x.values, values, element),
-                             .scales = {},
-                             .row_of = row_of,
-                             .num_choices = static_cast<int32_t>(num_choices)};
-  if (has_scales) scatter.scales = RowCopyOf(rows.x.scales, scales, sizeof(float));
-  LaunchDispatch(stream_.get(), group, scatter);
-  stream_.Launched("Dispatch");
+  GroupAndScatter(&stream_, rows, {values, has_scales ? scales : Tensor()},
+                  Tensor(inbox_.slots, DType::kI32, {num_rows(), num_choices}), rank() * slots_per_rank_,
+                  static_cast<int32_t*>(row_of_.data()));
 }
 
 void CudaPeerCommunicator::Combine(const Tensor& out, const Tensor& y, const Tensor& shared) {
+  CheckCombine(out, y, shared, num_tokens_);
   const int64_t cols = out.dim(1);
-  CHECK_SHAPE(out, num_tokens_, cols);
-  CHECK_SHAPE(y, -1, cols);
-  if (!shared.empty()) CHECK_SHAPE(shared, num_tokens_, cols);
   const MatrixRef sums = RefOf(out), results = RefOf(y), plus = RefOf(shared);
   CHECK(y.dtype == DType::kBF16 && (shared.empty() || shared.dtype == DType::kBF16) && cols % 8 == 0 &&
             y.row_stride % 8 == 0 && out.row_stride % 8 == 0 && (shared.empty() || shared.row_stride % 8 == 0),
