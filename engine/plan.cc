@@ -50,10 +50,17 @@ struct Planned {
   std::unique_ptr<Checkpoint> checkpoint;
 };
 
-absl::StatusOr<Planned> Open(const PlanOptions& options) {
+absl::StatusOr<Planned> Open(const PlanOptions& options, int num_gpus) {
+  if (num_gpus < 1 || num_gpus > kMaxGpus) {
+    return absl::InvalidArgumentError(absl::StrFormat("gpus: found %d, expected 1 to %d", num_gpus, kMaxGpus));
+  }
   if (absl::Status status = ValidateOptions(options.engine); !status.ok()) return status;
   auto config = ModelConfig::Load(options.engine.model_dir);
   if (!config.ok()) return config.status();
+  if (options.context < 1 || options.context > config->max_position_embeddings) {
+    return absl::InvalidArgumentError(absl::StrFormat("context: found %d, expected 1 to the model's %d",
+                                                      options.context, config->max_position_embeddings));
+  }
   Planned planned = {*std::move(config), nullptr};
   planned.checkpoint = MakeRandomCheckpoint(planned.config);
   return planned;
@@ -239,23 +246,16 @@ void DescribeTable(const Planned& model, const PlanOptions& options, std::string
 }  // namespace
 
 absl::StatusOr<RankPlan> PlanRank(const PlanOptions& options, int num_gpus) {
-  if (num_gpus < 1 || num_gpus > kMaxGpus) {
-    return absl::InvalidArgumentError(absl::StrFormat("gpus: found %d, expected 1 to %d", num_gpus, kMaxGpus));
-  }
-  const auto model = Open(options);
+  const auto model = Open(options, num_gpus);
   if (!model.ok()) return model.status();
-  if (options.context < 1 || options.context > model->config.max_position_embeddings) {
-    return absl::InvalidArgumentError(absl::StrFormat("context: found %d, expected 1 to the model's %d",
-                                                      options.context, model->config.max_position_embeddings));
-  }
   return PlanOf(*model, options, num_gpus);
 }
 
 absl::StatusOr<std::string> Plan(const PlanOptions& options) {
-  const auto plan = PlanRank(options, options.num_gpus);
-  if (!plan.ok() && !absl::IsResourceExhausted(plan.status())) return plan.status();
-  const auto model = Open(options);
+  const auto model = Open(options, options.num_gpus);
   if (!model.ok()) return model.status();
+  const auto plan = PlanOf(*model, options, options.num_gpus);
+  if (!plan.ok() && !absl::IsResourceExhausted(plan.status())) return plan.status();
   if (!plan.ok()) {
     const int least = LeastGpus(*model, options);
     return absl::ResourceExhaustedError(
