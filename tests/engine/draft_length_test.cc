@@ -8,6 +8,8 @@
 #include <functional>
 #include <random>
 
+#include "tests/engine/scheduler_driver.h"
+
 namespace cachalot {
 namespace {
 
@@ -209,6 +211,22 @@ TEST(DraftLengthTest, NoMoreThanThereIsRoomFor) {
   some.Took(1, 100, 3, -absl::Seconds(1));
   some.TookBeforehand(1, 100, 3, absl::ZeroDuration());
   EXPECT_EQ(some.Next(1, 100, 3), 3) << "nothing is known: the first trial";
+}
+
+// Where ranks agree on more drafts than this one asked for, or it is told of none.
+TEST(Scheduler, VerifiesAsManyDraftsAsItIsToldWereProposed) {
+  SchedulerLimits limits = {64, 4, 512, {1}};  // no token of the fake model ends an answer
+  limits.max_drafts = 3;
+  limits.adapts_drafts = true;
+  SchedulerDriver driver(limits, 32);
+  driver.Add(10, {.max_tokens = 30});
+  driver.Turn();
+  for (const int num_drafts : {0, 3, 1, 2}) {
+    driver.scheduler().Proposes(num_drafts);
+    driver.Turn();
+    ASSERT_EQ(driver.last_plan().sequences.size(), 1u);
+    EXPECT_EQ(driver.last_plan().sequences[0].num_rows, 1 + num_drafts);
+  }
 }
 
 }  // namespace

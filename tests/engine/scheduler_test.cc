@@ -57,22 +57,6 @@ TEST(Scheduler, DecodesWithoutKnowingTheTokenYet) {
   EXPECT_EQ(driver.last_plan().sequences[0].start, -1);
 }
 
-// Where ranks agree on more drafts than this one asked for, or it is told of none.
-TEST(Scheduler, VerifiesAsManyDraftsAsItIsToldWereProposed) {
-  SchedulerLimits limits = Limits(64, 4);
-  limits.max_drafts = 3;
-  limits.adapts_drafts = true;
-  Driver driver(limits, 32);
-  driver.Add(10, {.max_tokens = 30});
-  driver.Turn();
-  for (const int num_drafts : {0, 3, 1, 2}) {
-    driver.scheduler().Proposes(num_drafts);
-    driver.Turn();
-    ASSERT_EQ(driver.last_plan().sequences.size(), 1u);
-    EXPECT_EQ(driver.last_plan().sequences[0].num_rows, 1 + num_drafts);
-  }
-}
-
 TEST(Scheduler, ScoresAPromptWithoutSampling) {
   Driver driver(Limits(64, 4), 32);
   const RequestId id = driver.Add(100, {.max_tokens = 0, .scores = true});

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <thread>
 
+#include "absl/synchronization/notification.h"
 #include "tests/kernels/on_device.h"
 #include "tests/kernels/testing.h"
 
@@ -153,6 +154,7 @@ TEST(CudaPeerTest, SumsComeBackToTheirTokens) {
 TEST(CudaPeerTest, NobodyWaitsForOneThatIsGone) {
   if (NumGpus() < 2) GTEST_SKIP() << "one GPU: did not run";
   auto meshes = MakeThreadMesh(2);
+  absl::Notification waits;  // rank 0, and in vain
   std::vector<std::thread> threads;
   for (int r = 0; r < 2; ++r) {
     threads.emplace_back([&, r] {
@@ -162,7 +164,7 @@ TEST(CudaPeerTest, NobodyWaitsForOneThatIsGone) {
       const auto backend = MakeBackend(options);
       ASSERT_TRUE(backend.ok()) << backend.status();
       if (r == 1) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(200));
+        waits.WaitForNotification();
         meshes[1]->Abort(absl::AbortedError("rank 1: gone"));
         return;
       }
@@ -179,6 +181,7 @@ TEST(CudaPeerTest, NobodyWaitsForOneThatIsGone) {
       });
       const Device::Event event = device.Record();
       EXPECT_TRUE(absl::IsDeadlineExceeded(device.Wait(event, absl::Milliseconds(20))));
+      waits.Notify();
       EXPECT_EQ(device.Wait(event, absl::Seconds(5)), absl::InternalError("the GPU failed: another rank is gone"));
     });
   }
