@@ -4,13 +4,13 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "absl/time/clock.h"
 #include "kernels/backend.h"
+#include "tests/bench/device_arrays.h"
 
 namespace cachalot {
 namespace {
@@ -18,17 +18,10 @@ namespace {
 constexpr int kHidden = 7168, kExperts = 256, kChoices = 8, kLayers = 32, kReplays = 20;
 constexpr std::initializer_list<int> kTokens = {1, 8, 64, 128, 512, 4096};
 
-template <typename T>
-T Must(absl::StatusOr<T> value) {
-  if (value.ok()) return *std::move(value);
-  fmt::print(stderr, "peer_bench: {}\n", value.status().ToString());
-  std::_Exit(1);
-}
-void Must(const absl::Status& status) { Must(status.ok() ? absl::StatusOr<int>(0) : status); }
-
-class Rank {
+class Rank : DeviceArrays {
  public:
-  Rank(Mesh* mesh, Backend* backend) : mesh_(*mesh), backend_(*backend), device_(backend->device()) {}
+  Rank(Mesh* mesh, Backend* backend)
+      : DeviceArrays(backend->device()), mesh_(*mesh), backend_(*backend), device_(backend->device()) {}
 
   // Microseconds of a layer, medians; the first that waits for another waits from the same moment on.
   double Run(int num_tokens, bool has_combine) {
@@ -49,9 +42,9 @@ class Rank {
     const Tensor topk_slots = New(DType::kI32, {T, kChoices}), topk_weights = New(DType::kF32, {T, kChoices});
     Put(topk_slots, slots.data());
     Put(topk_weights, weights.data());
-    std::vector<uint8_t> noise(T * kHidden);
-    for (uint8_t& byte : noise) byte = random() & 0x77;
-    Put(x.values, noise.data());
+    PutNoise(x.values, 0x77, &random);
+    PutNoise(x.scales, 0x3f, &random);
+    PutNoise(y, 0x3f, &random);
     Must(mesh_.Exchange().status());
     const StepKey key = {num_tokens, 0, 0, has_combine ? 1 : 0, {}};
     Must(device_.Prepare(key, [&] {
@@ -68,29 +61,22 @@ class Rank {
       Must(device_.Wait(device_.Record(), absl::Seconds(30)));
       times.push_back(absl::ToDoubleMicroseconds(absl::Now() - begin) / kLayers);
     }
-    buffers_.clear();
+    Clear();
     std::nth_element(times.begin(), times.begin() + kReplays / 2, times.end());
     return times[kReplays / 2];
   }
 
  private:
-  Tensor New(DType dtype, std::initializer_list<int64_t> dims) {
-    Tensor tensor(nullptr, dtype, dims);
-    buffers_.push_back(Must(device_.Allocate(tensor.num_bytes(), Device::Memory::kDevice)));
-    tensor.data = buffers_.back().data();
-    return tensor;
-  }
-  void Put(const Tensor& dst, const void* bytes) {
-    Buffer staging = Must(device_.Allocate(dst.num_bytes(), Device::Memory::kPinnedHost));
-    std::memcpy(staging.data(), bytes, dst.num_bytes());
-    device_.Upload(dst, staging.data());
-    Must(device_.Wait(device_.Record(), absl::Minutes(1)));
+  // Bytes with none but these bits: of every type small numbers.
+  void PutNoise(const Tensor& tensor, uint8_t mask, std::mt19937* random) {
+    std::vector<uint8_t> noise(tensor.num_bytes());
+    for (uint8_t& byte : noise) byte = (*random)() & mask;
+    Put(tensor, noise.data());
   }
 
   Mesh& mesh_;
   Backend& backend_;
   Device& device_;
-  std::vector<Buffer> buffers_;
 };
 
 void RunRank(int num_ranks, Mesh* mesh, Mesh* device_mesh) {

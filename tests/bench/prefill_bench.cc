@@ -12,6 +12,7 @@
 
 #include "kernels/backend.h"
 #include "tests/bench/cuda_ceilings.h"
+#include "tests/bench/device_arrays.h"
 
 namespace cachalot::bench {
 namespace {
@@ -28,17 +29,6 @@ struct Cell {
   int rows = 0, context = 0;
 };
 
-void Must(const absl::Status& status) {
-  if (status.ok()) return;
-  fmt::print(stderr, "prefill_bench: {}\n", status.ToString());
-  std::exit(1);
-}
-template <typename T>
-T Must(absl::StatusOr<T> value) {
-  Must(value.status());
-  return *std::move(value);
-}
-
 std::vector<Cell> Cells(const std::string& text) {
   std::vector<Cell> cells;
   std::stringstream list(text);
@@ -49,10 +39,10 @@ std::vector<Cell> Cells(const std::string& text) {
   return cells;
 }
 
-class PrefillBench {
+class PrefillBench : DeviceArrays {
  public:
   PrefillBench(const Options& options, const Cell& largest, Backend& backend)
-      : options_(options), device_(backend.device()), ops_(backend.ops()) {
+      : DeviceArrays(backend.device()), options_(options), device_(backend.device()), ops_(backend.ops()) {
     const int64_t H = options.heads, T = largest.rows, keys = largest.rows + largest.context;
     const KvDType dtype = options.kv_dtype == "fp8" ? KvDType::kFP8 : KvDType::kBF16;
     const int64_t pages = (keys + kBlockTokens - 1) / kBlockTokens;
@@ -104,22 +94,12 @@ class PrefillBench {
   }
 
  private:
-  Tensor New(DType dtype, std::initializer_list<int64_t> dims) {
-    Tensor tensor(nullptr, dtype, dims);
-    Buffer buffer = Must(device_.Allocate(tensor.num_bytes(), Device::Memory::kDevice));
-    tensor.data = buffer.data();
-    buffers_.push_back(std::move(buffer));
-    return tensor;
-  }
+  using DeviceArrays::Put;
   Tensor Put(DType dtype, std::initializer_list<int64_t> dims, const void* bytes) {
     const Tensor tensor = New(dtype, dims);
-    const Buffer staging = Must(device_.Allocate(tensor.num_bytes(), Device::Memory::kPinnedHost));
-    std::memcpy(staging.data(), bytes, tensor.num_bytes());
-    device_.Upload(tensor, staging.data());
-    Finish();
+    Put(tensor, bytes);
     return tensor;
   }
-  void Finish() { Must(device_.Wait(device_.Record(), absl::Minutes(1))); }
 
   // Of one call: the median over groups of calls that are waited for together.
   double Seconds(const Cell& cell, const StepInput& input, const StepRows& rows) {
@@ -140,7 +120,6 @@ class PrefillBench {
   const Options& options_;
   Device& device_;
   Ops& ops_;
-  std::vector<Buffer> buffers_;
   std::unique_ptr<Weight> kv_up_;
   Tensor q_;
   Activation out_;

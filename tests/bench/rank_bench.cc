@@ -15,6 +15,7 @@
 #include "engine/model/deepseek.h"
 #include "engine/model/random_checkpoint.h"
 #include "tests/bench/cuda_ceilings.h"
+#include "tests/bench/device_arrays.h"
 #include "tests/bench/kernel_trace.h"
 
 namespace cachalot::bench {
@@ -33,19 +34,6 @@ struct Cell {
   int batch = 0, context = 0, drafts = 0;
   int num_rows() const { return batch * (1 + drafts); }
 };
-
-[[noreturn]] void Die(const std::string& message) {
-  fmt::print(stderr, "rank_bench: {}\n", message);
-  std::exit(1);
-}
-void Must(const absl::Status& status) {
-  if (!status.ok()) Die(status.ToString());
-}
-template <typename T>
-T Must(absl::StatusOr<T> value) {
-  if (!value.ok()) Die(value.status().ToString());
-  return *std::move(value);
-}
 
 // Dispatches rows as a balanced router would: every resident expert gets the same number. The router's own choice, made
 // among all experts, is not used; its weights are.
@@ -90,10 +78,11 @@ OpLimits MakeLimits(const ModelConfig& config, const Options& options) {
   return limits;
 }
 
-class RankBench {
+class RankBench : DeviceArrays {
  public:
   RankBench(const ModelConfig& config, const Options& options, Backend& backend)
-      : config_(config),
+      : DeviceArrays(backend.device()),
+        config_(config),
         options_(options),
         limits_(MakeLimits(config, options)),
         inner_(backend),
@@ -120,28 +109,6 @@ class RankBench {
   void Run(const Cell& cell, const Ceilings& ceilings);
 
  private:
-  Tensor New(DType dtype, std::initializer_list<int64_t> dims) {
-    Tensor tensor(nullptr, dtype, dims);
-    Buffer buffer = Must(device_.Allocate(std::max<int64_t>(tensor.num_bytes(), 1), Device::Memory::kDevice));
-    tensor.data = buffer.data();
-    buffers_.push_back(std::move(buffer));
-    return tensor;
-  }
-  void Put(const Tensor& dst, const void* bytes) {
-    Buffer staging = Must(device_.Allocate(dst.num_bytes(), Device::Memory::kPinnedHost));
-    std::memcpy(staging.data(), bytes, dst.num_bytes());
-    device_.Upload(dst, staging.data());
-    Must(device_.Wait(device_.Record(), absl::Minutes(1)));
-  }
-  template <typename T>
-  std::vector<T> Get(const Tensor& src) {
-    Buffer staging = Must(device_.Allocate(src.num_bytes(), Device::Memory::kPinnedHost));
-    device_.Download(staging.data(), src);
-    Must(device_.Wait(device_.Record(), absl::Minutes(1)));
-    const T* data = static_cast<const T*>(staging.data());
-    return std::vector<T>(data, data + src.num_bytes() / sizeof(T));
-  }
-
   void MakeState();
   Tensor MakeRope();
   void MakeCache();
@@ -162,7 +129,6 @@ class RankBench {
   const OpLimits limits_;
   Backend& inner_;
   Device& device_;
-  std::vector<Buffer> buffers_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<BalancedBackend> backend_;
   std::unique_ptr<KvStore> store_;
